@@ -1,0 +1,135 @@
+"""Peak memory of a stretch of time, not of the process so far.
+
+Linux keeps one high-water mark for a process and lets it be reset. Windows share that mark: whenever one opens or
+closes, the mark is first folded into every window that is open, so an inner window's reset loses nothing of an outer
+one. Child processes have no such mark for us, so a thread samples them, only while there are any.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+from shoestring.core import probes
+
+_IDLE_SECONDS = 0.05  # how often to ask whether a child has come: one system call
+_SAMPLE_SECONDS = 0.02
+_SHARE = 0.008  # of one core, that sampling may cost
+
+
+@dataclass(eq=False)
+class Window:
+    """One stretch of time. Bytes; None where the system has no counter.
+
+    Attributes:
+        floor: resident when the window opened.
+        own: highest resident size of this process.
+        tree, tree_high: the highest sum over this process and its descendants, shared pages counted once (private
+            pages of children only) and at most (their proportional share too); None when no child was seen.
+        exact: whether `own` comes from a mark of the system; else it is the highest of samples.
+    """
+
+    floor: int | None
+    own: int | None
+    mark: int | None
+    exact: bool
+    tree: int | None = None
+    tree_high: int | None = None
+
+    def fold(self, bytes_: int | None) -> None:
+        if bytes_ is not None:
+            self.own = max(self.own or 0, bytes_)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.open: list[Window] = []
+        self.wake = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> Window:
+        with self.lock:
+            self._fold()
+            reset = probes.reset_high_water()
+            floor = probes.resident()
+            window = Window(floor, floor, None if reset else probes.high_water(), reset)
+            self.open.append(window)
+            self._children()
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="shoestring-memory", daemon=True)
+                self.thread.start()
+            self.wake.set()
+        return window
+
+    def stop(self, window: Window) -> None:
+        with self.lock:
+            self._fold()
+            self._children()
+            self.open.remove(window)
+            if not self.open:
+                self.wake.clear()
+
+    def _fold(self) -> None:
+        if not self.open:
+            return
+        mark, now = probes.high_water(), probes.resident()
+        for window in self.open:
+            window.fold(now)
+            if window.mark is None:
+                window.fold(mark)
+            elif mark is not None and mark > window.mark:
+                # The mark cannot be reset, but it rose inside this window: then it is this window's peak.
+                window.fold(mark)
+                window.exact = True
+
+    def _children(self) -> bool:
+        if not probes.has_children():
+            return False
+        sizes = [size for size in map(probes.memory_of, probes.descendants()) if size]
+        own = probes.resident()
+        if sizes and own is not None:
+            low, high = own + sum(uss for uss, _ in sizes), own + sum(pss for _, pss in sizes)
+            for window in self.open:
+                window.tree = max(window.tree or 0, low)
+                window.tree_high = max(window.tree_high or 0, high)
+        return bool(sizes)
+
+    def _run(self) -> None:
+        while True:
+            self.wake.wait()
+            started = time.thread_time()
+            with self.lock:
+                busy = self._children()
+                unmarked = [w for w in self.open if not w.exact]
+                if unmarked:
+                    now = probes.resident()
+                    for window in unmarked:
+                        window.fold(now)
+            cost = time.thread_time() - started
+            time.sleep(min(1.0, max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, cost / _SHARE)))
+
+
+_watch = _Watch()
+
+
+def _after_fork() -> None:
+    global _watch
+    _watch = _Watch()  # the copy has no sampling thread, and its memory is its parent's to charge
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def open_window() -> Window:
+    """Start a window."""
+    return _watch.start()
+
+
+def close_window(window: Window) -> None:
+    """End a window; its figures then stand still."""
+    if window in _watch.open:
+        _watch.stop(window)

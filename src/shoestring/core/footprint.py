@@ -1,8 +1,8 @@
 """Energy, carbon, water and money from what was counted: formulas, and the parameters they need.
 
 Nothing here reads a counter. A modelled energy is a `Range`: the value with the default parameters, and what it
-becomes with the low and the high ones. What needs an undeclared parameter (a region, a water factor, a price) is absent,
-not 0.
+becomes with the low and the high ones. What needs an undeclared parameter (a region, a water factor, a price) is
+absent, not 0.
 """
 
 from __future__ import annotations
@@ -103,9 +103,8 @@ class Declared:
         """
         file = file or os.environ.get("SHOESTRING_PRICES") or None
         region = region or os.environ.get("SHOESTRING_REGION") or None
-        return _load(
-            cls, str(file) if file else None, os.stat(file).st_mtime_ns if file and Path(file).is_file() else 0, region
-        )
+        changed = os.stat(file).st_mtime_ns if file and Path(file).is_file() else 0
+        return _load(str(file) if file else None, changed, region)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

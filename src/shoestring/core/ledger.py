@@ -12,7 +12,7 @@ stage "train" inside "fit" has the path "fit/train". A stage entered again under
 the same figures: `figure` is then the median with its interval, `total` the sum.
 
 A figure says how it is known. measured: read from a counter. counted: exact arithmetic. declared: somebody said so.
-modelled: a formula and parameters, both stored. "not available": no counter and no parameters; the value is None, not 0.
+modelled: a formula and parameters, both stored. "not available": no counter or no parameters; its value is then None.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,8 +32,9 @@ from typing import Any, NamedTuple, Self
 
 from shoestring.core import footprint, peak, probes, text
 from shoestring.core.errors import ShoestringError, UsageError, nearest
-from shoestring.core.footprint import JOULES_PER_KWH, Declared, Range
 from shoestring.core.estimate import Estimate, interval, paired_ratio
+from shoestring.core.files import write_text
+from shoestring.core.footprint import JOULES_PER_KWH, Declared, Range
 
 __all__ = [
     "Difference",
@@ -457,15 +457,8 @@ class Ledger:
 
     def save(self, path: str | Path) -> Path:
         """Write the ledger as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        return path
+        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        return Path(path)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -1,0 +1,309 @@
+"""Headers of weight files checked in exact integers before any native loader sees the file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shoestring.core.errors import UsageError
+
+SAFETENSORS_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+_HEADER_LIMIT = 100_000_000
+_GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_HEADER_LIMIT = 256_000_000
+_GGUF_ARRAY_LIMIT = 4_000_000
+_REDOWNLOAD = "Download the file again, or ask its author for an intact one"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a file's header declares it; `size` in bytes."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    size: int
+
+
+def check_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors that the safetensors file at `path` declares, after checking that the header is true to the file.
+
+    Raises:
+        UsageError: it is a pickle or another kind of file, or a length, type, shape or offset cannot be right.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+        _refuse_other_kind(path, start)
+        if len(start) < 8:
+            _corrupt(path, f"it has {size} bytes and its header length needs 8")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length == 0 or length > _HEADER_LIMIT:
+            _corrupt(path, f"it declares a header of {length} bytes, outside 1 to {_HEADER_LIMIT}")
+        if length > size - 8:
+            _corrupt(path, f"it declares a header of {length} bytes and only {size - 8} follow: it is truncated")
+        file.seek(8)
+        raw = file.read(length)
+    return _safetensors_tensors(path, _header_json(path, raw), size - 8 - length)
+
+
+def check_gguf(path: Path) -> dict[str, Tensor]:
+    """The tensors that the GGUF file at `path` declares, after checking that the header is true to the file.
+
+    Raises:
+        UsageError: bad magic or version, or a count, length, type, dimension or offset that cannot be right.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        _corrupt(path, f"it has {size} bytes and a GGUF header needs 24")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _Gguf(path, data, size).tensors()
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file starts with GGUF's magic number."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether the file's content is a pickle, or an archive of the kind that holds one."""
+    with path.open("rb") as file:
+        return bool(_pickle_kind(file.read(512)))
+
+
+def _pickle_kind(start: bytes) -> str:
+    # A safetensors header length can begin with 0x80 0x02 too, but only a JSON object follows it.
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:9] != b"{":
+        return "a pickle"
+    if start[:4] == b"PK\x03\x04":
+        return "a zip archive, which is how PyTorch stores pickles"
+    if start[257:262] == b"ustar":
+        return "a tar archive, which is how old PyTorch stored pickles"
+    return ""
+
+
+def _refuse_other_kind(path: Path, start: bytes) -> None:
+    kind = _pickle_kind(start)
+    if kind:
+        raise UsageError(
+            f"{path} is {kind}",
+            "unpickling runs whatever code its author put there",
+            "Use weights in safetensors format; their author can make them with model.save_pretrained(folder)",
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path} is a git-lfs pointer, not the weights", remedy="Run `git lfs pull` in its repository")
+    if start[:4] == b"GGUF":
+        raise UsageError(
+            f"{path} is a GGUF file with the wrong name", remedy="Give the path of a file that ends in .gguf"
+        )
+
+
+def _corrupt(path: Path, reason: str) -> NoReturn:
+    raise UsageError(f"{path} is corrupt", reason, _REDOWNLOAD)
+
+
+def _header_json(path: Path, raw: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the name {twice[:80]!r} stands twice")
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        _corrupt(path, f"its header is not sound JSON ({error})")
+    if not isinstance(header, dict):
+        _corrupt(path, "its header is not a JSON object")
+    return header
+
+
+def _safetensors_tensors(path: Path, header: dict[str, Any], data: int) -> dict[str, Tensor]:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _corrupt(path, "its __metadata__ is not a table of texts")
+    tensors: dict[str, Tensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            _corrupt(path, f"tensor {name[:80]!r} has not exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
+            _corrupt(path, f"tensor {name[:80]!r} has the unknown type {str(dtype)[:40]!r}")
+        if not isinstance(shape, list) or len(shape) > 16 or not all(_natural(d) for d in shape):
+            _corrupt(path, f"tensor {name[:80]!r} has the impossible shape {str(shape)[:80]}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(o) for o in offsets):
+            _corrupt(path, f"tensor {name[:80]!r} has the impossible offsets {str(offsets)[:80]}")
+        bits = SAFETENSORS_BITS[dtype]
+        for d in shape:
+            bits *= d
+        begin, end = offsets
+        if bits % 8 or end - begin != bits // 8:
+            _corrupt(path, f"tensor {name[:80]!r} needs {bits / 8:g} bytes by its shape and has {end - begin}")
+        tensors[name] = Tensor(name, dtype, tuple(shape), end - begin)
+        spans.append((begin, end, name))
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            what = "overlaps the one before it" if begin < reached else f"leaves a hole of {begin - reached} bytes"
+            _corrupt(path, f"tensor {name[:80]!r} {what}")
+        reached = end
+    if reached > data:
+        _corrupt(path, f"its tensors need {reached} bytes and only {data} follow the header: it is truncated")
+    if reached < data:
+        _corrupt(path, f"{data - reached} bytes follow its last tensor")
+    return tensors
+
+
+def _natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+class _Gguf:
+    """A cursor over a GGUF header; every length is held against what is left of the file before it is used."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self.path, self.data, self.size, self.at = path, data, size, 0
+        self.limit = min(size, _GGUF_HEADER_LIMIT)
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.take(4) != b"GGUF":
+            self.fail("it does not start with GGUF")
+        version, n_tensors, n_values = self.u32(), self.u64(), self.u64()
+        if version not in (2, 3):
+            self.fail(f"it has version {version}, and 2 and 3 can be read")
+        self.fits(n_tensors * 24, f"{n_tensors} tensors")
+        self.fits(n_values * 13, f"{n_values} values")
+        alignment = self.values(n_values)
+        declared = [self.tensor(alignment) for _ in range(n_tensors)]
+        data_start = -(-self.at // alignment) * alignment
+        names: dict[str, Tensor] = {}
+        reached, before = 0, ""
+        for offset, tensor in sorted(declared, key=lambda item: item[0]):
+            if tensor.name in names:
+                self.fail(f"the tensor {tensor.name!r} stands twice")
+            if offset < reached:
+                self.fail(f"tensor {tensor.name!r} overlaps {before!r}")
+            reached, before = offset + tensor.size, tensor.name
+            if data_start + reached > self.size:
+                self.fail(f"tensor {tensor.name!r} ends at byte {data_start + reached} of a file of {self.size}")
+            names[tensor.name] = tensor
+        if not names:
+            self.fail("it holds no tensors")
+        return names
+
+    def values(self, count: int) -> int:
+        """Passes over the metadata; returns the alignment of the data."""
+        alignment, seen = 32, set()
+        for _ in range(count):
+            key = self.string(65_535)
+            if key in seen:
+                self.fail(f"the key {key[:80]!r} stands twice")
+            seen.add(key)
+            kind = self.u32()
+            if key == "general.alignment":
+                if kind != 4:
+                    self.fail("its alignment is not an unsigned 32-bit number")
+                alignment = self.u32()
+                if not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
+                    self.fail(f"its alignment is {alignment}, not a power of two from 8 on")
+            else:
+                self.skip_value(kind, key, depth=0)
+        return alignment
+
+    def skip_value(self, kind: int, key: str, depth: int) -> None:
+        if kind in _GGUF_SCALARS:
+            self.take(_GGUF_SCALARS[kind])
+        elif kind == _GGUF_STRING:
+            self.skip_strings(1, key)
+        elif kind == _GGUF_ARRAY:
+            if depth == 3:
+                self.fail(f"the value {key[:80]!r} is nested deeper than 3 arrays")
+            kind, count = self.u32(), self.u64()
+            if kind in _GGUF_SCALARS:
+                self.fits(count * _GGUF_SCALARS[kind], f"{count} values of {key[:80]!r}")
+                self.at += count * _GGUF_SCALARS[kind]
+                return
+            if count > _GGUF_ARRAY_LIMIT:
+                self.fail(f"the value {key[:80]!r} has {count} items, more than {_GGUF_ARRAY_LIMIT}")
+            if kind == _GGUF_STRING:
+                self.fits(count * 8, f"{count} texts of {key[:80]!r}")
+                self.skip_strings(count, key)
+                return
+            self.fits(count * 12, f"{count} arrays of {key[:80]!r}")
+            for _ in range(count):
+                self.skip_value(kind, key, depth + 1)
+        else:
+            self.fail(f"the value {key[:80]!r} has the unknown type {kind}")
+
+    def skip_strings(self, count: int, key: str) -> None:
+        at, limit, data, unpack = self.at, self.limit, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > limit:
+                self.fail(f"it ends within {key[:80]!r}")
+            (length,) = unpack(data, at)
+            if length > limit - at - 8:
+                self.fail(f"a text of {key[:80]!r} is declared to have {length} bytes")
+            at += 8 + length
+        self.at = at
+
+    def tensor(self, alignment: int) -> tuple[int, Tensor]:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self.string(255)
+        n_dims = self.u32()
+        if not 1 <= n_dims <= 4:
+            self.fail(f"tensor {name!r} has {n_dims} dimensions, outside 1 to 4")
+        dims = tuple(self.u64() for _ in range(n_dims))
+        kind, offset = self.u32(), self.u64()
+        count = 1
+        for d in dims:
+            if not 1 <= d < 2**40:
+                self.fail(f"tensor {name!r} has the impossible dimension {d}")
+            count *= d
+        try:
+            quantization = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[quantization]
+        except (ValueError, KeyError):
+            self.fail(f"tensor {name!r} has the unknown type {kind}")
+        if dims[0] % block:
+            self.fail(f"tensor {name!r} has rows of {dims[0]} values, not a multiple of its block of {block}")
+        if offset % alignment:
+            self.fail(f"tensor {name!r} starts at {offset}, not a multiple of {alignment}")
+        return offset, Tensor(name, quantization.name, dims[::-1], count // block * block_bytes)
+
+    def take(self, count: int) -> bytes:
+        self.fits(count, f"{count} bytes")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def u32(self) -> int:
+        return int(struct.unpack("<I", self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(struct.unpack("<Q", self.take(8))[0])
+
+    def string(self, longest: int) -> str:
+        length = self.u64()
+        if length > longest:
+            self.fail(f"a name is declared to have {length} bytes")
+        return self.take(length).decode("utf-8", errors="replace")
+
+    def fits(self, count: int, what: str) -> None:
+        if count > self.limit - self.at:
+            self.fail(f"its header declares {what} and {self.limit - self.at} bytes are left")
+
+    def fail(self, reason: str) -> NoReturn:
+        _corrupt(self.path, reason)

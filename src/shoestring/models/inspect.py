@@ -1,0 +1,366 @@
+"""Where everything is in a transformers language model: blocks, projections by role, embeddings, head, norms.
+
+Found by structure and a small vocabulary of projection names, so that a new model family needs no entry. This is the one
+file that knows how families call their parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from shoestring.core.errors import UsageError
+
+# Last word of a projection's name -> its role. Words that mean different things in attention and in the MLP are absent:
+# there the place and the shape decide.
+_ATTENTION = {
+    "q": ("q", "q_proj", "query", "q_lin", "wq", "query_proj", "q_linear"),
+    "k": ("k", "k_proj", "key", "k_lin", "wk", "key_proj", "k_linear"),
+    "v": ("v", "v_proj", "value", "v_lin", "wv", "value_proj", "v_linear"),
+    "qkv": ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj", "att_proj", "qkv_linear"),
+    "o": ("o", "o_proj", "out_proj", "out_lin", "wo", "dense", "c_proj", "attn_out", "output", "out", "o_linear"),
+}
+_MLP = {
+    "gate": ("gate_proj", "w1", "wi_0", "gate", "linear_v"),
+    "up": ("up_proj", "w3", "wi_1", "wi", "fc1", "fc_in", "lin1", "c_fc", "dense_h_to_4h", "linear_1"),
+    "gate_up": ("gate_up_proj", "gate_and_up_proj", "w1w3"),
+    "down": ("down_proj", "w2", "wo", "fc2", "fc_out", "lin2", "c_proj", "dense_4h_to_h"),
+}
+_IN_ATTENTION = re.compile(r"att", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
+_EXPERT = re.compile(r"expert", re.IGNORECASE)
+_ROUTER = ("gate", "router", "classifier", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer.
+
+    Attributes:
+        index: its place within its stack, from 0.
+        name: full module name, such as `model.layers.3`.
+        module: the module itself.
+        projections: role -> full module name. Roles are those of `core.shape.PROJECTIONS`; cross-attention has `cross_q`,
+            `cross_k`, `cross_v`, `cross_o`; each expert of a mixture `expert.0.up` and so on, or `expert` for a module that
+            keeps all experts in stacked parameters; `router` chooses among them.
+        norms: full names of its normalisations in order.
+        stack: "decoder", or "encoder" in the encoder of an encoder-decoder and in a masked model.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    projections: dict[str, str]
+    norms: tuple[str, ...]
+    stack: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model by full module name; an absent part is an empty name.
+
+    Attributes:
+        kind: "causal", "masked" or "seq2seq".
+        blocks: in the order in which they run; for an encoder-decoder the encoder's come first.
+        embeddings: the input embedding; `head` the output projection; `final_norm` the last normalisation before it.
+        embeddings_tied: head and input embedding share their weight.
+    """
+
+    model: nn.Module
+    kind: str
+    blocks: tuple[Block, ...]
+    embeddings: str
+    head: str
+    final_norm: str
+    embeddings_tied: bool
+
+    def linears(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(full name, module, role) of each projection that is a module with one weight matrix, in running order.
+
+        The role has no prefix: cross-attention's `cross_q` is a "q", an expert's "expert". Routers, embeddings and head are
+        left out.
+        """
+        for block in self.blocks:
+            for key, name in block.projections.items():
+                module = self.model.get_submodule(name)
+                if key != "router" and is_projection(module):
+                    yield name, module, plain_role(key)
+
+    def stack(self, name: str) -> tuple[Block, ...]:
+        """The blocks of the "encoder" or the "decoder"."""
+        return tuple(block for block in self.blocks if block.stack == name)
+
+
+def plain_role(key: str) -> str:
+    """The role in `core.shape.ROLES` of a key of `Block.projections`."""
+    if key.startswith("expert"):
+        return "expert"
+    return "other" if key == "router" else key.removeprefix("cross_")
+
+
+def inspect(model: nn.Module) -> Anatomy:
+    """The anatomy of a causal, masked or encoder-decoder language model of transformers, bare or wrapped by peft.
+
+    Raises:
+        UsageError: names the class and the part that was not found.
+    """
+    core = getattr(model, "get_base_model", lambda: model)()
+    prefix = _name_of(model, core)
+    config = getattr(core, "config", None)
+    if config is None:
+        _unknown(core, "a configuration")
+    kind = model_kind(core)
+    stacks = _stacks(core)
+    if not stacks:
+        _unknown(core, "a list of equal blocks with attention in them")
+    blocks: list[Block] = []
+    for list_name, modules in stacks:
+        stack = "encoder" if kind == "masked" or (kind == "seq2seq" and _is_encoder(list_name)) else "decoder"
+        for index, module in enumerate(modules):
+            name = f"{list_name}.{index}"
+            projections = _projections(module)
+            _check(core, name, projections)
+            blocks.append(
+                Block(
+                    index,
+                    prefix + name,
+                    module,
+                    {role: f"{prefix}{name}.{part}" for role, part in projections.items()},
+                    tuple(
+                        f"{prefix}{name}.{part}" for part, child in module.named_modules() if part and is_norm(child)
+                    ),
+                    stack,
+                )
+            )
+    embeddings = _getter(core, "get_input_embeddings")
+    if embeddings is None:
+        _unknown(core, "input embeddings")
+    head = _getter(core, "get_output_embeddings")
+    tied = head is not None and getattr(head, "weight", 0) is getattr(embeddings, "weight", 1)
+    final_norm = _final_norm(core, stacks[-1][0])
+    return Anatomy(
+        model,
+        kind,
+        tuple(blocks),
+        prefix + _name_of(core, embeddings).removesuffix("."),
+        prefix + _name_of(core, head).removesuffix(".") if head is not None else "",
+        prefix + final_norm if final_norm else "",
+        tied,
+    )
+
+
+def model_kind(model: nn.Module) -> str:
+    """ "causal", "masked" or "seq2seq", from the model's class and configuration."""
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "seq2seq"
+    if "MaskedLM" in name or "PreTraining" in name:
+        return "masked"
+    return "causal"
+
+
+def is_projection(module: nn.Module) -> bool:
+    """A module that multiplies by one weight matrix: nn.Linear, GPT-2's Conv1D, a packed or an adapted replacement."""
+    if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+        return True
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as (in, out), as GPT-2's Conv1D does, rather than (out, in)."""
+    return type(getattr(module, "base_layer", module)).__name__ == "Conv1D"
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a projection, whatever its class."""
+    module = getattr(module, "base_layer", module)
+    if is_transposed(module):
+        return int(module.weight.shape[0]), int(module.nf)  # type: ignore[union-attr,arg-type,index]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A layer or root-mean-square normalisation of any library."""
+    return "norm" in type(module).__name__.lower() and not any(is_projection(child) for child in module.modules())
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Full name -> the list that holds a stack's blocks."""
+    core = getattr(model, "get_base_model", lambda: model)()
+    return {_name_of(model, core) + name: modules for name, modules in _stacks(core)}
+
+
+def renumber(blocks: nn.ModuleList) -> None:
+    """Number the layers anew from 0, so that each finds its own place in a key-value cache."""
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            for attribute in ("layer_idx", "layer_id", "layer_number"):
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
+
+
+def set_depth(config: Any, layers: int, kept: list[int], stack: str = "decoder") -> None:
+    """Write the number of layers into a configuration, and keep only `kept` of what it lists for each layer."""
+    names = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+    if stack == "encoder" and getattr(config, "is_encoder_decoder", False):
+        names = ("encoder_layers", "num_layers", "num_encoder_layers")
+    elif getattr(config, "is_encoder_decoder", False):
+        names = ("decoder_layers", "num_decoder_layers")
+    before = max(kept, default=-1) + 1
+    for name in names:
+        if isinstance(getattr(config, name, None), int):
+            before = max(before, getattr(config, name))
+            setattr(config, name, layers)
+    for name, value in list(vars(config).items()):
+        if (
+            isinstance(value, list)
+            and len(value) == before
+            and name in ("layer_types", "mlp_layer_types", "no_rope_layers")
+        ):
+            setattr(config, name, [value[index] for index in kept])
+
+
+def _stacks(core: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Outermost lists whose every element has attention and projections; of several in one model the longest."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in core.named_modules():
+        inside = any(name.startswith(other + ".") for other, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(_has_attention(b) for b in module):
+            found.append((name, module))
+    if not getattr(core.config, "is_encoder_decoder", False):
+        return sorted(found, key=lambda item: -len(item[1]))[:1]
+    return sorted(found, key=lambda item: not _is_encoder(item[0]))
+
+
+def _is_encoder(name: str) -> bool:
+    parts = name.split(".")
+    return "encoder" in parts and "decoder" not in parts
+
+
+def _has_attention(block: nn.Module) -> bool:
+    keys = _projections(block)
+    return ("qkv" in keys or "q" in keys) and "o" in keys
+
+
+def _projections(block: nn.Module) -> dict[str, str]:
+    """Role (with prefix) -> name within the block."""
+    found: dict[str, str] = {}
+    undecided: list[tuple[str, nn.Module]] = []
+    for name, module in _leaves(block):
+        key = _expert_key(name, module) or _named_role(name)
+        if key and key not in found:
+            found[key] = name
+        elif not key and is_projection(module):
+            undecided.append((name, module))
+    # An MLP whose projections have names of their own still widens and then narrows.
+    for name, module in undecided:
+        narrow, wide = features(module)
+        key = "up" if wide > narrow else "down"
+        if narrow != wide and not ({"gate_up", "expert"} & set(found)):
+            found.setdefault(key, name)
+    return found
+
+
+def _leaves(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in block.named_children():
+        full = f"{prefix}{name}"
+        if is_projection(child) or _stacked_experts(child) or _is_router(name, child):
+            yield full, child
+        else:
+            yield from _leaves(child, full + ".")
+
+
+def _stacked_experts(module: nn.Module) -> bool:
+    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and not isinstance(
+        module, nn.Conv1d
+    )
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    return name in _ROUTER and any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
+
+
+def _expert_key(name: str, module: nn.Module) -> str:
+    parts = name.split(".")
+    if _stacked_experts(module):
+        return "expert"
+    numbered = re.search(r"experts?\.(?:\w+\.)?(\d+)\.", name)
+    if numbered:
+        return f"expert.{numbered.group(1)}.{_named_role('mlp.' + parts[-1]) or parts[-1]}"
+    if (
+        parts[-1] in _ROUTER
+        and not _IN_ATTENTION.search(name)
+        and (not is_projection(module) or features(module)[1] <= 512)
+    ):
+        return "router"
+    if _EXPERT.search(name):
+        return f"expert.shared.{_named_role('mlp.' + parts[-1]) or parts[-1]}"
+    return ""
+
+
+def _named_role(name: str) -> str:
+    *path, leaf = name.split(".")
+    leaf = leaf.lower()
+    if any(_IN_ATTENTION.search(part) for part in path):
+        prefix = "cross_" if any(_CROSS.search(part) for part in path) else ""
+        for role, words in _ATTENTION.items():
+            if leaf in words:
+                return prefix + role
+        return ""
+    for role, words in _MLP.items():
+        if leaf in words:
+            return role
+    return ""
+
+
+def _check(core: nn.Module, name: str, projections: dict[str, str]) -> None:
+    keys = set(projections)
+    if not ("qkv" in keys or {"q", "k", "v"} <= keys):
+        _unknown(core, f"query, key and value projections in {name}")
+    if "o" not in keys:
+        _unknown(core, f"the attention's output projection in {name}")
+    experts = any(key.startswith("expert") for key in keys)
+    if not experts and not ({"down"} <= keys and ({"up", "gate_up"} & keys)):
+        _unknown(core, f"the MLP's up and down projections in {name}")
+
+
+def _final_norm(core: nn.Module, list_name: str) -> str:
+    parent_name = list_name.rpartition(".")[0]
+    parent = core.get_submodule(parent_name)
+    candidates = [
+        name for name, child in parent.named_children() if is_norm(child) and not re.search(r"emb|prediction", name)
+    ]
+    if not candidates:
+        return ""
+    return f"{parent_name}.{candidates[-1]}" if parent_name else candidates[-1]
+
+
+def _getter(core: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return getattr(core, name)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _name_of(model: nn.Module, part: nn.Module | None) -> str:
+    """Name of `part` within `model` with a dot behind it; empty for the model itself."""
+    for name, module in model.named_modules():
+        if module is part:
+            return name + "." if name else ""
+    return ""
+
+
+def _unknown(core: nn.Module, missing: str) -> Any:
+    raise UsageError(
+        f"The model class {type(core).__name__} is not understood: {missing} could not be found",
+        "models are addressed through their blocks, attention and MLP projections",
+        "Use a transformer language model, such as Llama, Qwen, Mistral, GPT-2, BERT or T5",
+    )

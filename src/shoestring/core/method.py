@@ -31,7 +31,8 @@ class Method:
         saves: resources it saves, from `RESOURCES`.
         combines: what it may follow or precede -> "yes", or the reason why not; keys are rooms or method names.
         expects: a check of the room's contract -> the reason why this method cannot pass it.
-        name, room, about, file: filled in by the catalog from the path and the docstring.
+        default: the plain choice of its room, taken when nothing asks for another.
+        name, room, about, module, file: filled in by the catalog from the path and the docstring.
     """
 
     paper: Paper
@@ -39,6 +40,7 @@ class Method:
     saves: tuple[str, ...]
     combines: Mapping[str, str] = field(default_factory=dict)
     expects: Mapping[str, str] = field(default_factory=dict)
+    default: bool = False
     name: str = ""
     room: str = ""
     about: str = ""

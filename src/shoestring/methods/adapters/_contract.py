@@ -1,0 +1,245 @@
+"""The door of the adapters room: peft's own interface, and the checks every adapter passes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from shoestring import data, models
+from shoestring.core.errors import UsageError
+from shoestring.core.files import atomic_folder
+from shoestring.core.step import Step, Work
+from shoestring.lab import tiny
+
+VERB = "train"
+WORDS = ("settings", "price")
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
+
+
+def adopt(module: ModuleType) -> None:
+    """Make peft know the method. A config of peft itself is known already; another brings its own `register`."""
+    if hasattr(module, "register"):
+        module.register()
+
+
+def config(module: ModuleType, options: dict[str, Any], kind: str = "causal") -> peft.PeftConfig:
+    """The method's config from its first settings overlaid with `options`.
+
+    Raises:
+        UsageError: an option the method does not have, or a value it refuses.
+    """
+    made = type(module.example())
+    known = set(made.__dataclass_fields__)
+    stray = set(options) - known
+    if stray:
+        raise UsageError(f"{made.__name__} has no option {', '.join(sorted(stray))}", remedy="Known: " + ", ".join(sorted(known)))
+    try:
+        return made(task_type=TASKS.get(kind), **{**module.settings()[0], **options})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{made.__name__} refuses its options", str(error)) from None
+
+
+def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: str = "causal") -> PeftModel:
+    """`get_peft_model`, with peft's complaints about a model that does not fit turned into a UsageError."""
+    made = config(module, options, kind)
+    try:
+        return get_peft_model(model, made)  # type: ignore[arg-type,return-value]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{type(made).__name__} does not fit {type(model).__name__}", str(error), "Name other target_modules") from None
+
+
+def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
+    """Train the adapter on `work.train` and save it in peft's layout at `out`."""
+    from shoestring import training
+
+    if not work.train:
+        raise UsageError(f"the step {step} trains, and no data was given", remedy="Add --data FILE")
+    loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
+    torch.manual_seed(work.seed)
+    model = wrap(module, loaded.model, dict(step.options), loaded.kind)
+    settings = training.TrainOptions(seed=work.seed, **work.training)
+    limit = min(settings.max_length, models.shape_of(loaded.model).context or settings.max_length)
+    rows = data.encode(work.train, loaded.tokenizer, limit, on_long="truncate")
+    valid = data.encode(work.valid, loaded.tokenizer, limit, on_long="truncate") if work.valid else None
+    result = training.train(
+        model,
+        rows.rows,
+        valid.rows if valid else None,
+        settings,
+        work.folder,
+        tokenizer=loaded.tokenizer,
+        ledger=work.ledger,
+        resume=work.resume,
+    )
+    with atomic_folder(out) as folder:
+        model.peft_config["default"].base_model_name_or_path = str(source)
+        model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
+            "truncated": rows.truncated}  # fmt: skip
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------
+
+
+def check_starts_as_the_base_model(module: ModuleType) -> None:
+    _same(tiny.logits(_wrapped(module)), tiny.logits(tiny.model()))
+
+
+def check_only_the_adapter_trains(module: ModuleType) -> None:
+    model = _wrapped(module)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < trained < sum(p.numel() for p in frozen.values()), f"{trained} parameters train"
+    _fit(model, 3)
+    moved = [n for n, p in model.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
+    assert not moved, f"frozen parameters moved: {moved[:3]}"
+
+
+def check_every_trainable_gets_a_gradient(module: ModuleType) -> None:
+    model = _wrapped(module)
+    _fit(model, 3)
+    dead = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    assert not dead, f"no gradient reaches {dead[:3]}"
+
+
+def check_learns(module: ModuleType) -> None:
+    losses = _fit(_wrapped(module), 30)
+    assert losses[-1] < losses[0] - 0.05, f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def check_same_seed_same_adapter(module: ModuleType) -> None:
+    one, two = _wrapped(module), _wrapped(module)
+    _fit(one, 3)
+    torch.manual_seed(0)
+    _fit(two, 3)
+    assert torch.equal(tiny.logits(one), tiny.logits(two))
+
+
+def check_save_load(module: ModuleType) -> None:
+    model = _stir(_wrapped(module))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(tiny.model(), folder).eval()
+        assert torch.equal(tiny.logits(again), tiny.logits(model)), "reloaded logits differ"
+
+
+def check_merge(module: ModuleType) -> None:
+    model = _stir(_wrapped(module))
+    out = tiny.logits(model)
+    _same(tiny.logits(model.merge_and_unload()), out, 2e-4)
+
+
+def check_unload_restores_the_base(module: ModuleType) -> None:
+    assert torch.equal(tiny.logits(_stir(_wrapped(module)).unload()), tiny.logits(tiny.model()))
+
+
+def check_disable(module: ModuleType) -> None:
+    model = _stir(_wrapped(module))
+    with model.disable_adapter():
+        _same(tiny.logits(model), tiny.logits(tiny.model()))
+
+
+def check_two_adapters(module: ModuleType) -> None:
+    model = _stir(_wrapped(module))
+    one = tiny.logits(model)
+    model.add_adapter("two", config(module, {}))
+    model.set_adapter("two")
+    _stir(model, 2)
+    two = tiny.logits(model)
+    model.set_adapter("default")
+    _same(tiny.logits(model), one)
+    assert not torch.allclose(one, two), "the second adapter changes nothing"
+
+
+def check_bfloat16(module: ModuleType) -> None:
+    model = wrap(module, tiny.model(dtype=torch.bfloat16), {})
+    losses = _fit(model, 3)
+    assert all(torch.isfinite(torch.tensor(losses))), losses
+
+
+def check_gradient_checkpointing(module: ModuleType) -> None:
+    plain, saving = _stir(_wrapped(module)), _stir(_wrapped(module))
+    saving.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, saving):
+        model.train()
+        model(**tiny.inputs(model)).loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters()):
+        if a.requires_grad:
+            assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def check_other_families_or_a_clear_error(module: ModuleType) -> None:
+    for family, kind in (("gpt2", "causal"), ("bert", "masked"), ("t5", "seq2seq")):
+        try:
+            model = wrap(module, tiny.model(family), {}, kind)
+        except UsageError as error:
+            assert type(tiny.model(family)).__name__ in str(error), f"{family}: {error}"
+            continue
+        _same(tiny.logits(model.eval()), tiny.logits(tiny.model(family)))
+
+
+def check_wrong_target_is_a_clear_error(module: ModuleType) -> None:
+    _refused(lambda: wrap(module, tiny.model(), {"target_modules": ["no_such_layer"]}), "no_such_layer")
+
+
+def check_unknown_option_is_a_clear_error(module: ModuleType) -> None:
+    _refused(lambda: config(module, {"no_such_option": 1}), "no_such_option")
+
+
+def check_price(module: ModuleType) -> None:
+    model = _wrapped(module)
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    promised = module.price(models.shape_of(tiny.model()), {}).trainable
+    assert counted == promised, f"price says {promised} trainable parameters, the model has {counted}"
+
+
+CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+
+
+def _wrapped(module: ModuleType) -> PeftModel:
+    torch.manual_seed(0)
+    return wrap(module, tiny.model(), {}).eval()  # type: ignore[return-value]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert torch.allclose(a, b, atol=tolerance, rtol=1e-4), f"largest difference {(a - b).abs().max():.2e}"
+
+
+def _stir(model: Any, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def _fit(model: Any, steps: int) -> list[float]:
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(**tiny.inputs(model)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def _refused(run: Any, word: str) -> None:
+    try:
+        run()
+    except UsageError as error:
+        assert word in str(error), f"the error does not name {word}: {error}"
+    else:
+        raise AssertionError(f"{word} was accepted")

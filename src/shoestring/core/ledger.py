@@ -23,6 +23,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +117,10 @@ def derive(
     return Entry(metric, value, unit, status, method, scope)
 
 
+# By context and not by thread: tasks of one event loop take turns inside each other's stages.
+_open_stages: ContextVar[tuple[Stage, ...]] = ContextVar("open_stages", default=())
+
+
 class Stage:
     """A named stretch of work; made by `Ledger.stage`, opened with `with`."""
 
@@ -173,7 +178,7 @@ class Stage:
             )
         if self._settle:
             _settle()
-        self.ledger._stack().append(self)
+        _open_stages.set((*_open_stages.get(), self))
         self._before = _Reading.take(self.ledger)
         return self
 
@@ -183,7 +188,7 @@ class Stage:
         before, self._before = self._before, None
         assert before is not None
         after = _Reading.take(self.ledger, before.window)
-        self.ledger._stack().remove(self)
+        _open_stages.set(tuple(stage for stage in _open_stages.get() if stage is not self))
         conditions = {"interrupted": kind.__name__} if kind else {}
         for entry in _automatic(self.ledger, before, after):
             self.ledger._add(self.path, replace(entry, conditions=conditions) if conditions else entry)
@@ -264,14 +269,13 @@ class Ledger:
         self.fingerprint: Mapping[str, Any] = probes.fingerprint()
         self._rapl = probes.Rapl.find(powercap)
         self._series: dict[str, dict[tuple[Any, ...], _Series]] = {}
-        self._local = threading.local()
         self._lock = threading.Lock()
         self._whole: Stage | None = None
 
     # -- writing
 
     def stage(self, name: str, *, settle: bool = False) -> Stage:
-        """A stage below the one that is open in this thread.
+        """A stage below the one that is open in this thread or task.
 
         Args:
             settle: collect garbage and give freed memory back to the system first, so that the stage starts from what
@@ -279,9 +283,8 @@ class Ledger:
         """
         if not name.strip("/"):
             raise UsageError("a stage needs a name")
-        stack = self._stack()
-        parent = stack[-1].path if stack else ""
-        return Stage(self, f"{parent}/{name}" if parent else name, settle)
+        outer = self._innermost()
+        return Stage(self, f"{outer.path}/{name}" if outer and outer.path else name, settle)
 
     def record(
         self,
@@ -294,8 +297,7 @@ class Ledger:
         **conditions: Any,
     ) -> Entry:
         """`Stage.record` on the innermost open stage, or on the whole ledger."""
-        stack = self._stack()
-        stage = stack[-1] if stack else Stage(self, "", False)
+        stage = self._innermost() or Stage(self, "", False)
         return stage.record(metric, value, unit, status, method, scope, **conditions)
 
     def __enter__(self) -> Self:
@@ -365,41 +367,47 @@ class Ledger:
 
     def print_table(self, console: Any = None) -> None:
         """The stages as a table in the terminal; figures that are not measured carry a mark."""
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
         console = console or Console()
-        columns = [(m, title) for m, title in _COLUMNS if any(self.figure(path, m) for path in self._series)]
-        table = Table("stage", *(title for _, title in columns), title="Ledger", title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        seen, others = set(), []
-        for path in sorted(self._series, key=_order(self._series)):
-            cells = []
-            for metric, _ in columns:
-                entry = self.figure(path, metric)
-                cells.append(_cell(entry) if entry else "")
-                seen.add(entry.status if entry else "")
-            table.add_row("  " * path.count("/") + (path.rpartition("/")[2] or "total"), *cells)
-            others += [
-                (path, e) for e in self.figures(path) if e.metric not in _HIDDEN and e.metric not in dict(_COLUMNS)
-            ]
+        paths = sorted(self._series, key=_order(self._series))
+        every = {(path, metric): self.figure(path, metric) for path in paths for metric, _ in _COLUMNS}
+        columns = [c for c in _COLUMNS if any((e := every[path, c[0]]) and e.value is not None for path in paths)]
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("stage", min_width=8, overflow="fold")
+        for title in ("runs", *(title.format(currency=self.declared.currency) for _, title in columns)):
+            table.add_column(title, justify="right", no_wrap=True)
+        seen, absent, others = set(), {}, []
+        for path in paths:
+            cells = [every[path, metric] for metric, _ in columns]
+            name = "  " * path.count("/") + (path.rpartition("/")[2] or "total")
+            runs = max((entry.n for entry in cells if entry), default=1)
+            shown = (_cell(entry, in_column=True) if entry else "" for entry in cells)
+            table.add_row(name, str(runs) if runs > 1 else "", *shown)
+            seen |= {entry.status for entry in cells if entry}
+            for entry in self.figures(path):
+                if entry.metric in dict(_COLUMNS) and entry.value is None:
+                    absent[entry.metric] = entry.method
+                elif entry.metric not in _HIDDEN and entry.metric not in dict(_COLUMNS):
+                    others.append((path, entry))
+                    seen.add(entry.status)
         console.print(table)
         if others:
-            table = Table("stage", "figure", "value", "status", "how")
+            table = Table("stage", "figure", "value", "status", "how", box=SIMPLE_HEAD, padding=(0, 1))
             for path, entry in others:
-                table.add_row(path or "total", entry.metric, _cell(entry), entry.status, entry.method)
-                seen.add(entry.status)
+                many = f" (median of {entry.n})" if entry.n > 1 else ""
+                table.add_row(path or "total", entry.metric, _cell(entry) + many, entry.status, entry.method)
             console.print(table)
-        marks = [f"{mark} {status}" for status, mark in _MARKS.items() if status in seen]
         known = self.declared
-        notes = [
-            f"{known.source} ({known.version})",
-            f"grid {known.region.name}" if known.region else "no region declared",
+        lines = [
+            "  ".join(f"{mark} {status}" for status, mark in _MARKS.items() if status in seen),
+            "; ".join(f"{metric} not available: {why}" for metric, why in absent.items()),
+            f"parameters of modelled figures: {known.source} ({known.version})",
         ]
-        console.print(
-            "  ".join(filter(None, [*marks, "Parameters: " + ", ".join(notes)])), style="dim", highlight=False
-        )
+        for line in filter(None, lines):
+            console.print(line, style="dim", highlight=False)
 
     # -- keeping
 
@@ -485,26 +493,25 @@ class Ledger:
             energy = [series for series in kinds.values() if series.like.metric == "energy"]
             if not energy:
                 continue
-            seconds = new.values(path, "time")
+            times = {_said(series.like): series.values for series in kinds.values() if series.like.metric == "time"}
             for key in [k for k, series in kinds.items() if series.like.metric in _PRICED]:
                 del kinds[key]
             for series in energy:
-                for i, value in enumerate(series.values):
-                    joules = (
-                        Range(value, series.lows[i], series.highs[i])
-                        if series.own_intervals
-                        else Range(value, value, value)
+                seconds = times.get(_said(series.like), [])
+                if len(seconds) != len(series.values):
+                    raise ShoestringError(
+                        f"{path or 'the ledger'} has {len(series.values)} energies and {len(seconds)} times"
                     )
-                    for entry in _consequences(declared, joules, seconds[i], series.like.status):
-                        new._add(path, entry)
+                for i, value in enumerate(series.values):
+                    low, high = (series.lows[i], series.highs[i]) if series.own_intervals else (value, value)
+                    for entry in _consequences(declared, Range(value, low, high), seconds[i], series.like.status):
+                        new._add(path, replace(entry, conditions=series.like.conditions))
         return new
 
     # -- inside
 
-    def _stack(self) -> list[Stage]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack
+    def _innermost(self) -> Stage | None:
+        return next((stage for stage in reversed(_open_stages.get()) if stage.ledger is self), None)
 
     def _add(self, path: str, entry: Entry) -> None:
         with self._lock:
@@ -515,8 +522,11 @@ class Ledger:
 
 
 def _kind(entry: Entry) -> tuple[Any, ...]:
-    conditions = json.dumps(entry.conditions, sort_keys=True, default=str) if entry.conditions else ""
-    return (entry.metric, entry.unit, entry.status, entry.scope, entry.method, conditions)
+    return (entry.metric, entry.unit, entry.status, entry.scope, entry.method, _said(entry))
+
+
+def _said(entry: Entry) -> str:
+    return json.dumps(entry.conditions, sort_keys=True, default=str) if entry.conditions else ""
 
 
 def _above(path: str) -> list[str]:
@@ -558,13 +568,13 @@ _COLUMNS = (
     ("time", "time"),
     ("cpu_time", "CPU"),
     ("peak_memory", "peak memory"),
-    ("peak_memory_above_floor", "above floor"),
     ("energy", "energy"),
-    ("carbon", "carbon"),
-    ("water", "water"),
-    ("money", "money"),
+    ("carbon", "gCO2e"),
+    ("water", "L water"),
+    ("money", "{currency}"),
 )
 _HIDDEN = (
+    "peak_memory_above_floor",
     "machine_cpu_time",
     "machine_energy",
     "gpu_energy",
@@ -577,12 +587,14 @@ _MARKS = {"counted": "#", "declared": "=", "modelled": "~", "not available": "-"
 _PRICED = ("carbon", "water", "water_site", "water_source", "money")
 
 
-def _cell(entry: Entry) -> str:
+def _cell(entry: Entry, in_column: bool = False) -> str:
+    """A figure with the mark of its status; without its unit where the head of the column has it."""
     if entry.value is None:
         return "-"
     mark = _MARKS.get(entry.status, "")
-    runs = f" (n={entry.n})" if entry.n > 1 else ""
-    return f"{mark}{' ' if mark else ''}{text.show(entry.value, entry.unit)}{runs}"
+    if in_column and entry.metric in _PRICED:
+        return f"{mark}{entry.value:.2g}"
+    return f"{mark}{text.show(entry.value, entry.unit)}"
 
 
 @dataclass(frozen=True)
@@ -592,7 +604,7 @@ class _Reading:
     clock: float
     cpu: float
     machine: tuple[float, float] | None
-    rapl: tuple[int, ...] | None
+    rapl: float | None
     gpu: float | None
     io: tuple[int, int] | None
     window: peak.Window
@@ -601,7 +613,7 @@ class _Reading:
     def take(cls, ledger: Ledger, opened: peak.Window | None = None) -> _Reading:
         """Read everything; with `opened`, at the end of that window. The clocks are innermost: reading is not work."""
         if opened is None:
-            window = peak.open_window()
+            window = peak.open_window(poll=ledger._rapl.joules if ledger._rapl else None)
             others = cls._others(ledger)
             cpu = probes.tree_cpu()
             return cls(time.perf_counter(), cpu, *others, window)
@@ -613,7 +625,7 @@ class _Reading:
 
     @staticmethod
     def _others(ledger: Ledger) -> tuple[Any, Any, Any, Any]:
-        rapl = ledger._rapl.read() if ledger._rapl else None
+        rapl = ledger._rapl.joules() if ledger._rapl else None
         return probes.machine_cpu(), rapl, probes.gpu_joules(), probes.storage_io()
 
 
@@ -631,11 +643,10 @@ def _automatic(ledger: Ledger, before: _Reading, after: _Reading) -> Iterable[En
     memory = yield from _memory(before.window)
 
     power = ledger.declared.power
-    joules = ledger._rapl.joules(before.rapl, after.rapl) if ledger._rapl else None
-    gpu = None if before.gpu is None or after.gpu is None else max(0.0, after.gpu - before.gpu)
+    joules, gpu = _since(before.rapl, after.rapl), _since(before.gpu, after.gpu)
     if gpu is not None:
         yield Entry("gpu_energy", gpu, "J", "measured", "GPU energy counter", "machine")
-    note = " + GPU energy counter" if gpu is not None else ""
+    note = " + GPU energy counter" if gpu is not None else "; no counter for the GPU's energy" * probes.gpu_uncounted()
     if joules is not None:
         yield Entry("machine_energy", joules, "J", "measured", "RAPL", "machine")
         # Up: all of the processor's energy goes to whoever ran. Down: idle cores pay for their own time.
@@ -664,6 +675,10 @@ def _automatic(ledger: Ledger, before: _Reading, after: _Reading) -> Iterable[En
     if before.io and after.io:
         for name, a, b in zip(("bytes_read", "bytes_written"), before.io, after.io, strict=True):
             yield Entry(name, max(0, b - a), "B", "measured", "storage counter of the process")
+
+
+def _since(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else max(0.0, after - before)
 
 
 def _memory(window: peak.Window) -> Any:

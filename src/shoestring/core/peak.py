@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoestring.core import probes
 
 _IDLE_SECONDS = 0.05  # how often to ask whether a child has come: one system call
 _SAMPLE_SECONDS = 0.02
+_POLL_SECONDS = 5.0
 _SHARE = 0.008  # of one core, that sampling may cost
 
 
@@ -28,6 +30,7 @@ class Window:
         own: highest resident size of this process.
         tree, tree_high: the highest sum over this process and its descendants, shared pages counted once (private
             pages of children only) and at most (their proportional share too); None when no child was seen.
+        poll: called every few seconds while the window is open: for counters that wrap.
         exact: whether `own` comes from a mark of the system; else it is the highest of samples.
     """
 
@@ -35,6 +38,7 @@ class Window:
     own: int | None
     mark: int | None
     exact: bool
+    poll: Callable[[], object] | None = None
     tree: int | None = None
     tree_high: int | None = None
 
@@ -50,12 +54,12 @@ class _Watch:
         self.wake = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def start(self) -> Window:
+    def start(self, poll: Callable[[], object] | None) -> Window:
         with self.lock:
             self._fold()
             reset = probes.reset_high_water()
             floor = probes.resident()
-            window = Window(floor, floor, None if reset else probes.high_water(), reset)
+            window = Window(floor, floor, None if reset else probes.high_water(), reset, poll)
             self.open.append(window)
             self._children()
             if self.thread is None:
@@ -98,6 +102,7 @@ class _Watch:
         return bool(sizes)
 
     def _run(self) -> None:
+        polled = time.monotonic()
         while True:
             self.wake.wait()
             started = time.thread_time()
@@ -108,6 +113,11 @@ class _Watch:
                     now = probes.resident()
                     for window in unmarked:
                         window.fold(now)
+                polls = {window.poll for window in self.open if window.poll}
+            if time.monotonic() - polled > _POLL_SECONDS:
+                polled = time.monotonic()
+                for poll in polls:
+                    poll()
             cost = time.thread_time() - started
             time.sleep(min(1.0, max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, cost / _SHARE)))
 
@@ -124,9 +134,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def open_window() -> Window:
-    """Start a window."""
-    return _watch.start()
+def open_window(poll: Callable[[], object] | None = None) -> Window:
+    """Start a window; `poll` is called every few seconds until it ends."""
+    return _watch.start(poll)
 
 
 def close_window(window: Window) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,19 +24,23 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 # ---------------------------------------------------------------- energy counters
 
 
-@dataclass(frozen=True)
 class Rapl:
-    """The processor's energy counters: one domain per package, each with the value at which it wraps.
+    """The processor's energy counters as one running total of joules that does not wrap.
 
-    Sub-domains (core, uncore) are inside their package and would be counted twice; DRAM is outside it.
+    Only packages and DRAM: the other domains (core, uncore) lie inside a package and would be counted twice.
     """
 
-    domains: tuple[tuple[Path, int], ...]
+    def __init__(self, domains: Sequence[tuple[Path, int]]) -> None:
+        """`domains`: each counter's file, and the value in microjoules at which it wraps."""
+        self.domains = tuple(domains)
+        self._lock = threading.Lock()
+        self._last: list[int] | None = None
+        self._total = 0
 
     @classmethod
     def find(cls, root: Path = POWERCAP) -> Rapl | None:
         """The readable counters below `root`, or None when there are none or reading them is not permitted."""
-        domains = []
+        domains, packages = [], 0
         for folder in sorted(root.glob("*")):
             file = folder / "energy_uj"
             try:
@@ -44,30 +48,30 @@ class Rapl:
                 if name.startswith("package") or name == "dram":
                     int(file.read_text())
                     domains.append((file, int((folder / "max_energy_range_uj").read_text())))
+                    packages += name != "dram"
             except (OSError, ValueError):
                 continue
-        return cls(tuple(domains)) if any(_is_package(file) for file, _ in domains) else None
+        return cls(domains) if packages else None
 
-    def read(self) -> tuple[int, ...] | None:
-        """Microjoules of every domain now; None when a counter went away."""
-        try:
-            return tuple(int(file.read_text()) for file, _ in self.domains)
-        except (OSError, ValueError):
-            return None
+    def joules(self) -> float | None:
+        """Joules since the first call; None when a counter went away.
 
-    def joules(self, before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> float | None:
-        """Joules between two readings.
-
-        A counter that went down wrapped once; a second wrap cannot be seen (at 100 W a common counter wraps after
-        44 minutes, so `Ledger` reads more often than that).
+        A counter that went down wrapped once. Two wraps between calls cannot be told from one, so whoever measures for
+        long calls this every few minutes at least (at 100 W a common counter wraps after 44 minutes).
         """
-        if before is None or after is None:
-            return None
-        return sum((b - a) % span for a, b, (_, span) in zip(before, after, self.domains, strict=True)) / 1e6
-
-
-def _is_package(file: Path) -> bool:
-    return (file.parent / "name").read_text().startswith("package")
+        with self._lock:
+            try:
+                now = [int(file.read_text()) for file, _ in self.domains]
+            except (OSError, ValueError):
+                self._last = None
+                return None
+            if self._last is not None:
+                self._total += sum(
+                    b - a if b >= a else b - a + span
+                    for a, b, (_, span) in zip(self._last, now, self.domains, strict=True)
+                )
+            self._last = now
+            return self._total / 1e6
 
 
 def gpu_joules() -> float | None:
@@ -81,6 +85,11 @@ def gpu_joules() -> float | None:
         return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1e3
     except pynvml.NVMLError:
         return None
+
+
+def gpu_uncounted() -> bool:
+    """Whether this machine has an NVIDIA GPU whose energy nobody can read."""
+    return not _gpus() and Path("/dev/nvidia0").exists()
 
 
 @cache

@@ -1,0 +1,52 @@
+"""Open the rooms that a folder needs before it can be loaded, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoestring.core import catalog
+from shoestring.models.folder import ADAPTER_CONFIG, read_json
+
+if TYPE_CHECKING:
+    from shoestring.models import Loaded
+
+
+def open_doors(folder: Path) -> None:
+    """Register the methods that wrote the model or adapter in `folder`, so that transformers and peft can read it.
+
+    A folder that needs none costs nothing but reading its configuration. What stays unknown after all is left for the
+    loader to refuse.
+    """
+    if (folder / "config.json").is_file():
+        packed = read_json(folder / "config.json").get("quantization_config") or {}
+        if packed and not _transformers_knows(packed.get("quant_method")):
+            catalog.adopt_room("quantizers")
+    elif (folder / ADAPTER_CONFIG).is_file():
+        from shoestring.models import resolve
+
+        adapter = read_json(folder / ADAPTER_CONFIG)
+        if not _peft_knows(adapter.get("peft_type")):
+            catalog.adopt_room("adapters")
+        if adapter.get("base_model_name_or_path"):
+            open_doors(resolve(adapter["base_model_name_or_path"]))
+
+
+def open_model(ref: str | Path, **options: Any) -> Loaded:
+    """`models.load` behind open doors; same arguments and errors."""
+    from shoestring.models import load, resolve
+
+    open_doors(resolve(ref, offline=options.get("offline")))
+    return load(ref, **options)
+
+
+def _transformers_knows(method: Any) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _peft_knows(kind: Any) -> bool:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return kind in PEFT_TYPE_TO_CONFIG_MAPPING

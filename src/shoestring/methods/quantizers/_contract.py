@@ -89,7 +89,7 @@ def check_bytes_are_as_promised(module: ModuleType) -> None:
             model, folder = _quantized(module, Path(base), settings)
             original = models.shape_of(Path(base) / "float")
             promised = module.price(original, settings).shape
-            stored = sum(p.numel() * p.element_size() for p in _unique(model))
+            stored = sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.state_dict().values()}.values())
             weights = sum(w.stored for w in promised.weights if not w.tied)
             assert stored == weights, f"{settings}: price says {weights} bytes, the model holds {stored}"
             disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -97,7 +97,7 @@ def check_bytes_are_as_promised(module: ModuleType) -> None:
 
 
 def check_error_bound(module: ModuleType) -> None:
-    """A weight comes back within half a step of its group's scale (a clipped end of the range: one step)."""
+    """A weight comes back within one step of its group (half a step, but for the end of the range that is cut)."""
     with tempfile.TemporaryDirectory() as base:
         model, _ = _quantized(module, Path(base))
         original = tiny.model()
@@ -106,8 +106,8 @@ def check_error_bound(module: ModuleType) -> None:
             columns = weight.shape[1]
             back = ops.dequantize(_shared._codes(packed.weight), packed.scales, packed.bits, packed.group, columns)
             step = packed.scales.float().abs().repeat_interleave(packed.group, 1)[:, :columns]
-            worst = ((back.float() - weight).abs() - step).max()
-            assert worst <= 1e-6, f"{name} is off by {worst:.2e} more than one step"
+            worst = ((back.float() - weight).abs() - 1.02 * step).max()  # scales are rounded to 8 bits
+            assert worst <= 0, f"{name} is off by {worst:.2e} more than one step"
 
 
 def check_stays_close_to_the_original(module: ModuleType) -> None:
@@ -170,7 +170,7 @@ def check_bfloat16(module: ModuleType) -> None:
         model, _ = _quantized(module, Path(base), dtype=torch.bfloat16)
         out = tiny.logits(model)
         assert torch.isfinite(out).all()
-        assert all(p.dtype == _shared.SCALE for n, p in model.named_parameters() if n.endswith("scales"))
+        assert all(p.dtype == _shared.SCALE for n, p in model.state_dict().items() if n.endswith("scales"))
 
 
 def check_odd_shapes_zero_rows_and_outliers(module: ModuleType) -> None:
@@ -257,7 +257,3 @@ def _quantized(
     quantized.save_pretrained(base / "packed")
     _shared.seal(base / "packed")
     return quantized, base / "packed"
-
-
-def _unique(model: nn.Module) -> list[torch.Tensor]:
-    return list({p.data_ptr(): p for p in [*model.parameters(), *model.buffers()] if p is not None}.values())

@@ -24,12 +24,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
 from shoestring.kernels import ops
+from shoestring.kernels.reference import GROUPS
 from shoestring.models import surgery
 
 # transformers skips a quantization method it does not know and goes on with random weights. Naming a file that cannot
 # exist as the weights makes it stop instead, with the remedy in its message.
 SEAL = "needs-the-line__import-shoestring.methods.quantizers__before-from_pretrained.safetensors"
-SCALE = torch.float16
+SCALE = torch.bfloat16
 
 
 class GroupConfig(QuantizationConfigMixin):
@@ -54,8 +55,8 @@ class GroupConfig(QuantizationConfigMixin):
         self.quant_method = f"shoestring_{self.method}"
         self.group_size, self.embeddings = group_size, embeddings
         self.modules_to_not_convert = modules_to_not_convert
-        if group_size not in ops.GROUPS:
-            raise UsageError(f"group_size {group_size!r} is not possible", remedy=f"Use one of {', '.join(map(str, ops.GROUPS))}")
+        if group_size not in GROUPS:
+            raise UsageError(f"group_size {group_size!r} is not possible", remedy=f"Use one of {', '.join(map(str, GROUPS))}")
         if embeddings not in (None, 8, 4):
             raise UsageError(f"embeddings {embeddings!r} is not possible", remedy="Use 8, 4, or None to leave them as they are")
         stray = set(kwargs) - {"quant_method", "bits"}
@@ -78,10 +79,10 @@ class PackedLinear(nn.Linear):
     Input (..., in_features) in any float type, output (..., out_features) in the same type.
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool, dtype: torch.dtype, tied: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
-        self.weight, self.scales = _empty(out_features, in_features, bits, group)
+        _register(self, out_features, in_features, bits, group, tied)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,8 @@ class PackedLinear(nn.Linear):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        return _keep_scales(self, super()._apply(fn, recurse))
+        scales = self.scales.data
+        return _keep_scales(super()._apply(fn, recurse), scales)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
@@ -103,16 +105,16 @@ class PackedEmbedding(nn.Embedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.bits, self.group = rows, width, bits, group
         self.padding_idx, self.scale, self.dtype = padding_idx, scale, dtype
-        self.weight, self.scales = _empty(rows, width, bits, group)
+        _register(self, rows, width, bits, group)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = ops.embedding(input, _codes(self.weight), self.scales, self.bits, self.group, self.embedding_dim).to(self.dtype)
         return rows if self.scale == 1.0 else rows * self.scale
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedEmbedding:
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        self.dtype = probe.dtype
-        return _keep_scales(self, super()._apply(fn, recurse))
+        scales = self.scales.data
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
+        return _keep_scales(super()._apply(fn, recurse), scales)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group={self.group}"
@@ -134,7 +136,9 @@ class Pack(ConversionOps):
         try:
             codes, scales = ops.quantize(value.contiguous(), packed.bits, packed.group)
         except UsageError as error:
-            raise UsageError(f"{full_layer_name} cannot be quantized", str(error)) from None
+            # transformers would bury it in a report: kept until the weights are read.
+            self.quantizer.refusals.append(f"{full_layer_name} cannot be quantized: {error}")
+            codes, scales = ops.quantize(torch.zeros_like(value), packed.bits, packed.group)
         return {full_layer_name: _shaped(codes, packed.bits, packed.group), f"{owner}.scales": scales.to(SCALE)}
 
 
@@ -147,6 +151,7 @@ class GroupQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
+        self.refusals: list[str] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The one hook that sees the config before the weight files are looked up.
@@ -170,15 +175,12 @@ class GroupQuantizer(HfQuantizer):
                     )
                 else:
                     rows, columns = _linear_dims(module)
-                    new = PackedLinear(columns, rows, bits, config.group_size, module.bias is not None, dtype)
+                    new = PackedLinear(columns, rows, bits, config.group_size, module.bias is not None, dtype, tied=name == tied)
             if isinstance(module, Conv1D):
                 self.transposed.add(name)
             new.train(module.training)
             surgery.replace_module(model, name, new)
         _refuse_unpacked(model)
-        if tied and isinstance(model.get_submodule(tied), PackedLinear):
-            for head, source in list(model.all_tied_weights_keys.items()):
-                model.all_tied_weights_keys[head.removesuffix("weight") + "scales"] = source.removesuffix("weight") + "scales"
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -189,6 +191,8 @@ class GroupQuantizer(HfQuantizer):
         return Pack(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.refusals:
+            raise UsageError(*self.refusals[:3])
         tie_scales(model)
         return model
 
@@ -199,10 +203,12 @@ class GroupQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A config that was read from disk says its dtype as a word.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear | PackedEmbedding):
-                surgery.replace_module(model, name, _float_module(module, dtype or model.dtype))
+                surgery.replace_module(model, name, _float_module(module, dtype))
         model.tie_weights()
         return model
 
@@ -249,13 +255,13 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | Packe
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding))
 
 
-def _empty(rows: int, columns: int, bits: int, group: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _register(module: nn.Module, rows: int, columns: int, bits: int, group: int, tied: bool = False) -> None:
     groups = math.ceil(columns / group)
     codes = torch.empty(rows, groups, group, dtype=torch.int8) if bits == 8 else torch.empty(rows, groups * group // 2, dtype=torch.uint8)
-    return (
-        nn.Parameter(codes, requires_grad=False),
-        nn.Parameter(torch.empty(rows, groups, dtype=SCALE), requires_grad=False),
-    )
+    module.weight = nn.Parameter(codes, requires_grad=False)
+    # A buffer: a model's dtype is that of its first floating-point parameter, which must not be the scales. A tied
+    # head borrows the table's and stores none.
+    module.register_buffer("scales", torch.empty(rows, groups, dtype=SCALE), persistent=not tied)
 
 
 def _shaped(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -267,11 +273,11 @@ def _codes(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1) if weight.dim() == 3 else weight
 
 
-def _keep_scales(module: Any, moved: Any) -> Any:
-    # `model.to(dtype)` is about activations; scales are part of the stored format.
+def _keep_scales(module: Any, scales: torch.Tensor) -> Any:
+    # `model.to(dtype)` is about activations; scales are part of the stored format and only change device.
     if module.scales.dtype != SCALE:
-        module.scales.data = module.scales.data.to(SCALE)
-    return moved
+        module.scales.data = scales.to(module.scales.device)
+    return module
 
 
 def _linear_dims(module: nn.Module) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 How it works
     1. Every row of a weight matrix is cut into groups of `group_size` neighbours along the input dimension.
-    2. A group keeps one fp16 scale s, its largest magnitude mapped to the end of the range; its weights become
+    2. A group keeps one bf16 scale s, its largest magnitude mapped to the end of the range; its weights become
        q = round(w / s) in [-8, 7], two to a byte: 4 + 16 / group_size bits per weight.
     3. The product runs on the integers: the activations of a token are rounded to 8 bits per group on the fly, integer
        dot products are scaled and summed in fp32. The float weights never exist in memory.

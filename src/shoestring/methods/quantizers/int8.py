@@ -2,7 +2,7 @@
 
 How it works
     1. Every row of a weight matrix is cut into groups of `group_size` neighbours along the input dimension.
-    2. A group keeps one fp16 scale s = max|w| / 127; its weights become q = round(w / s) in [-127, 127]:
+    2. A group keeps one bf16 scale s = max|w| / 127; its weights become q = round(w / s) in [-127, 127]:
        8 + 16 / group_size bits per weight.
     3. The product runs on the integers: the activations of a token are rounded to 8 bits on the fly, integer dot
        products are scaled and summed in fp32 (the paper's token-wise dynamic activation quantization, here per group).

@@ -32,7 +32,7 @@ def convert_once(source: Path, make: Callable[[Path], None]) -> Path:
     """The folder that `make(folder)` fills from the file `source`; made only if no folder for this content exists.
 
     The folder is named after the source's SHA-256, so a changed source is converted again and the same file at another
-    place is not. The hash itself is remembered by path, size and time of change. Several processes at once convert once.
+    place is not. The hash itself is remembered by path, size and time of change. Of several processes, one converts.
 
     Raises:
         ShoestringError: the cache cannot be written, or the disk is full; nothing is left behind.

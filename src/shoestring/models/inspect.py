@@ -1,7 +1,7 @@
 """Where everything is in a transformers language model: blocks, projections by role, embeddings, head, norms.
 
-Found by structure and a small vocabulary of projection names, so that a new model family needs no entry. This is the one
-file that knows how families call their parts.
+Found by structure and a small vocabulary of projection names, so that a new model family needs no entry. This is the
+one file that knows how families call their parts.
 """
 
 from __future__ import annotations
@@ -17,19 +17,28 @@ from shoestring.core.errors import UsageError
 
 # Last word of a projection's name -> its role. Words that mean different things in attention and in the MLP are absent:
 # there the place and the shape decide.
-_ATTENTION = {
+_ATTENTION: dict[str, tuple[str, ...]] = {
+    "q_a": ("q_a_proj",),
+    "q_b": ("q_b_proj",),
+    "kv_a": ("kv_a_proj_with_mqa", "kv_a_proj"),
+    "kv_b": ("kv_b_proj",),
     "q": ("q", "q_proj", "query", "q_lin", "wq", "query_proj", "q_linear"),
     "k": ("k", "k_proj", "key", "k_lin", "wk", "key_proj", "k_linear"),
     "v": ("v", "v_proj", "value", "v_lin", "wv", "value_proj", "v_linear"),
     "qkv": ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj", "att_proj", "qkv_linear"),
     "o": ("o", "o_proj", "out_proj", "out_lin", "wo", "dense", "c_proj", "attn_out", "output", "out", "o_linear"),
 }
-_MLP = {
+_MLP: dict[str, tuple[str, ...]] = {
     "gate": ("gate_proj", "w1", "wi_0", "gate", "linear_v"),
     "up": ("up_proj", "w3", "wi_1", "wi", "fc1", "fc_in", "lin1", "c_fc", "dense_h_to_4h", "linear_1"),
     "gate_up": ("gate_up_proj", "gate_and_up_proj", "w1w3"),
     "down": ("down_proj", "w2", "wo", "fc2", "fc_out", "lin2", "c_proj", "dense_4h_to_h"),
 }
+_LOW_RANK = {"q_a": "q", "q_b": "q", "kv_a": "k", "kv_b": "v"}
+_ORDER = (
+    "q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "qkv", "o",
+    "cross_q", "cross_k", "cross_v", "cross_qkv", "cross_o", "router", "gate", "up", "gate_up", "down",
+)  # fmt: skip
 _IN_ATTENTION = re.compile(r"att", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
@@ -44,9 +53,10 @@ class Block:
         index: its place within its stack, from 0.
         name: full module name, such as `model.layers.3`.
         module: the module itself.
-        projections: role -> full module name. Roles are those of `core.shape.PROJECTIONS`; cross-attention has `cross_q`,
-            `cross_k`, `cross_v`, `cross_o`; each expert of a mixture `expert.0.up` and so on, or `expert` for a module that
-            keeps all experts in stacked parameters; `router` chooses among them.
+        projections: role -> full module name, in the order in which data passes through. Roles are those of
+            `core.shape.PROJECTIONS`; low-rank attention has `q_a`, `q_b`, `kv_a`, `kv_b` (a before b); cross-attention
+            `cross_q`, `cross_k`, `cross_v`, `cross_o`; each expert of a mixture `expert.0.up` and so on, or `expert`
+            for a module that keeps all experts in stacked parameters; `router` chooses among them.
         norms: full names of its normalisations in order.
         stack: "decoder", or "encoder" in the encoder of an encoder-decoder and in a masked model.
     """
@@ -81,8 +91,8 @@ class Anatomy:
     def linears(self) -> Iterator[tuple[str, nn.Module, str]]:
         """(full name, module, role) of each projection that is a module with one weight matrix, in running order.
 
-        The role has no prefix: cross-attention's `cross_q` is a "q", an expert's "expert". Routers, embeddings and head are
-        left out.
+        The role has no prefix: cross-attention's `cross_q` is a "q", an expert's "expert". Routers, embeddings and head
+        are left out.
         """
         for block in self.blocks:
             for key, name in block.projections.items():
@@ -99,7 +109,7 @@ def plain_role(key: str) -> str:
     """The role in `core.shape.ROLES` of a key of `Block.projections`."""
     if key.startswith("expert"):
         return "expert"
-    return "other" if key == "router" else key.removeprefix("cross_")
+    return _LOW_RANK.get(key) or ("other" if key == "router" else key.removeprefix("cross_"))
 
 
 def inspect(model: nn.Module) -> Anatomy:
@@ -209,7 +219,7 @@ def renumber(blocks: nn.ModuleList) -> None:
 
 def set_depth(config: Any, layers: int, kept: list[int], stack: str = "decoder") -> None:
     """Write the number of layers into a configuration, and keep only `kept` of what it lists for each layer."""
-    names = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+    names: tuple[str, ...] = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
     if stack == "encoder" and getattr(config, "is_encoder_decoder", False):
         names = ("encoder_layers", "num_layers", "num_encoder_layers")
     elif getattr(config, "is_encoder_decoder", False):
@@ -246,12 +256,12 @@ def _is_encoder(name: str) -> bool:
 
 
 def _has_attention(block: nn.Module) -> bool:
-    keys = _projections(block)
-    return ("qkv" in keys or "q" in keys) and "o" in keys
+    keys = set(_projections(block))
+    return bool({"qkv", "q", "q_b"} & keys) and "o" in keys
 
 
 def _projections(block: nn.Module) -> dict[str, str]:
-    """Role (with prefix) -> name within the block."""
+    """Role (with prefix) -> name within the block, in the order in which data passes through them."""
     found: dict[str, str] = {}
     undecided: list[tuple[str, nn.Module]] = []
     for name, module in _leaves(block):
@@ -266,7 +276,7 @@ def _projections(block: nn.Module) -> dict[str, str]:
         key = "up" if wide > narrow else "down"
         if narrow != wide and not ({"gate_up", "expert"} & set(found)):
             found.setdefault(key, name)
-    return found
+    return dict(sorted(found.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER)))
 
 
 def _leaves(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -279,9 +289,10 @@ def _leaves(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def _stacked_experts(module: nn.Module) -> bool:
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and not isinstance(
-        module, nn.Conv1d
-    )
+    # Packed linear layers can have three-dimensional weights too.
+    if is_projection(module) or isinstance(module, nn.Embedding | nn.Conv1d):
+        return False
+    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _is_router(name: str, module: nn.Module) -> bool:
@@ -323,7 +334,7 @@ def _named_role(name: str) -> str:
 
 def _check(core: nn.Module, name: str, projections: dict[str, str]) -> None:
     keys = set(projections)
-    if not ("qkv" in keys or {"q", "k", "v"} <= keys):
+    if not ("qkv" in keys or {"q", "k", "v"} <= keys or ("kv_b" in keys and {"q", "q_b"} & keys)):
         _unknown(core, f"query, key and value projections in {name}")
     if "o" not in keys:
         _unknown(core, f"the attention's output projection in {name}")

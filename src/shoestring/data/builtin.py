@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import sysconfig
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,36 +21,36 @@ from shoestring.data.corpus import Example
 
 NAME = "python-docs"
 SHORTEST, LONGEST = 20, 600
-# Tests, demonstrations and jokes, copies of other projects, and lists of topics: no library documentation.
-LEFT_OUT = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "this", "turtledemo"}
-# One module under several names, or one that repeats another's documentation: they belong in one part of a split.
-TOGETHER = {"posixpath": "os", "ntpath": "os", "genericpath": "os", "posix": "os", "nt": "os"}
+# Tests, demonstrations and jokes, lists of topics, and what later versions no longer have.
+LEFT_OUT = {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "this", "turtledemo"}
+# One module under several names belongs in one part of a split.
+TOGETHER = {"posixpath": "os", "ntpath": "os", "genericpath": "os", "posix": "os", "nt": "os", "cmath": "math"}
 
 
 def python_docs() -> list[Example]:
     """Signature -> documentation pairs of this Python's standard library, the same ones each time.
 
     The sources are read, not imported; only modules without a source (`math`, `builtins`) are imported. The group is
-    the top-level module. Documentation that occurs twice, up to case, spaces and punctuation, is kept once.
+    the top-level module. Documentation that occurs twice, up to case, spaces and punctuation, is kept once, and so is
+    documentation of one module that shares half of its phrases or more with another.
 
     Raises:
         UsageError: this Python carries no library sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    seen: set[str] = set()
+    repeats = _Repeats()
     examples: list[Example] = []
     for name in sorted(sys.stdlib_module_names - LEFT_OUT):
         if name.startswith("_"):
             continue
         for title, signature, documentation in _module(name, root):
             answer = _shortened(documentation)
-            key = re.sub(r"\W+", " ", answer).strip().lower()
-            if len(answer) < SHORTEST or key in seen:
+            group = TOGETHER.get(name, name)
+            if len(answer) < SHORTEST or repeats(answer, group):
                 continue
-            seen.add(key)
             question = f"Write the docstring of `{title}`:\n\n```python\n{signature}\n```"
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            examples.append(Example(messages, group=TOGETHER.get(name, name), line=len(examples) + 1))
+            examples.append(Example(messages, group=group, line=len(examples) + 1))
     if len(examples) < 100:
         raise UsageError(
             f"{NAME} found only {len(examples)} documented functions in {root}",
@@ -133,6 +134,31 @@ def _described(title: str, name: str, item: Any) -> Iterator[_Entry]:
         signature = re.sub(r"\$(?:module|type)(?:, /)?(?:, )?", "", signature).replace("$", "")
         keyword = "class" if isinstance(item, type) else "def"
         yield title, f"{keyword} {name}{signature}: ...", inspect.cleandoc(documentation)
+
+
+class _Repeats:
+    """Says whether a documentation was there before: in the same words, or in nearly the same in another group."""
+
+    def __init__(self) -> None:
+        self.exact: set[tuple[str, ...]] = set()
+        self.phrases: list[tuple[str, int]] = []  # group and number of phrases of each kept documentation
+        self.holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+
+    def __call__(self, documentation: str, group: str) -> bool:
+        words = tuple(re.findall(r"\w+", documentation.lower()))
+        phrases = set(zip(words, words[1:], words[2:])) or {words}
+        shared = Counter(index for phrase in phrases for index in self.holders[phrase])
+        near = any(
+            self.phrases[index][0] != group and 2 * count >= min(len(phrases), self.phrases[index][1])
+            for index, count in shared.items()
+        )
+        if near or words in self.exact:
+            return True
+        for phrase in phrases:
+            self.holders[phrase].append(len(self.phrases))
+        self.exact.add(words)
+        self.phrases.append((group, len(phrases)))
+        return False
 
 
 def _shortened(documentation: str) -> str:

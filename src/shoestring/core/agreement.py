@@ -18,7 +18,7 @@ _ROWS = 32  # positions worked on at once: bounds the temporaries to some tens o
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over `n` positions with its standard error (None when n < 2)."""
+    """A mean over `n` positions with its standard error (None when n < 2 or the mean is infinite)."""
 
     value: float
     error: float | None
@@ -39,6 +39,9 @@ class _Sums:
     def add(self, values: NDArray[np.float64]) -> None:
         # Chan's update: exact whatever the chunks, and no cancellation between large sums.
         n, mean = values.size, float(values.mean())
+        if not math.isfinite(mean + self.mean):
+            self.mean, self.squares, self.n = math.inf, math.inf, self.n + n
+            return
         delta, total = mean - self.mean, self.n + n
         self.squares += float(((values - mean) ** 2).sum()) + delta * delta * self.n * n / total
         self.mean += delta * n / total
@@ -47,7 +50,8 @@ class _Sums:
     def result(self) -> Mean:
         if not self.n:
             raise UsageError("no positions were compared")
-        error = math.sqrt(self.squares / (self.n - 1) / self.n) if self.n > 1 else None
+        known = self.n > 1 and math.isfinite(self.squares)
+        error = math.sqrt(self.squares / (self.n - 1) / self.n) if known else None
         return Mean(self.mean, error, self.n)
 
 

@@ -103,7 +103,7 @@ class ClaimFile:
 
     def code(self) -> str:
         """Hash of everything that decides the figures: claim, methods with their rooms' shared part, measuring code."""
-        files = [self.file, FOLDER.parent / "lab" / "arms.py"]
+        files = [self.file, FOLDER.parent / "lab" / "arms.py", *sorted(FOLDER.glob("_[!_]*.py"))]
         for name in self.methods:
             method = Path(catalog.get(name).file)
             files += [method, *(p for p in [method.parent / "_shared.py"] if p.exists())]

@@ -18,7 +18,8 @@ from shoestring.core import probes
 _IDLE_SECONDS = 0.05  # how often to ask whether a child has come: one system call
 _SAMPLE_SECONDS = 0.02
 _POLL_SECONDS = 5.0
-_SHARE = 0.008  # of one core, that sampling may cost
+_SHARE = 0.008  # of one core, that sampling may cost in the long run
+_CREDIT = 0.03  # CPU seconds that it may run ahead of that: a new child is looked at closely
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class _Watch:
         self.open: list[Window] = []
         self.wake = threading.Event()
         self.thread: threading.Thread | None = None
+        self.sizes: dict[int, tuple[int, tuple[int, int]]] = {}
 
     def start(self, poll: Callable[[], object] | None) -> Window:
         with self.lock:
@@ -92,7 +94,7 @@ class _Watch:
     def _children(self) -> bool:
         if not probes.has_children():
             return False
-        sizes = [size for size in map(probes.memory_of, probes.descendants()) if size]
+        sizes = [size for size in map(self._size, probes.descendants()) if size]
         own = probes.resident()
         if sizes and own is not None:
             low, high = own + sum(uss for uss, _ in sizes), own + sum(pss for _, pss in sizes)
@@ -101,25 +103,40 @@ class _Watch:
                 window.tree_high = max(window.tree_high or 0, high)
         return bool(sizes)
 
+    def _size(self, pid: int) -> tuple[int, int] | None:
+        """USS and PSS of a child. Walking its pages costs a millisecond for 200 MB, so only when its size moved."""
+        resident = probes.resident(pid)
+        if not resident:
+            self.sizes.pop(pid, None)
+            return None
+        known = self.sizes.get(pid)
+        if known and abs(resident - known[0]) < 0.02 * known[0]:
+            return known[1]
+        size = probes.memory_of(pid)
+        if size:
+            self.sizes[pid] = (resident, size)
+        return size
+
     def _run(self) -> None:
-        polled = time.monotonic()
+        polled, credit, woke = time.monotonic(), _CREDIT, time.monotonic()
         while True:
             self.wake.wait()
-            started = time.thread_time()
+            now = time.monotonic()
+            credit, woke, started = min(_CREDIT, credit + (now - woke) * _SHARE), now, time.thread_time()
             with self.lock:
                 busy = self._children()
                 unmarked = [w for w in self.open if not w.exact]
                 if unmarked:
-                    now = probes.resident()
+                    size = probes.resident()
                     for window in unmarked:
-                        window.fold(now)
+                        window.fold(size)
                 polls = {window.poll for window in self.open if window.poll}
             if time.monotonic() - polled > _POLL_SECONDS:
                 polled = time.monotonic()
                 for poll in polls:
                     poll()
-            cost = time.thread_time() - started
-            time.sleep(min(1.0, max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, cost / _SHARE)))
+            credit -= time.thread_time() - started
+            time.sleep(max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, min(1.0, -credit / _SHARE)))
 
 
 _watch = _Watch()

@@ -63,7 +63,6 @@ class Rapl:
             try:
                 now = [int(file.read_text()) for file, _ in self.domains]
             except (OSError, ValueError):
-                self._last = None
                 return None
             if self._last is not None:
                 self._total += sum(
@@ -179,20 +178,22 @@ def _scan() -> list[int]:
 # ---------------------------------------------------------------- memory and storage
 
 
-def resident() -> int | None:
-    """Bytes of this process in RAM now."""
+def resident(pid: int | None = None) -> int | None:
+    """Bytes of this process (or of another) in RAM now, shared pages included."""
     try:
-        with open("/proc/self/statm", "rb") as file:
+        with open(f"/proc/{pid or 'self'}/statm", "rb") as file:
             return int(file.read().split()[1]) * _PAGE
     except (OSError, ValueError, IndexError):
-        return _psutil_resident()
+        return _psutil_resident(pid)
 
 
-def _psutil_resident() -> int | None:
+def _psutil_resident(pid: int | None) -> int | None:
+    if os.path.isdir("/proc/self"):  # the counter is there: the process is not
+        return None
     try:
         import psutil
 
-        return int(psutil.Process().memory_info().rss)
+        return int(psutil.Process(pid).memory_info().rss)
     except Exception:  # a missing package and a refused counter mean the same here
         return None
 

@@ -64,15 +64,16 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
     torch.manual_seed(work.seed)
     model = wrap(module, loaded.model, dict(step.options), loaded.kind)
-    settings = training.TrainOptions(seed=work.seed, **work.training)
-    limit = min(settings.max_length, models.shape_of(loaded.model).context or settings.max_length)
-    rows = data.encode(work.train, loaded.tokenizer, limit, on_long="truncate")
-    valid = data.encode(work.valid, loaded.tokenizer, limit, on_long="truncate") if work.valid else None
+    settings = dict(work.training)
+    context = models.shape_of(loaded.model).context
+    length, on_long = settings.pop("max_length", None) or context or 2048, settings.pop("on_long", "error")
+    rows = data.encode(work.train, loaded.tokenizer, min(length, context or length), on_long=on_long)
+    valid = data.encode(work.valid, loaded.tokenizer, min(length, context or length), on_long=on_long) if work.valid else None
     result = training.train(
         model,
         rows.rows,
         valid.rows if valid else None,
-        settings,
+        training.TrainOptions(**{"seed": work.seed, **settings}),
         work.folder,
         tokenizer=loaded.tokenizer,
         ledger=work.ledger,

@@ -1,0 +1,450 @@
+"""The main job: make a model fit a budget, and show the bill.
+
+Resolve the request, measure the model as it is, plan, adapt it to the data, then try candidates in the planner's order
+until one meets every limit and keeps the quality asked for. Candidates are chosen on the validation split; what the
+report shows is the test split.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoestring import data as datasets
+from shoestring import models
+from shoestring.core.budget import Budget, Miss
+from shoestring.core.errors import DoesNotFit, QualityGate, ShoestringError, UsageError
+from shoestring.core.ledger import Ledger
+from shoestring.core.step import Work
+from shoestring.jobs import report
+from shoestring.jobs._doors import open_doors, open_model
+from shoestring.jobs.at_work import at_work
+from shoestring.jobs.evaluate import Quality, compare, heldout
+from shoestring.jobs.generate import complete
+from shoestring.jobs.pipeline import execute
+from shoestring.jobs.runs import Run, open_run
+from shoestring.kernels import ops
+from shoestring.planner import cost
+from shoestring.planner.machine import Machine, machine
+from shoestring.planner.plan import Candidate, plan, refuse_hopeless, relax
+
+DONE, OVER_BUDGET, BELOW_QUALITY = "done", "over budget", "below quality"
+# Share of the time left that training may take; what follows is measured on the way.
+_MARGIN = 15.0
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What `fit` is asked for. Defaults are the demonstration.
+
+    Attributes:
+        budget: limits as text, see `core.budget`.
+        keep: share of the quality to keep, reference perplexity / perplexity of the result.
+        adapt: the method to train on the data first, "auto", or "none".
+        compress: the method to compress with, "auto" for what the budget asks for, or "none".
+        training: settings of the training loop by their transformers names, with `max_length` and `on_long`.
+        eval_examples: held-out examples to measure quality on, at most.
+    """
+
+    model: str = "smollm2"
+    data: str = "python-docs"
+    budget: str = "storage=90MB,memory=800MB,time=6m"
+    keep: float = 0.97
+    adapt: str = "auto"
+    compress: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    eval_examples: int = 160
+    skip_bad: int = 0
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def fit(
+    request: FitRequest,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Fit the model; returns the result that the report shows, also in `run/result.json`.
+
+    Raises:
+        UsageError: bad input, found before any work.
+        DoesNotFit: no candidate meets the budget; the closest stands in the run folder.
+        QualityGate: what fits keeps less than `keep`; the best stands in the run folder.
+    """
+    started = time.monotonic()
+    limits = Budget.parse(request.budget)
+    if not 0 < request.keep <= 1:
+        raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
+    say(f"reading {request.model} and {request.data}")
+    source = models.resolve(request.model)
+    open_doors(source)
+    shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
+    corpus = datasets.read(request.data, skip_bad=request.skip_bad)
+    candidates, host = plans(request, shape, limits)
+    refuse_hopeless(candidates, limits)
+    with open_run(out, "fit", asdict(request), resume=resume, label=Path(request.model).name) as run, Ledger() as ledger:
+        job = _Fit(request, limits, run, ledger, source, candidates, host, say, started, resume)
+        result = job.work(corpus)
+    # Figures of the whole are known only now.
+    result = job.finish(result)
+    if result["status"] == OVER_BUDGET:
+        missed = job.missed
+        raise DoesNotFit(
+            f"nothing tried meets {limits}: {', '.join(map(str, missed))}",
+            f"the closest is kept in {run.model}",
+            f"Relax the budget to {relax(missed)}, or bring a smaller model",
+        )
+    if result["status"] == BELOW_QUALITY:
+        raise QualityGate(
+            f"the best that fits keeps {result['quality_kept']['value']:.1%} of the quality, and --keep asks for {request.keep:.1%}",
+            f"it is kept in {run.model}",
+            "Relax the budget, lower --keep, or give more time",
+        )
+    return result
+
+
+def plans(request: FitRequest, shape: Any, limits: Budget) -> tuple[list[Candidate], Machine]:
+    """Candidates and the machine they are predicted for."""
+    host = machine()
+    candidates = plan(
+        shape,
+        limits,
+        host.floor,
+        adapt=None if request.adapt == "none" else request.adapt,
+        compress=None if request.compress == "auto" else request.compress,
+        options=request.options,
+    )
+    return candidates, host
+
+
+@dataclass
+class _Tried:
+    candidate: Candidate
+    folder: Path
+    work: dict[str, Any]
+    kept: float
+    misses: tuple[Miss, ...]
+
+    @property
+    def worst(self) -> float:
+        return max((m.value / m.limit for m in self.misses), default=0.0)
+
+
+@dataclass
+class _Fit:
+    """One run of `fit`: the request with everything resolved, and the stages in order."""
+
+    request: FitRequest
+    limits: Budget
+    run: Run
+    ledger: Ledger
+    source: Path
+    candidates: list[Candidate]
+    host: Machine
+    say: Callable[[str], None]
+    started: float
+    resume: bool
+    missed: list[Miss] = field(default_factory=list)
+
+    def work(self, corpus: Any) -> dict[str, Any]:
+        request, say = self.request, self.say
+        self.run.write("plan.json", [c.to_json() for c in self.candidates])
+        train, valid, test = datasets.split(corpus, seed=request.seed)
+        loaded = open_model(str(self.source), trust_remote_code=request.trust_remote_code)
+        tokenizer, context = loaded.tokenizer, models.shape_of(loaded.path).context or 2048
+        limit = min(request.training.get("max_length") or context, context)
+        on_long = request.training.get("on_long", "error")
+        half = max(1, request.eval_examples // 2)
+        choose = datasets.encode(_some(valid, half), tokenizer, limit, on_long=on_long).rows
+        show = datasets.encode(_some(test, request.eval_examples), tokenizer, limit, on_long=on_long).rows
+        say("measuring the model as it is")
+        clock = time.monotonic()
+        with self.ledger.stage("before", settle=True):
+            before_work = at_work(self.source, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
+            before = heldout(loaded.model, show)
+            prompts = _prompts(test)
+            samples = [{"prompt": p, "reference": r, "before": complete(loaded, p)} for p, r in prompts]
+        measuring = time.monotonic() - clock
+        reference, adapted, log = loaded, None, []
+        if self.candidates[0].steps and self.candidates[0].steps[0].verb == "train":
+            adapted, log = self._adapt(train, valid, measuring)
+            after_training = heldout(adapted.model, show)
+            if after_training.loss.value <= before.loss.value:
+                reference = adapted
+        else:
+            after_training = None
+        tried = self._try(reference, adapted, choose, measuring)
+        best = next((t for t in tried if not t.misses and t.kept >= request.keep), None) or min(
+            tried, key=lambda t: (t.worst, -t.kept)
+        )
+        self.missed = list(best.misses)
+        say(f"measuring {best.candidate.name} on the test split")
+        with self.ledger.stage("after", settle=True):
+            final = open_model(best.folder, trust_remote_code=request.trust_remote_code)
+            comparison = compare(final.model, reference.model, show)
+            for sample in samples:
+                sample["after"] = complete(final, sample["prompt"])
+        ratio = comparison.perplexity_ratio
+        return {
+            "best": best, "tried": tried, "before_work": before_work, "before": before, "adapted": after_training,
+            "comparison": comparison, "samples": samples, "log": log, "ratio": ratio,
+            "reference": "the model after training, before compression" if reference is adapted else "the original model",
+            "dtype": before_work["dtype"],
+        }  # fmt: skip
+
+    def _adapt(self, train: Any, valid: Any, measuring: float) -> tuple[Any, list[Any]]:
+        """Train and merge what every candidate begins with, in the time the budget leaves for it."""
+        training = {"max_seconds": self._time_for_training(measuring), **self.request.training}
+        if training["max_seconds"] is None:
+            del training["max_seconds"]
+        first = self.candidates[0].steps
+        shared = first[: next(i for i, s in enumerate(first) if s.verb == "merge") + 1]
+        allowed = training.get("max_seconds")
+        self.say(f"training {shared[0].method}" + (f" for at most {allowed:.0f} s" if allowed else ""))
+        work = self._work(train, valid, training)
+        folder, facts = execute(shared, self.source, work)
+        return open_model(folder), facts[0].get("log", [])
+
+    def _try(self, reference: Any, adapted: Any, rows: list[Any], measuring: float) -> list[_Tried]:
+        """Build candidates in order until one fits and keeps enough; at least one, and no more than time allows."""
+        tried: list[_Tried] = []
+        fitting = [c for c in self.candidates if c.fits] or self.candidates[:1]
+        slowest = 0.0
+        for candidate in fitting:
+            left = self._time_left()
+            if tried and left is not None and left < slowest + measuring + _MARGIN:
+                self.say("no time is left for another candidate")
+                break
+            clock = time.monotonic()
+            self.say(f"building {candidate.name}")
+            folder, _ = execute(candidate.steps, self.source, self._work(None, None, {}))
+            with self.ledger.stage("measure", settle=True):
+                work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
+                model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model
+                kept = 1 / compare(model, reference.model, rows).perplexity_ratio.value
+            figures = {"storage": work["storage"], "memory": work["peak_memory"], "latency": work["latency"]}
+            tried.append(_Tried(candidate, folder, work, kept, tuple(self.limits.misses(figures))))
+            slowest = max(slowest, time.monotonic() - clock)
+            if not tried[-1].misses and kept >= self.request.keep:
+                break
+            why = ", ".join(map(str, tried[-1].misses)) or f"keeps {kept:.1%}, below {self.request.keep:.1%}"
+            self.say(f"{candidate.name}: {why}")
+        return tried
+
+    def finish(self, got: dict[str, Any]) -> dict[str, Any]:
+        """Put the model in its place, and write result, ledger and report."""
+        best: _Tried = got["best"]
+        spent = self._spent()
+        made = {"time": spent["time"], "energy": _value(spent["energy"]), "money": _value(spent["money"])}
+        trained = max((self.ledger.figure(p, "peak_memory").value or 0 for p in self.ledger.paths if self.ledger.figure(p, "peak_memory")), default=0)
+        self.missed += self.limits.misses({**made, "train.memory": trained})
+        ratio = got["ratio"]
+        kept = {
+            "value": 1 / ratio.value,
+            "interval": [1 / ratio.interval[1], 1 / ratio.interval[0]] if ratio.interval else None,
+            "reference": got["reference"],
+            "keep": self.request.keep,
+        }
+        status = OVER_BUDGET if self.missed else BELOW_QUALITY if best.kept < self.request.keep else DONE
+        result = self._result(got, best, spent, kept, status)
+        result["model"] = str(self.run.model)
+        self._place(best.folder, result)
+        self.run.write("result.json", result)
+        self.ledger.save(self.run.inside / "ledger.json")
+        report.write(result, self.run.folder)
+        shutil.rmtree(self.run.work, ignore_errors=True)
+        self.run.note(status=status)
+        return result
+
+    def _result(self, got: dict[str, Any], best: _Tried, spent: dict[str, Any], kept: dict[str, Any], status: str) -> dict[str, Any]:
+        request, comparison = self.request, got["comparison"]
+        return {
+            "name": self.run.folder.name,
+            "created": self.ledger.started,
+            "status": status,
+            "request": {
+                "model": request.model, "data": request.data, "budget": request.budget, "keep": request.keep,
+                "command": self.run.manifest()["command"],
+            },
+            "before": {**_at_work(got["before_work"]), **_quality(got["before"])},
+            "adapted": _quality(got["adapted"]) if got["adapted"] else None,
+            "after": {**_at_work(best.work), **_quality(comparison.model)},
+            "limits": dict(self.limits.limits),
+            "quality_kept": kept,
+            "comparison": {
+                "perplexity_ratio": _figure(comparison.perplexity_ratio),
+                "kl": _figure(comparison.kl),
+                "changed_top": _figure(comparison.changed),
+            },
+            "candidates": [self._row(c, best, got["tried"]) for c in self.candidates],
+            "prediction_error": cost.errors(best.candidate.predicted, _measured(best.work)),
+            "spent": spent,
+            "stages": self.ledger.to_json(),
+            "loss_curve": got["log"],
+            "samples": got["samples"],
+            "environment": {**dict(self.ledger.fingerprint), "kernels": ops.backend(), "dtype": got["dtype"]},
+            "commands": [
+                f"shoestring run {self.run.inside / 'config.resolved.yaml'}",
+                f"shoestring chat {self.run.model}",
+                f"shoestring eval {self.run.model} --against {request.model}",
+            ],
+            "python": _snippet(self.run.model, best.folder),
+            "notes": _notes(self.source, request),
+        }  # fmt: skip
+
+    def _row(self, candidate: Candidate, best: _Tried, tried: list[_Tried]) -> dict[str, Any]:
+        row = {"name": candidate.name, "pipeline": [s.to_json() for s in candidate.steps], "predicted": candidate.predicted.to_json()}
+        found = next((t for t in tried if t.candidate is candidate), None)
+        if found is None:
+            why = "predicted to miss " + ", ".join(m.resource for m in candidate.misses) if candidate.misses else "not needed"
+            return {**row, "measured": None, "verdict": f"not tried: {why}"}
+        verdict = "chosen" if found is best else "keeps too little" if not found.misses else ""
+        if found.misses:
+            verdict = (verdict + "; " if verdict else "") + "misses " + ", ".join(m.resource for m in found.misses)
+        measured = {"storage": found.work["storage"], "memory": found.work["peak_memory"],
+                    "decode_tokens_per_s": _median(found.work["decode_tokens_per_s"])}  # fmt: skip
+        return {**row, "measured": measured, "verdict": verdict, "quality_kept": found.kept}
+
+    def _place(self, folder: Path, result: dict[str, Any]) -> None:
+        """The chosen folder becomes OUT/model, with its card, in one rename."""
+        (folder / "README.md").write_text(_card(self.request, result), encoding="utf-8")
+        if self.run.model.exists():
+            shutil.rmtree(self.run.model)
+        folder.replace(self.run.model)
+
+    def _work(self, train: Any, valid: Any, training: Mapping[str, Any]) -> Work:
+        return Work(
+            self.ledger, self.run.work, train, valid, training,
+            resume=self.resume, seed=self.request.seed, trust_remote_code=self.request.trust_remote_code,
+        )  # fmt: skip
+
+    def _time_left(self) -> float | None:
+        limit = self.limits.get("time")
+        return None if limit is None else limit - (time.monotonic() - self.started)
+
+    def _time_for_training(self, measuring: float) -> float | None:
+        """What is left after building and measuring two candidates and the final comparison."""
+        left = self._time_left()
+        if left is None:
+            return None
+        allowed = left - 4.5 * measuring - 2 * _MARGIN
+        if allowed < 5:
+            raise DoesNotFit(
+                f"time={self.limits.get('time'):.0f}s leaves {max(0.0, allowed):.0f} s for training",
+                f"measuring this model takes {measuring:.0f} s at a time here",
+                "Raise the time, lower --eval-examples, or use --adapt none",
+            )
+        return allowed
+
+    def _spent(self) -> dict[str, Any]:
+        def entry(metric: str) -> dict[str, Any]:
+            found = self.ledger.figure("", metric)
+            if found is None or found.value is None:
+                return {"value": None, "status": "not available", "interval": None, "unit": found.unit if found else ""}
+            return {"value": found.value, "unit": found.unit, "interval": found.interval, "status": found.status}
+
+        return {
+            "time": time.monotonic() - self.started,
+            "cpu": _value(entry("cpu_time")),
+            "energy": entry("energy"),
+            "money": entry("money"),
+            "carbon": entry("carbon"),
+        }
+
+
+def _some(corpus: Any, count: int) -> Any:
+    """`count` examples spread evenly over the corpus."""
+    step = max(1, math.ceil(len(corpus) / count))
+    return corpus.part(corpus.examples[::step][:count])
+
+
+def _prompts(corpus: Any) -> list[tuple[str, str]]:
+    """Three questions of the split with their reference answers."""
+    found = []
+    for example in _some(corpus, 3).examples:
+        if example.messages:
+            answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
+            found.append((example.messages[0]["content"], answers[0] if answers else ""))
+        else:
+            text = example.text or ""
+            found.append((text[:200], text[200:600]))
+    return found
+
+
+def _quality(quality: Quality) -> dict[str, Any]:
+    return {"loss": _figure(quality.loss), "perplexity": _figure(quality.perplexity), "tokens": quality.tokens}
+
+
+def _figure(figure: Any) -> dict[str, Any]:
+    return {"value": figure.value, "unit": figure.unit, "interval": figure.interval, "n": figure.n, "status": figure.status}
+
+
+def _at_work(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "storage": found["storage"],
+        "memory": found["peak_memory"],
+        "decode_tokens_per_s": _median(found["decode_tokens_per_s"]),
+        "prefill_tokens_per_s": _median(found["prefill_tokens_per_s"]),
+        "latency": found["latency"],
+        "load_seconds": found["load_seconds"],
+        "threads": found["threads"],
+    }
+
+
+def _measured(found: Mapping[str, Any]) -> dict[str, float | None]:
+    return {"storage": found["storage"], "memory": found["peak_memory"]}
+
+
+def _median(figure: Mapping[str, float] | None) -> float | None:
+    return figure["median"] if figure else None
+
+
+def _value(entry: Any) -> Any:
+    return entry.get("value") if isinstance(entry, Mapping) else entry
+
+
+def _line(folder: Path) -> str:
+    """The import line that a folder needs before plain transformers can read it."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    return "import shoestring.methods.quantizers  # registers the packed format with transformers\n" if "shoestring" in text else ""
+
+
+def _snippet(model: Path, folder: Path) -> str:
+    return (
+        _line(folder if folder.is_dir() else model)
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        + f'model = AutoModelForCausalLM.from_pretrained("{model}")\n'
+        + f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+    )
+
+
+def _card(request: FitRequest, result: dict[str, Any]) -> str:
+    steps = next(c["name"] for c in result["candidates"] if "chosen" in c["verdict"])
+    notes = "".join(f"- {note}\n" for note in result["notes"])
+    return (
+        f"# {result['name']}\n\nMade from `{request.model}` on `{request.data}` by: {steps}.\n\n"
+        f"{report.markdown(result)}\n## Use\n\n```python\n{result['python']}```\n\n"
+        + (f"## Notes\n\n{notes}" if notes else "")
+    )
+
+
+def _notes(source: Path, request: FitRequest) -> list[str]:
+    notes = []
+    was = models.origin(source)
+    if was:
+        notes.append(
+            f"The original was read from a file of {was} weights: its own numbers are on a coarse grid already, so a "
+            "format with the same groups would look better than it is."
+        )
+    return notes
+
+
+__all__ = ["FitRequest", "ShoestringError", "fit", "plans"]

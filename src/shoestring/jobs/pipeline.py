@@ -1,0 +1,90 @@
+"""Executes steps one after another, each result whole or absent, so that a killed pipeline goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoestring.core import catalog
+from shoestring.core.errors import UsageError, nearest
+from shoestring.core.step import Step, Work
+from shoestring.jobs.merge import merge
+from shoestring.jobs.runs import write_json
+
+VERBS = ("train", "compress", "merge")
+
+
+def execute(steps: Sequence[Step], source: Path, work: Work) -> tuple[Path, list[dict[str, Any]]]:
+    """Run `steps` from the model folder `source`; returns the last result's folder and what each step reported.
+
+    Results stand in `work.folder` under names that say all steps so far, so pipelines that begin alike share them.
+
+    Raises:
+        UsageError: a step with an unknown verb, or a method that has another verb or does not fit the model.
+    """
+    for step in steps:
+        check(step)
+    facts = []
+    done = ""
+    for step in steps:
+        done = f"{done}+{_label(step)}" if done else _label(step)
+        out, note = work.folder / done, work.folder / f"{done}.json"
+        if out.is_dir() and note.is_file():
+            facts.append(json.loads(note.read_text(encoding="utf-8")))
+        else:
+            with work.ledger.stage(step.method or step.verb, settle=True):
+                fact = _one(step, source, out, replace(work, folder=work.folder / f"{done}.work"))
+            write_json(note, fact)
+            facts.append(fact)
+        source = out
+    return source, facts
+
+
+def check(step: Step) -> None:
+    """Raises UsageError unless the step's verb is known and its method has it."""
+    if step.verb not in VERBS:
+        raise UsageError(f"unknown verb {step.verb}", remedy=nearest(step.verb, VERBS))
+    if step.verb == "merge":
+        return
+    has = catalog.contract(catalog.get(step.method).room).VERB
+    if has != step.verb:
+        raise UsageError(f"{step.method} does not {step.verb}", remedy=f"Its verb is {has}")
+
+
+def read_pipeline(path: Path) -> dict[str, Any]:
+    """A pipeline file: YAML with `verb: fit` and its request, or `model`, `data` and `steps`.
+
+    Raises:
+        UsageError: not a readable YAML mapping, too large, with aliases, or with unknown keys.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no pipeline at {path}", remedy="Give a YAML file")
+    if path.stat().st_size > 1_000_000:
+        raise UsageError(f"{path} is larger than 1 MB", "no pipeline is")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise UsageError(f"{path} uses YAML aliases", "they can blow up while loading", "Write the values out")
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML", str(error).replace("\n", " ")) from None
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{path} is not a mapping", remedy="Write keys such as model, data and steps")
+    return dict(data)
+
+
+def _one(step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
+    if step.verb == "merge":
+        return dict(merge(source, out) or {})
+    module = catalog.module(step.method)
+    return dict(catalog.contract(catalog.get(step.method).room).apply(module, step, source, out, work))
+
+
+def _label(step: Step) -> str:
+    options = "-".join(str(v) for v in step.options.values() if isinstance(v, int | float | str))
+    return "-".join(filter(None, (step.method or step.verb, options))).replace("/", "_")

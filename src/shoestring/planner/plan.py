@@ -1,0 +1,152 @@
+"""Candidate pipelines: which methods save what the budget lacks, in the order worth trying.
+
+Nothing here knows a method by name: a method is a candidate because its METHOD says what it saves, because its room has
+the verb that is asked for, and because its `settings` and `price` say what it would make of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoestring.core import catalog
+from shoestring.core.budget import Budget, Miss
+from shoestring.core.errors import DoesNotFit, UsageError
+from shoestring.core.method import Method
+from shoestring.core.shape import Shape
+from shoestring.core.step import Step
+from shoestring.planner.cost import Prediction, predict
+
+MERGE = Step("merge")
+# A finished model may miss its limit this many times over before building the closest one is refused as hopeless.
+HOPELESS = 1.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pipeline with its predicted price and the limits it is predicted to miss."""
+
+    steps: tuple[Step, ...]
+    shape: Shape
+    predicted: Prediction
+    misses: tuple[Miss, ...]
+
+    @property
+    def name(self) -> str:
+        return " -> ".join(str(step) for step in self.steps if step != MERGE) or "as it is"
+
+    @property
+    def fits(self) -> bool:
+        return not self.misses
+
+    @property
+    def excess(self) -> float:
+        """How many times over its limit the worst figure is."""
+        return max((m.value / m.limit for m in self.misses), default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "steps": [step.to_json() for step in self.steps],
+            "predicted": self.predicted.to_json(),
+            "misses": [str(m) for m in self.misses],
+        }
+
+
+def plan(
+    shape: Shape,
+    budget: Budget,
+    floor: int,
+    *,
+    adapt: str | None = None,
+    compress: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Candidate]:
+    """Every candidate, best first: those that fit by most bytes kept (the least compressed), then the closest misses.
+
+    Args:
+        adapt: the method to train first, "auto" for the room's default, None for no training.
+        compress: the method to compress with, "none", or None for whatever the budget asks for.
+        options: settings of `compress` that replace its own list.
+
+    Raises:
+        UsageError: a method that has another verb, or that does not fit the model.
+    """
+    before = _adaptation(shape, adapt)
+    shaped = before[-1][1] if before else shape
+    first = tuple(step for step, _ in before)
+    candidates = []
+    for steps, after in _compressions(shaped, compress, options):
+        predicted = predict(after, floor)
+        misses = tuple(budget.misses(predicted.figures()))
+        candidates.append(Candidate(first + steps, after, predicted, misses))
+    return sorted(candidates, key=lambda c: (c.excess, -c.predicted.storage))
+
+
+def refuse_hopeless(candidates: list[Candidate], budget: Budget) -> None:
+    """Raises DoesNotFit when even the closest candidate is far over the budget: building it would only waste time."""
+    closest = candidates[0]
+    if closest.excess > HOPELESS:
+        raise DoesNotFit(
+            f"nothing fits {budget}",
+            f"the closest, {closest.name}, is predicted to need {_needs(closest)}",
+            f"Relax {' and '.join(m.resource for m in closest.misses)} to at least that, or bring a smaller model",
+        )
+
+
+def relax(misses: tuple[Miss, ...] | list[Miss]) -> str:
+    """What to write in the budget so that these misses are none."""
+    return ", ".join(str(Budget({m.resource: _round_up(m.value)})) for m in misses)
+
+
+def by_verb(verb: str) -> Iterator[Method]:
+    """Methods whose room does `verb`."""
+    rooms = {room for room in catalog.rooms() if catalog.contract(room).VERB == verb}
+    return (m for m in catalog.methods().values() if m.room in rooms)
+
+
+def _adaptation(shape: Shape, adapt: str | None) -> list[tuple[Step, Shape]]:
+    if adapt is None:
+        return []
+    if adapt == "auto":
+        adapt = next(m.name for m in by_verb("train") if m.default)
+    _must_do(adapt, "train")
+    module = catalog.module(adapt)
+    settings = module.settings()[0]
+    return [(Step("train", adapt, settings), module.price(shape, settings).shape), (MERGE, shape)]
+
+
+def _compressions(
+    shape: Shape, compress: str | None, options: Mapping[str, Any] | None
+) -> Iterator[tuple[tuple[Step, ...], Shape]]:
+    if compress in (None, "none"):
+        yield (), shape
+    if compress == "none":
+        return
+    if compress:
+        _must_do(compress, "compress")
+    names = [compress] if compress else [m.name for m in by_verb("compress") if {"storage", "memory", "latency"} & set(m.saves)]
+    for name in names:
+        module = catalog.module(name)
+        for settings in [dict(options)] if options else module.settings():
+            yield (Step("compress", name, settings),), module.price(shape, settings).shape
+
+
+def _must_do(name: str, verb: str) -> None:
+    method = catalog.get(name)
+    has = catalog.contract(method.room).VERB
+    if has != verb:
+        raise UsageError(
+            f"{name} does not {verb}", f"it stands in the room {method.room}, whose verb is {has}",
+            f"Methods that {verb}: " + ", ".join(m.name for m in by_verb(verb)),
+        )  # fmt: skip
+
+
+def _needs(candidate: Candidate) -> str:
+    return ", ".join(str(m).replace(" > ", " where the limit is ") for m in candidate.misses)
+
+
+def _round_up(value: float) -> float:
+    digit = 10 ** (len(str(int(value))) - 2)
+    return float((int(value) // digit + 1) * digit)

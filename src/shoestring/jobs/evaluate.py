@@ -229,7 +229,10 @@ def evaluate(
 
 
 def _rows(rows: Sequence[Row] | Encoded) -> Sequence[Row]:
-    return getattr(rows, "rows", rows)  # type: ignore[return-value]
+    found: Sequence[Row] = getattr(rows, "rows", rows)
+    if any("position_ids" in row for row in found):
+        raise UsageError("Packed rows cannot be scored", "their examples would see each other", "Encode with pack=False")
+    return found
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
@@ -265,7 +268,7 @@ def _labelled(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> Iterator[t
         hidden, head, output = last_hidden_and_head(model, {"input_ids": ids, "use_cache": False})
         # Soft prompts stand in front of the text.
         rows = hidden[lines, columns + hidden.shape[1] - ids.shape[1]]
-        if not torch.equal(head(hidden[:, -1:]), output.logits[:, -1:]):
+        if not torch.equal(head(hidden[:, -1:]).float(), output.logits[:, -1:].float()):
             rows, head = _final_logits(model, ids, lines, columns), torch.nn.Identity()
         for piece in range(0, len(rows), _PIECE):
             cut = slice(piece, piece + _PIECE)
@@ -297,8 +300,8 @@ def _add(sums: np.ndarray, index: np.ndarray, values: torch.Tensor) -> None:
 
 def _quality(sums: np.ndarray, seed: int) -> Quality:
     loss = _figure(sums, lambda s: s[:, 0] / s[:, 1], "nat", seed)
-    bounds = (math.exp(loss.interval[0]), math.exp(loss.interval[1])) if loss.interval else None
-    return Quality(loss, Figure(math.exp(loss.value), "ratio", bounds, loss.n), int(sums[:, 1].sum()), sums)
+    perplexity = _figure(sums, lambda s: np.exp(s[:, 0] / s[:, 1]), "ratio", seed)
+    return Quality(loss, perplexity, int(sums[:, 1].sum()), sums)
 
 
 def _figure(sums: np.ndarray, formula: Any, unit: str, seed: int) -> Figure:
@@ -306,8 +309,9 @@ def _figure(sums: np.ndarray, formula: Any, unit: str, seed: int) -> Figure:
     sums = sums[sums[:, -1] > 0]
     if not len(sums):
         raise UsageError("The data has no labelled token", remedy="Give examples with an answer, or loss_on all")
-    value = float(formula(sums.sum(0, keepdims=True))[0])
-    n = len(sums)
+    value, n = float(formula(sums.sum(0, keepdims=True))[0]), len(sums)
+    if not math.isfinite(value):
+        raise ShoestringError("The model's probabilities are not numbers", f"the {unit} figure is {value}", "Its weights are damaged")
     if n < 2:
         return Figure(value, unit, None, n)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)

@@ -1,0 +1,19 @@
+# Every kernel source is compiled once per instruction set, into its own namespace; dispatch.cpp chooses at load time.
+set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp)
+list(TRANSFORM SK_KERNELS PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+
+function(sk_isa name)
+  add_library(sk_${name} OBJECT ${SK_KERNELS})
+  target_compile_definitions(sk_${name} PRIVATE ISA=${name})
+  # No contraction: a product and a sum round the same way at every level, so activations get the same codes everywhere.
+  target_compile_options(sk_${name} PRIVATE -O3 -ffp-contract=off -fno-exceptions -fno-rtti ${ARGN})
+  target_sources(_kernels PRIVATE $<TARGET_OBJECTS:sk_${name}>)
+endfunction()
+
+sk_isa(base)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  sk_isa(avx2 -march=x86-64-v3)
+  sk_isa(avx512vnni -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  sk_isa(neondot -march=armv8.2-a+dotprod+i8mm)
+endif()

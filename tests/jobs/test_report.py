@@ -360,6 +360,12 @@ def test_limits_on_the_making_are_held_against_what_was_spent(result):
     assert "limit 3 min 20 s ✗" in terminal(result)
 
 
+@pytest.mark.parametrize("value, shown", [(3e-8, "under 0.000001 USD"), (0.000021, "0.000021 USD"), (1.5, "1.5 USD")])
+def test_money_is_written_without_exponents(result, value, shown):
+    result["spent"]["money"] = {"value": value, "status": "declared"}
+    assert f"money {shown} (declared)" in report.markdown(result)
+
+
 def test_same_result_same_page(result):
     assert report.render(result) == report.render(copy.deepcopy(RESULT))
 

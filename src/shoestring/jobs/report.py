@@ -557,6 +557,8 @@ def _show(raw: Any, unit: str) -> str:
     value = number(raw)
     if value is None:
         return ABSENT
+    if unit == "USD" and 0 < value < 1e-6:
+        return "under 0.000001 USD"
     if unit == "USD" and 0 < value < 0.01:
         return f"{Decimal(f'{value:.2g}'):f} USD"  # 1e-05 USD is no price
     return text.show(value, unit).removesuffix(" 0 s")

@@ -28,6 +28,12 @@ def cache_dir() -> Path:
         raise UsageError("There is no home folder to keep converted models in", remedy="Set SHOESTRING_CACHE") from None
 
 
+def origin(folder: Path) -> str:
+    """Name of the file that a converted folder was made from; empty for any other folder."""
+    file = folder / MANIFEST
+    return str(json.loads(file.read_text(encoding="utf-8"))["source"]) if file.is_file() else ""
+
+
 def convert_once(source: Path, make: Callable[[Path], None]) -> Path:
     """The folder that `make(folder)` fills from the file `source`; made only if no folder for this content exists.
 
@@ -65,7 +71,8 @@ def _whole(folder: Path, digest: str) -> bool:
 
 def _known_digest(source: Path, models: Path) -> str:
     stat = source.stat()
-    mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # The time of change cannot be set back as the time of modification can (cp -p, rsync -t).
+    mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     index = models / ".digests.json"
     entry = _read_json(index).get(str(source.resolve()))
     if isinstance(entry, dict) and entry.get("mark") == mark and isinstance(entry.get("sha256"), str):

@@ -29,10 +29,9 @@ class Folder:
     tensors: dict[str, Tensor]
 
     @property
-    def other_files(self) -> int:
-        """Bytes beside the tensors: tokenizer, configuration, card, and the headers of the weight files."""
-        files = [entry for entry in self.path.rglob("*") if entry.is_file() and not entry.name.startswith(".")]
-        return sum(entry.stat().st_size for entry in files) - sum(tensor.size for tensor in self.tensors.values())
+    def total(self) -> int:
+        """Bytes of every file in it that does not begin with a dot."""
+        return sum(e.stat().st_size for e in self.path.rglob("*") if e.is_file() and not e.name.startswith("."))
 
 
 def check_folder(path: Path, *, trust_remote_code: bool = False) -> Folder:

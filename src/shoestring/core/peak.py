@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from shoestring.core import probes
 
 _IDLE_SECONDS = 0.05  # how often to ask whether a child has come: one system call
-_SAMPLE_SECONDS = 0.02
+_SAMPLE_SECONDS = 0.04
 _POLL_SECONDS = 5.0
-_SHARE = 0.008  # of one core, that sampling may cost in the long run
-_CREDIT = 0.03  # CPU seconds that it may run ahead of that: a new child is looked at closely
+_SCAN_SECONDS = 0.1  # how often at most to go through the machine's processes for new descendants
+_SHARE = 0.006  # of one core, that sampling may cost in the long run
+_CREDIT = 0.006  # CPU seconds that it may run ahead of that: a new child is looked at closely
 
 
 @dataclass(eq=False)
@@ -54,6 +55,9 @@ class _Watch:
         self.open: list[Window] = []
         self.wake = threading.Event()
         self.thread: threading.Thread | None = None
+        self.tree: list[int] = []
+        self.scanned = 0.0
+        self.newest: object = None
         self.sizes: dict[int, tuple[int, tuple[int, int]]] = {}
 
     def start(self, poll: Callable[[], object] | None) -> Window:
@@ -93,8 +97,13 @@ class _Watch:
 
     def _children(self) -> bool:
         if not probes.has_children():
+            self.tree, self.scanned, self.newest = [], 0.0, None
             return False
-        sizes = [size for size in map(self._size, probes.descendants()) if size]
+        newest = probes.newest_process()
+        if time.monotonic() - self.scanned > _SCAN_SECONDS and (newest is None or newest != self.newest):
+            self.tree, self.scanned, self.newest = probes.descendants(), time.monotonic(), newest
+            self.sizes = {pid: size for pid, size in self.sizes.items() if pid in self.tree}
+        sizes = [size for size in map(self._size, self.tree) if size]
         own = probes.resident()
         if sizes and own is not None:
             low, high = own + sum(uss for uss, _ in sizes), own + sum(pss for _, pss in sizes)

@@ -118,7 +118,12 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 def _compiled(module: ModuleType) -> Iterator[_Entry]:
     for name, item in sorted(vars(module).items()):
-        if name.startswith("_") or (isinstance(item, type) and item.__module__ != module.__name__):
+        # Hooks are there to be replaced, so what stands under their names differs between programs.
+        if (
+            name.startswith("_")
+            or name.endswith("hook")
+            or (isinstance(item, type) and item.__module__ != module.__name__)
+        ):
             continue
         title = f"{module.__name__}.{name}"
         yield from _described(title, name, item)

@@ -188,16 +188,33 @@ class _Draft:
         whole, *ends = ids
         if self.everything:
             labels = list(whole)
-        else:
+        elif all(_same(before, whole) == len(before) for before in ends[::2]):
             labels = [IGNORED] * len(whole)
             for before, through in zip(ends[::2], ends[1::2]):
-                # A token across the boundary holds the first letters of the answer, so it is trained.
-                start, stop = _same(before, whole), _same(through, whole)
-                stop = writer.last_end(whole, start, stop)
+                start = len(before)
+                stop = writer.last_end(whole, start, _same(through, whole))
                 labels[start:stop] = whole[start:stop]
+        else:
+            whole, labels = self._apart(writer)
         if labels:
             labels[0] = IGNORED  # nothing predicts the first token
         return _Row(self.example, whole, labels)
+
+    def _apart(self, writer: _Writer) -> tuple[list[int], list[int]]:
+        """Ids and labels with each answer tokenized apart from its prompt, as it is when the model generates.
+
+        Needed where a token would reach over the border: an answer that begins with white space, or a prompt that
+        ends in two line breaks, which some tokenizers join only when nothing follows.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        borders = [0, *(len(end) for answer in self.answers for end in answer), len(self.text)]
+        pieces = [(self.text[start:stop], self.hidden) for start, stop in zip(borders, borders[1:])]
+        for number, piece in enumerate(writer.ids(pieces)):
+            stop = writer.last_end(piece, 0, len(piece)) if number % 2 else 0
+            ids += piece
+            labels += piece[:stop] + [IGNORED] * (len(piece) - stop)
+        return ids, labels
 
 
 class _Writer:
@@ -318,7 +335,7 @@ class _Writer:
 
     def last_end(self, ids: list[int], start: int, stop: int) -> int:
         """Where an answer ends: after its end-of-turn token, without the white space some templates put behind it."""
-        for position in range(stop - 1, start, -1):
+        for position in range(stop - 1, start - 1, -1):
             if ids[position] in self.special_ids:
                 return position + 1
             if self.tokenizer.decode([ids[position]]).strip():

@@ -8,6 +8,7 @@ report shows is the test split.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from shoestring.jobs.generate import complete
 from shoestring.jobs.pipeline import execute
 from shoestring.jobs.runs import Run, open_run
 from shoestring.kernels import ops
+from shoestring.models.cache import origin
 from shoestring.planner import cost
 from shoestring.planner.machine import Machine, machine
 from shoestring.planner.plan import Candidate, plan, refuse_hopeless, relax
@@ -243,9 +245,7 @@ class _Fit:
         """Put the model in its place, and write result, ledger and report."""
         best: _Tried = got["best"]
         spent = self._spent()
-        made = {"time": spent["time"], "energy": _value(spent["energy"]), "money": _value(spent["money"])}
-        trained = max((self.ledger.figure(p, "peak_memory").value or 0 for p in self.ledger.paths if self.ledger.figure(p, "peak_memory")), default=0)
-        self.missed += self.limits.misses({**made, "train.memory": trained})
+        self.missed += self.limits.misses({name: _value(entry) for name, entry in spent.items()})
         ratio = got["ratio"]
         kept = {
             "value": 1 / ratio.value,
@@ -297,7 +297,7 @@ class _Fit:
                 f"shoestring eval {self.run.model} --against {request.model}",
             ],
             "python": _snippet(self.run.model, best.folder),
-            "notes": _notes(self.source, request),
+            "notes": _notes(self.source),
         }  # fmt: skip
 
     def _row(self, candidate: Candidate, best: _Tried, tried: list[_Tried]) -> dict[str, Any]:
@@ -357,6 +357,7 @@ class _Fit:
             "energy": entry("energy"),
             "money": entry("money"),
             "carbon": entry("carbon"),
+            "train.memory": entry("peak_memory"),
         }
 
 
@@ -436,15 +437,15 @@ def _card(request: FitRequest, result: dict[str, Any]) -> str:
     )
 
 
-def _notes(source: Path, request: FitRequest) -> list[str]:
-    notes = []
-    was = models.origin(source)
-    if was:
-        notes.append(
-            f"The original was read from a file of {was} weights: its own numbers are on a coarse grid already, so a "
-            "format with the same groups would look better than it is."
-        )
-    return notes
+def _notes(source: Path) -> list[str]:
+    came_from = origin(source)
+    bits = re.search(r"[._-]I?Q(\d)", came_from)
+    if not bits:
+        return []
+    return [
+        f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a format on "
+        "the same grid would look better than it is."
+    ]
 
 
 __all__ = ["FitRequest", "ShoestringError", "fit", "plans"]

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.models.cache import convert_once
-from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_adapter, check_folder
+from shoestring.models.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    WEIGHTS,
+    Folder,
+    check_adapter,
+    check_folder,
+    read_json,
+)
 from shoestring.models.guard import check_gguf, is_gguf, is_pickle
 
 if TYPE_CHECKING:
@@ -281,7 +290,7 @@ def _from_hub(ref: str, offline: bool | None) -> Path:
 
     try:
         folder = Path(snapshot_download(ref, local_files_only=True, allow_patterns=_HUB_FILES))
-        if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+        if _is_complete(folder):
             return folder
     except (hub_errors.LocalEntryNotFoundError, OSError, ValueError):
         pass
@@ -320,6 +329,15 @@ def _from_hub(ref: str, offline: bool | None) -> Path:
             f"the hub cannot be reached ({type(error).__name__})",
             "Give a local folder, or go online once",
         ) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a hub snapshot has what loading needs; others may have fetched only its configuration."""
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        return bool(names) and all((folder / str(name)).is_file() for name in names)
+    return (folder / WEIGHTS).is_file() or (folder / ADAPTER_WEIGHTS).is_file()
 
 
 def _load_model(

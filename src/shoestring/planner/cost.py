@@ -46,10 +46,10 @@ def predict(shape: Shape, floor: int) -> Prediction:
 
 
 def errors(predicted: Prediction, measured: Mapping[str, float | None]) -> dict[str, float]:
-    """Relative errors (measured / predicted - 1) of what was measured."""
+    """Relative errors (predicted / measured - 1) of what was measured."""
     found = {}
     for name, value in predicted.to_json().items():
         actual = measured.get(name)
-        if actual is not None and value:
-            found[name] = actual / value - 1
+        if actual:
+            found[name] = value / actual - 1
     return found

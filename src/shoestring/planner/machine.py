@@ -40,7 +40,7 @@ def machine() -> Machine:
 
 
 def _floor() -> int:
-    key = {name: version(name) for name in ("torch", "transformers", "peft", "shoestring")} | {"python": sys.version}
+    key = {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": sys.version}
     file = cache_dir() / "floor.json"
     if file.is_file():
         try:

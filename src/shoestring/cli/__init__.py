@@ -1,0 +1,123 @@
+"""The command line: one file a command, found by listing this folder; nothing heavy is imported before it is needed.
+
+Results go to stdout, everything else to stderr. Errors are one line; `-v` shows where they were raised.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from shoestring import __version__
+from shoestring.cli._command import Shared, one_line
+from shoestring.cli._screen import Screen
+from shoestring.core.errors import ShoestringError, nearest
+
+ALIASES = {"quantize": "compress", "evaluate": "eval"}
+_HELP = """Fit a language model to the resources you have, and see the measured bill.
+
+\b
+Start with    shoestring fit
+or            shoestring fit MODEL --data FILE --budget storage=2GB,memory=3GB --out DIR
+
+\b
+Exit codes
+  0    done
+  1    the work failed
+  2    bad input, found before the work started
+  3    nothing fits the budget; the closest result is kept
+  4    what fits keeps less quality than asked for; the best is kept
+  130  interrupted by Ctrl+C, 143 by SIGTERM; --resume goes on
+"""
+
+
+class _Terminated(KeyboardInterrupt):
+    exit_code = 143
+
+
+class Commands(Shared, click.Group):
+    """The commands are the files of this folder."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
+        return import_module(f"shoestring.cli.{name}").command if name in self.list_commands(ctx) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = [*self.list_commands(ctx), *ALIASES]
+            raise click.UsageError(f"unknown command {args[0]}. {nearest(args[0], known)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.command("shoestring", cls=Commands, help=_HELP, no_args_is_help=True)
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None: ...
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    screen = Screen()
+    try:
+        with _terminable():
+            code = cli.main(args, prog_name="shoestring", standalone_mode=False, obj=screen)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _failed(screen, error, one_line(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _failed(screen, error, "interrupted", getattr(error, "exit_code", 130))
+    except BrokenPipeError:
+        # Whoever read our results has enough of them; the interpreter must not complain about it at exit.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        return 1
+    except ShoestringError as error:
+        return _failed(screen, error, str(error), error.exit_code)
+    except Exception as error:
+        hint = "" if screen.verbose else " (-v shows where)"
+        return _failed(screen, error, f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _failed(screen: Screen, error: BaseException, sentence: str, code: int) -> int:
+    if screen.verbose:
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl+C does, with a code of its own."""
+
+    def stop(*_: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -243,7 +243,7 @@ def _read(file: Path) -> ClaimFile:
         rows = literals["CLAIMS"]
         assert isinstance(rows, ast.Tuple)
         claims = tuple(
-            Claim(*map(ast.literal_eval, row.args), **{k.arg: ast.literal_eval(k.value) for k in row.keywords if k.arg})
+            Claim(*(_value(a, literals) for a in row.args), **{k.arg: _value(k.value, literals) for k in row.keywords if k.arg})
             for row in rows.elts
             if isinstance(row, ast.Call)
         )
@@ -251,6 +251,15 @@ def _read(file: Path) -> ClaimFile:
     except (ValueError, TypeError, AssertionError) as error:
         raise ShoestringError(f"CLAIMS in {file} is not a literal", str(error), "CLAIMS = (Claim(...), ...)") from None
     return ClaimFile(slug, file, ast.get_docstring(tree) or "", claims, tuple(methods))
+
+
+def _value(node: ast.expr, constants: Mapping[str, ast.expr]) -> Any:
+    """A literal, a constant of the same file by its name, or texts joined by +."""
+    if isinstance(node, ast.Name) and node.id in constants:
+        return _value(constants[node.id], constants)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _value(node.left, constants) + _value(node.right, constants)
+    return ast.literal_eval(node)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

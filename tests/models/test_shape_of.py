@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import CAUSAL, MASKED, SEQ2SEQ, tiny
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring.core.errors import UsageError
-from shoestring.models import load, shape_of
+from shoestring.models import inspect, load, shape_of
 from shoestring.models.flops import count_flops, forward_flops, training_flops
+from shoestring.models.surgery import replace_module
 
 
 @pytest.mark.parametrize("family", sorted({**CAUSAL, **MASKED, **SEQ2SEQ}))
@@ -50,6 +53,48 @@ def test_a_folder_has_the_shape_of_its_model(folder_of: Callable[..., Path]) -> 
             (w.role, w.dims, w.tied) for w in of_model.weights
         ]
         assert of_folder.storage == sum(f.stat().st_size for f in folder.iterdir()), family
+
+
+class Packed(nn.Linear):
+    """A linear layer in one byte a weight, with two bytes of scale for each row."""
+
+    def __init__(self, inner: nn.Linear, *, in_buffer: bool) -> None:
+        super().__init__(inner.in_features, inner.out_features, bias=False)
+        codes = torch.zeros(inner.out_features, 2, inner.in_features // 2, dtype=torch.int8)
+        del self.weight
+        if in_buffer:
+            self.register_buffer("codes", codes)
+        else:
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scales", torch.zeros(inner.out_features, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("in_buffer", [False, True])
+def test_a_packed_matrix_keeps_its_dimensions_and_shows_its_bytes(in_buffer: bool, tmp_path: Path) -> None:
+    model = tiny("llama")
+    before = shape_of(model)
+    for name, module, _ in list(inspect(model).linears()):
+        replace_module(model, name, Packed(module, in_buffer=in_buffer))
+    after = shape_of(model)
+    assert after.parameters == before.parameters and after.flops_per_token() == before.flops_per_token()
+    held = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    assert after.resident == sum(held.values()) < before.resident
+    assert {w.name: (w.role, w.dims) for w in after.weights} == {w.name: (w.role, w.dims) for w in before.weights}
+
+
+def test_a_packed_folder_shows_its_bytes(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    before = shape_of(folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    weights[f"{name}.weight"] = torch.zeros(48, 16, dtype=torch.uint8)
+    weights[f"{name}.scales"] = torch.zeros(48, 1, dtype=torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    after = shape_of(folder)
+    (packed,) = [w for w in after.weights if w.name == f"{name}.weight"]
+    assert packed.dims == (48, 32) and packed.stored == packed.resident == 48 * 16 + 48 * 2
+    assert before.resident - after.resident == 48 * 32 * 4 - packed.stored
+    assert after.storage == sum(f.stat().st_size for f in folder.iterdir())
 
 
 def test_tied_weights_cost_once() -> None:

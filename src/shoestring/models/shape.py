@@ -88,7 +88,7 @@ def _weights(
         always_on |= {name for key, name in block.projections.items() if key.startswith("expert.shared")}
     active, passes = _active_share(config), _passes(config, anatomy)
     modules = dict(model.named_modules())
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    parameters = _tensors(model)
     names = {name for name, _ in parameters}
     on_disk = _stored(parameters, modules, folder) if folder else {}
     first: dict[int, str] = {}
@@ -106,9 +106,9 @@ def _weights(
             stored, packed = on_disk.get(name, (0, False))
             resident = stored if packed else resident
         elif name.endswith(".weight"):
-            beside = [other for other in module.parameters(recurse=False) if other is not parameter]
-            extra = [other for other in beside if other is not getattr(module, "bias", None)]
-            resident += sum(other.numel() * other.element_size() for other in extra)
+            own = module.state_dict(keep_vars=True)
+            beside = [tensor for key, tensor in own.items() if key != "bias" and tensor is not parameter]
+            resident += sum(tensor.numel() * tensor.element_size() for tensor in beside)
             stored = resident
         role = _role(name, dims, module, roles.get(owner, ""))
         used = active if role == "expert" and owner not in always_on else 1.0
@@ -116,6 +116,23 @@ def _weights(
             used *= passes
         weights.append(Weight(name, role, dims, 0 if tied else stored, 0 if tied else resident, tied, used))
     return tuple(weights)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters, tied ones under each of their names, and the bodies of matrices that are packed into buffers."""
+    found: list[tuple[str, torch.Tensor]] = list(model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _is_matrix(module) and "weight" not in module._parameters and not hasattr(module, "base_layer"):
+            buffers = list(module.buffers(recurse=False))
+            if buffers:
+                found.append(
+                    (f"{name}.weight", max(buffers, key=lambda buffer: buffer.numel() * buffer.element_size()))
+                )
+    return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or is_projection(module)
 
 
 def _role(name: str, dims: tuple[int, ...], module: nn.Module, role: str) -> str:
@@ -142,12 +159,11 @@ def _dims(name: str, parameter: torch.Tensor, module: nn.Module) -> tuple[int, .
 def _belongs_to_packed(name: str, module: nn.Module, names: set[str]) -> bool:
     """Whether a parameter is the scales or the codebook of the packed weight beside it."""
     owner, _, leaf = name.rpartition(".")
-    matrix = isinstance(module, nn.Embedding) or is_projection(module)
-    return matrix and leaf not in ("weight", "bias") and f"{owner}.weight" in names
+    return _is_matrix(module) and leaf not in ("weight", "bias") and f"{owner}.weight" in names
 
 
 def _stored(
-    parameters: list[tuple[str, torch.nn.Parameter]], modules: dict[str, nn.Module], folder: Folder
+    parameters: list[tuple[str, torch.Tensor]], modules: dict[str, nn.Module], folder: Folder
 ) -> dict[str, tuple[int, bool]]:
     """Bytes on disk of each parameter with what stands beside it in the file (scales), and whether it is packed."""
     names = {name for name, _ in parameters}

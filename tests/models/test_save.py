@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from families import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from shoestring.core.errors import UsageError
+from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.models import load, save
 
 
@@ -41,20 +40,12 @@ def test_occupied_folder(tmp_path: Path) -> None:
 
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """A real refusal by the operating system: files may not grow past 20 kB."""
-    script = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2]); import families\n"
-        "from shoestring.core.errors import ShoestringError\n"
-        "from shoestring.models import save\n"
-        "model = families.tiny('llama')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try: save(model, None, sys.argv[1])\n"
-        "except ShoestringError as error: print(error); sys.exit(7)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out"), str(Path(__file__).parent)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 7, done.stderr[-2000:]
-    assert "too large" in done.stdout and "Free some space" in done.stdout
+    model = tiny("llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ShoestringError, match="too large.*Free some space"):
+            save(model, None, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []

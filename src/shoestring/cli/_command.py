@@ -1,4 +1,4 @@
-"""What every command shares: `--out-dir` may be written `--out_dir`, `key=value` means `--key value`, and global flags."""
+"""What every command shares: global flags, `--out_dir` for `--out-dir`, and `key=value` for `--key value`."""
 
 from __future__ import annotations
 

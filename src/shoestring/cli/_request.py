@@ -20,6 +20,7 @@ _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 _ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 _HELP = {
     "data": "A .jsonl, .json, .csv, .parquet or .txt file, a folder, a data set id, or python-docs.",
+    "budget": "Limits with units: storage, memory, train.memory, latency, time, energy, money, network.",
     "options": "A setting of the method; repeat for more.",
     "seed": "Of everything random.",
     "skip_bad": "Skip and count up to so many bad lines instead of stopping at the first.",
@@ -36,7 +37,7 @@ _OF_ENCODING = ("max_length", "on_long")
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a dataclass as its source writes it; `kind` is the annotation, `default` None when it is no literal."""
+    """One field of a dataclass as its source writes it; `default` is None when it is no literal."""
 
     name: str
     kind: str

@@ -30,10 +30,6 @@ def command(out: str | None, resume: bool, **given: Any) -> None:
     with screen.working():
         result = compress(request, out=out, resume=resume, say=screen.say)
     sizes = f"{text.show(result['storage_before'], 'B')} -> {text.show(result['storage'], 'B')}"
-    screen.show(
-        result,
-        lambda: (
-            f"{sizes}, {result['bits_per_weight']:.2f} bits a weight, keeps {result['quality_kept']:.1%} of the quality\n{result['model']}"
-        ),
-    )
+    kept = f"{result['bits_per_weight']:.2f} bits a weight, keeps {result['quality_kept']:.1%} of the quality"
+    screen.show(result, lambda: f"{sizes}, {kept}\n{result['model']}")
     screen.say(f"Talk to it: shoestring chat {result['model']}")

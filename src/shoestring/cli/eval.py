@@ -25,7 +25,7 @@ def command(model: str, tasks: str, **given: object) -> None:
 
     Every figure comes with its 95% interval where it has one.
     """
-    from shoestring.jobs.eval_table import lines
+    from shoestring.cli._eval_table import lines
     from shoestring.jobs.evaluate import evaluate
 
     screen = current()

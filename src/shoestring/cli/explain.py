@@ -8,8 +8,10 @@ from shoestring.cli._screen import current
 
 @click.command("explain", cls=Command)
 @click.argument("name")
-@click.option("--price", "model", is_flag=False, flag_value="smollm2", metavar="[MODEL]",
-              help="Also what the method makes of MODEL (the default model when none is named), and all its options.")  # fmt: skip
+@click.option(
+    "--price", "model", is_flag=False, flag_value="smollm2", metavar="[MODEL]",
+    help="Also what the method makes of MODEL (without a word: the default model), and all its options.",
+)  # fmt: skip
 def command(name: str, model: str | None) -> None:
     """Explain a method, a room or a claim: how it works, paper, options, and what was measured."""
     from shoestring.jobs import explain

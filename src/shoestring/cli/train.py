@@ -25,10 +25,6 @@ def command(out: str | None, resume: bool, **given: Any) -> None:
     with screen.working():
         result = train(build(TrainRequest, given), out=out, resume=resume, say=screen.say)
     steps = f"{result['steps']} steps, {result['tokens']:,} tokens" if result.get("steps") else "trained"
-    screen.show(
-        result,
-        lambda: (
-            f"{steps}: held-out loss {result['loss_before']:.4f} -> {result['loss_after']:.4f} nats a token\n{result['model']}"
-        ),
-    )
+    loss = f"held-out loss {result['loss_before']:.4f} -> {result['loss_after']:.4f} nats a token"
+    screen.show(result, lambda: f"{steps}: {loss}\n{result['model']}")
     screen.say(f"Fold it into its base: shoestring merge {result['model']} --out DIR")

@@ -1,4 +1,4 @@
-"""What a method, a room or a claim is, from its own file and record; nothing of it is imported unless a price is asked for."""
+"""What a method, a room or a claim is, from its own file and record; only a price imports it."""
 
 from __future__ import annotations
 
@@ -187,9 +187,8 @@ def _claims_text(rows: list[dict[str, Any]]) -> list[str]:
 
 def price_text(found: Mapping[str, Any], name: str) -> str:
     """What `price` returned, for people."""
-    lines = [
-        f"On {found['model']}: {text.show(found['storage'], 'B')} of files, {text.show(found['resident'], 'B')} of weights in memory"
-    ]
+    sizes = f"{text.show(found['storage'], 'B')} of files, {text.show(found['resident'], 'B')} of weights in memory"
+    lines = [f"On {found['model']}: {sizes}"]
     for row in found["settings"]:
         trained = f", trains {row['trainable']:,} parameters" if row["trainable"] else ""
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())

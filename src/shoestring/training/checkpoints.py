@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, hold only tensors and JSON, and are checked before they are trusted.
 
-A checkpoint is a folder `checkpoint-<step>`: `weights.safetensors` (trained parameters by name), `state.safetensors` and
-`state.json` (optimizer, scheduler, random numbers), `trainer_state.json` (transformers' own record) and
+A checkpoint is a folder `checkpoint-<step>`: `weights.safetensors` (trained parameters by name), `state.safetensors`
+and `state.json` (optimizer, scheduler, random numbers), `trainer_state.json` (transformers' own record) and
 `MANIFEST.json`, written last, with the size and SHA-256 of every file and what the run was started from.
 """
 

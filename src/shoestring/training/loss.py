@@ -154,7 +154,7 @@ def why_own_loss(model: nn.Module, batch: Mapping[str, Any], tokens: int = 64) -
         if len(fed) != 1 or fed[0].dim() != 3:
             return "the model's forward does not call its head once on all positions"
         ours = head(fed[0]).float()
-    except Exception as error:  # noqa: BLE001  whatever the model refuses here, its own loss will report in full
+    except Exception as error:  # whatever the model refuses here, its own loss will report in full
         return f"the model could not be compared on a few tokens ({type(error).__name__}: {error})"
     finally:
         hook.remove()

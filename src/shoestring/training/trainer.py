@@ -1,6 +1,7 @@
 """One training run on transformers' `Trainer`: chunked loss, whole checkpoints, a time limit that is kept.
 
-`train` is the only entry. What transformers does well stays there: the loop, gradient accumulation, schedules, callbacks.
+`train` is the only entry. What transformers does well stays there: the loop, gradient accumulation, schedules,
+callbacks.
 """
 
 from __future__ import annotations

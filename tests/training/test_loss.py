@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training_cases import lora
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shoestring.lab import tiny
+from shoestring.training.loss import NextTokenLoss, chunked_cross_entropy, last_hidden_and_head
+
+MIXTRAL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.02,
+)  # fmt: skip
+GEMMA2 = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    final_logit_softcapping=30.0,
+)  # fmt: skip
+
+
+def plain(hidden, head, labels, num_items=None):
+    logits = head(hidden)[:, :-1].float().flatten(0, 1)
+    total = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return total / (num_items or max(1, int((labels[:, 1:] != -100).sum())))
+
+
+def case(rows, length, width, vocabulary, dtype=torch.float32, bias=False, trained_head=False, ignored=0.0, seed=0):
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(width, vocabulary, bias=bias).to(dtype).requires_grad_(trained_head)
+    hidden = torch.randn(rows, length, width, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (rows, length))
+    labels[torch.rand(rows, length) < ignored] = -100
+    return hidden, head, labels
+
+
+def gradients(loss, hidden, head):
+    wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    return torch.autograd.grad(loss, wanted, materialize_grads=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.6, 0.97])
+@pytest.mark.parametrize("shape", [(1, 2, 3, 5), (3, 17, 7, 101), (2, 50, 16, 257)])
+def test_equals_the_loss_over_whole_logits(shape, ignored, trained_head, bias):
+    hidden, head, labels = case(*shape, bias=bias, trained_head=trained_head, ignored=ignored)
+    ours = chunked_cross_entropy(hidden, head, labels, chunk_bytes=1)
+    theirs = plain(hidden, head, labels)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_the_plain_loss():
+    hidden, head, labels = case(2, 40, 32, 300, dtype=torch.bfloat16, trained_head=True, ignored=0.3)
+    exact_hidden, exact_head = hidden.detach().float().requires_grad_(), torch.nn.Linear(32, 300, bias=False)
+    exact_head.weight.data = head.weight.detach().float()
+    truth = plain(exact_hidden, exact_head, labels)
+    ours = chunked_cross_entropy(hidden, head, labels, chunk_bytes=1)
+    theirs = plain(hidden, head, labels)
+    assert abs(ours - truth) <= abs(theirs - truth) + 1e-4 * truth
+    true = gradients(truth, exact_hidden, exact_head)
+    for mine, other, right in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head), true):
+        assert (mine.float() - right).norm() <= 1.2 * (other.float() - right).norm() + 1e-3 * right.norm()
+
+
+def test_any_other_head_is_run_chunk_by_chunk():
+    class Scaled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.scale = inner, torch.nn.Parameter(torch.tensor(1.3))
+
+        def forward(self, hidden):
+            return self.inner(hidden) * self.scale
+
+    hidden, head, labels = case(2, 21, 8, 33, trained_head=True, ignored=0.4)
+    head = Scaled(head)
+    ours, theirs = chunked_cross_entropy(hidden, head, labels, chunk_bytes=1), plain(hidden, head, labels)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_labelled_is_a_finite_zero_with_a_gradient():
+    hidden, head, labels = case(2, 5, 4, 9)
+    loss = chunked_cross_entropy(hidden, head, torch.full_like(labels, -100), torch.tensor(0))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss == 0 and not gradient.any()
+
+
+def test_num_items_divides_the_sum():
+    hidden, head, labels = case(2, 9, 4, 9, ignored=0.2)
+    torch.testing.assert_close(chunked_cross_entropy(hidden, head, labels, 7), plain(hidden, head, labels, 7))
+
+
+class Largest(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+def largest(work) -> int:
+    with Largest() as seen:
+        work()
+    return seen.elements
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch):
+    vocabulary, tokens = 4096, 8 * 64
+    monkeypatch.setattr(tiny, "VOCAB", vocabulary)
+    model = lora(tiny.model("llama"))
+    ids = 3 + torch.arange(tokens).view(8, 64) % (vocabulary - 3)
+    batch = {"input_ids": ids, "labels": ids}
+    ours = NextTokenLoss(chunk_bytes=64 * vocabulary * 4)
+    ours.check(model, batch)
+    assert ours.reason is None
+    assert largest(lambda: ours(model, batch)[0].backward()) == 64 * vocabulary
+    assert largest(lambda: model(**batch).loss.backward()) >= (tokens - 8) * vocabulary
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_families_that_need_nothing_special_are_chunked(family):
+    model = lora(tiny.model(family))
+    check_against_own_loss(model, chunked=True)
+
+
+def test_a_head_that_carries_an_adapter_is_chunked_and_trained():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny.model("llama", tie_word_embeddings=False), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    )
+    torch.nn.init.normal_(model.get_output_embeddings().lora_B["default"].weight)
+    check_against_own_loss(model, chunked=True)
+
+
+def test_tied_weights_that_are_trained_get_both_gradients():
+    check_against_own_loss(tiny.model("llama", tie_word_embeddings=True), chunked=True)
+
+
+def test_capped_logits_keep_the_models_own_loss(monkeypatch):
+    monkeypatch.setitem(tiny._SMALL, "gemma2", GEMMA2)
+    model = tiny.model("gemma2")
+    reason = check_against_own_loss(model, chunked=False)
+    assert "changes the logits" in reason
+
+
+def test_the_router_loss_of_experts_is_not_lost(monkeypatch):
+    monkeypatch.setitem(tiny._SMALL, "mixtral", MIXTRAL)
+    model = tiny.model("mixtral")
+    assert "auxiliary" in check_against_own_loss(model, chunked=False)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_models_that_do_not_predict_the_next_token_keep_their_own_loss(family):
+    model = tiny.model(family)
+    ids = tiny.batch()
+    ours = NextTokenLoss()
+    loss, _ = ours(model, {"input_ids": ids, "labels": ids})
+    assert ours.reason
+    torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
+
+
+def test_soft_prompts_shift_no_label():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny.model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    check_against_own_loss(model, chunked=True)
+
+
+def test_the_check_draws_no_random_numbers():
+    model = lora(tiny.model("llama"), lora_dropout=0.5).train()
+    ids = tiny.batch()
+    before = torch.get_rng_state()
+    NextTokenLoss().check(model, {"input_ids": ids, "labels": ids})
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_hidden_states_are_what_the_head_would_get():
+    model, ids = tiny.model("llama"), tiny.batch()
+    hidden, head, output = last_hidden_and_head(model, {"input_ids": ids})
+    torch.testing.assert_close(head(hidden), model(input_ids=ids).logits)
+    assert output.logits.shape[1] == 1
+
+
+def check_against_own_loss(model, chunked: bool) -> str:
+    ids = tiny.batch()
+    labels = ids.clone()
+    labels[0, :7] = -100
+    mask = torch.ones_like(ids)
+    mask[1, -4:], labels[1, -4:] = 0, -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    ours = NextTokenLoss(chunk_bytes=1)
+    loss, divided = ours(model, batch, torch.tensor(11))
+    assert (ours.reason is None) == chunked, ours.reason
+    theirs = model(**batch, num_items_in_batch=torch.tensor(11)).loss
+    torch.testing.assert_close(loss, theirs)
+    assert divided
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for mine, other in zip(
+        torch.autograd.grad(loss, wanted, allow_unused=True), torch.autograd.grad(theirs, wanted, allow_unused=True)
+    ):
+        if other is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    return ours.reason or ""

@@ -18,6 +18,7 @@ from shoestring.core.errors import DoesNotFit, QualityGate, ShoestringError, Usa
 from shoestring.jobs._doors import open_doors, open_model
 
 _WARM_UP_TOKENS = 4
+_ENOUGH_SECONDS = 8.0
 _ERRORS = {kind.__name__: kind for kind in (ShoestringError, UsageError, DoesNotFit, QualityGate)}
 
 
@@ -36,8 +37,9 @@ def at_work(
 
     Args:
         folder: anything `models.resolve` accepts.
-        repeats: timed generations, after one short one that is not timed.
-        threads: for arithmetic; None leaves the choice to torch.
+        repeats: timed generations, after one short one that is not timed; fewer once they have taken 8 seconds.
+        threads: for arithmetic; None leaves one core to the neighbours. Threads meet many times a token, so one that
+            has to wait for its core stops all: with every core in use a small model can become ten times slower.
 
     Returns:
         `peak_memory` of the process's whole life, `floor_memory` of the interpreter with every library imported and
@@ -59,9 +61,9 @@ def at_work(
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeats", str(repeats)]
     # Threads that spin at a barrier while neighbours hold the cores slow a decode step ten times and more.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    if threads:
-        command += ["--threads", str(threads)]
-        environment["OMP_NUM_THREADS"] = str(threads)
+    threads = threads or max(1, _cores() - 1)
+    command += ["--threads", str(threads)]
+    environment["OMP_NUM_THREADS"] = str(threads)
     # The child must find this very package, however the parent came by it.
     places = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
@@ -69,7 +71,9 @@ def at_work(
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise ShoestringError(f"The process that loads {folder} died", *_last_words(done.returncode, done.stderr)) from None
+        raise ShoestringError(
+            f"The process that loads {folder} died", *_last_words(done.returncode, done.stderr)
+        ) from None
     if "error" in answer:
         error = answer["error"]
         raise _ERRORS.get(error["kind"], ShoestringError)(error["what"], error["why"], error["remedy"])
@@ -87,6 +91,15 @@ def storage(folder: Path) -> int:
     return total
 
 
+def _cores() -> int:
+    """Cores this process may use; two threads of one core count once."""
+    import psutil
+
+    return min(
+        psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1024
+    )
+
+
 def _last_words(code: int, stderr: str) -> tuple[str, str]:
     if code < 0:
         name = signal.Signals(-code).name
@@ -96,7 +109,9 @@ def _last_words(code: int, stderr: str) -> tuple[str, str]:
     return (lines[-1].strip() if lines else f"it ended with code {code} and said nothing"), ""
 
 
-def _measure(folder: str, prompt_tokens: int, new_tokens: int, repeats: int, threads: int | None, dtype: str) -> dict[str, Any]:
+def _measure(
+    folder: str, prompt_tokens: int, new_tokens: int, repeats: int, threads: int | None, dtype: str
+) -> dict[str, Any]:
     """What `at_work` returns, measured in this very process."""
     import torch
 
@@ -112,13 +127,15 @@ def _measure(folder: str, prompt_tokens: int, new_tokens: int, repeats: int, thr
     loaded = open_model(folder, dtype=dtype)
     load_seconds = time.perf_counter() - started
     model = loaded.model
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     model.generation_config.eos_token_id = None
     writes = loaded.kind != "masked"
     _generate(model, prompt, _WARM_UP_TOKENS, writes)
-    first, rest = [], []
-    for _ in range(repeats):
+    first: list[float] = []
+    rest: list[float] = []
+    timed = time.perf_counter()
+    while len(first) < repeats and (not first or time.perf_counter() - timed < _ENOUGH_SECONDS):
         stamps = _generate(model, prompt, new_tokens, writes)
         first.append(stamps[1] - stamps[0])
         rest.append((stamps[-1] - stamps[1]) / (new_tokens - 1))
@@ -135,7 +152,7 @@ def _measure(folder: str, prompt_tokens: int, new_tokens: int, repeats: int, thr
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "repeats": repeats,
+        "repeats": len(first),
     }
 
 

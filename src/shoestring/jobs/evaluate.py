@@ -79,9 +79,7 @@ class Comparison:
         return {name: getattr(self, name).to_json() for name in names} | {"tokens": self.model.tokens}
 
 
-def heldout(
-    model: Any, rows: Sequence[Row] | Encoded, *, batch_tokens: int = BATCH_TOKENS, seed: int = 0
-) -> Quality:
+def heldout(model: Any, rows: Sequence[Row] | Encoded, *, batch_tokens: int = BATCH_TOKENS, seed: int = 0) -> Quality:
     """Loss and perplexity of a causal model over encoded rows, counting the labelled tokens.
 
     Every token weighs the same. Rows of similar length share a batch; padding and batch mates do not enter the loss,
@@ -132,7 +130,8 @@ def compare(
             _add(sums, index[owners], torch.stack([own, other, kl, changed, 1 - js.clamp(0, 1).sqrt()], 1))
     ratio = _figure(sums, lambda s: np.exp((s[:, 0] - s[:, 1]) / s[:, 5]), "ratio", seed)
     kl, changed, loyalty = (
-        _figure(sums, lambda s, k=k: s[:, k] / s[:, 5], unit, seed) for k, unit in ((2, "nat"), (3, "share"), (4, "share"))
+        _figure(sums, lambda s, k=k: s[:, k] / s[:, 5], unit, seed)
+        for k, unit in ((2, "nat"), (3, "share"), (4, "share"))
     )
     return Comparison(ratio, kl, changed, loyalty, _quality(sums[:, [0, 5]], seed), _quality(sums[:, [1, 5]], seed))
 
@@ -144,7 +143,9 @@ def windows(text: str, tokenizer: Any, *, length: int = WINDOW, stride: int = ST
     window counts all).
     """
     if not 0 < stride <= length:
-        raise UsageError(f"stride={stride} does not fit windows of {length} tokens", remedy="Use 1 to the window's length")
+        raise UsageError(
+            f"stride={stride} does not fit windows of {length} tokens", remedy="Use 1 to the window's length"
+        )
     ids = tokenizer(text, verbose=False).input_ids
     rows, counted = [], 1
     for end in range(min(length, len(ids)), len(ids) + stride, stride):
@@ -216,7 +217,9 @@ def evaluate(
         other = open_model(against, dtype=dtype, offline=offline)
         _must_write(other)
         if loaded.tokenizer.get_vocab() != other.tokenizer.get_vocab():
-            raise UsageError(f"{ref} and {against} cannot be compared: their tokenizers differ", remedy="Evaluate each on its own")
+            raise UsageError(
+                f"{ref} and {against} cannot be compared: their tokenizers differ", remedy="Evaluate each on its own"
+            )
         found = compare(loaded.model, other.model, rows)
         del other
         result["quality"] = found.model.to_json()
@@ -231,7 +234,9 @@ def evaluate(
 def _rows(rows: Sequence[Row] | Encoded) -> Sequence[Row]:
     found: Sequence[Row] = getattr(rows, "rows", rows)
     if any("position_ids" in row for row in found):
-        raise UsageError("Packed rows cannot be scored", "their examples would see each other", "Encode with pack=False")
+        raise UsageError(
+            "Packed rows cannot be scored", "their examples would see each other", "Encode with pack=False"
+        )
     return found
 
 
@@ -254,7 +259,9 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[np.ndarra
         yield np.array(index), ids, labels
 
 
-def _labelled(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+def _labelled(
+    model: Any, ids: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     """In pieces of 64: line of the batch, target token, and logits (64, vocabulary) that predict it."""
     import torch
 
@@ -311,7 +318,9 @@ def _figure(sums: np.ndarray, formula: Any, unit: str, seed: int) -> Figure:
         raise UsageError("The data has no labelled token", remedy="Give examples with an answer, or loss_on all")
     value, n = float(formula(sums.sum(0, keepdims=True))[0]), len(sums)
     if not math.isfinite(value):
-        raise ShoestringError("The model's probabilities are not numbers", f"the {unit} figure is {value}", "Its weights are damaged")
+        raise ShoestringError(
+            "The model's probabilities are not numbers", f"the {unit} figure is {value}", "Its weights are damaged"
+        )
     if n < 2:
         return Figure(value, unit, None, n)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
@@ -328,10 +337,14 @@ def _evenly(rows: Sequence[Any], limit: int) -> list[Any]:
 def _must_write(loaded: Any) -> None:
     if loaded.kind != "causal":
         raise UsageError(
-            f"{loaded.ref} is a {loaded.kind} model", "held-out loss is that of the next token", "Give a causal language model"
+            f"{loaded.ref} is a {loaded.kind} model",
+            "held-out loss is that of the next token",
+            "Give a causal language model",
         )
     if loaded.tokenizer is None:
-        raise UsageError(f"{loaded.path} holds no tokenizer", remedy="Copy the tokenizer of its base model into the folder")
+        raise UsageError(
+            f"{loaded.path} holds no tokenizer", remedy="Copy the tokenizer of its base model into the folder"
+        )
 
 
 def _part(data: str | Path | None, name: str) -> tuple[Corpus, str]:
@@ -411,7 +424,8 @@ def _tasks(loaded: Any, names: list[str], limit: int | None, folder: str | Path 
     except Exception as error:  # a data set that is not here fails in as many ways as there are sources
         why = str(error).strip().splitlines()
         raise ShoestringError(
-            f"The task {', '.join(names)} cannot run", f"{type(error).__name__}: {why[0][:300] if why else 'no reason given'}",
+            f"The task {', '.join(names)} cannot run",
+            f"{type(error).__name__}: {why[0][:300] if why else 'no reason given'}",
             "Its data must be in the Hugging Face cache when there is no network",
         ) from error
     return dict(found["results"])

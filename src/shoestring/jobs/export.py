@@ -34,7 +34,9 @@ def export(
         raise UsageError(f"unknown format {format}", remedy=nearest(format, FORMATS))
     path = resolve(folder)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
-        raise UsageError(f"{path} is an adapter, not a model", remedy="Merge it with its base first: `shoestring merge`")
+        raise UsageError(
+            f"{path} is an adapter, not a model", remedy="Merge it with its base first: `shoestring merge`"
+        )
     if not overwrite:
         refuse_occupied(out)
     loaded = open_model(folder, dtype=dtype)

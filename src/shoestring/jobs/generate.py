@@ -80,7 +80,9 @@ def chat(
     out, notes = out or sys.stdout, notes or sys.stderr
     loaded = _loaded(ref, dtype, offline)
     if loaded.kind != "causal":
-        raise UsageError(f"{loaded.ref} is a {loaded.kind} model and cannot chat", remedy="Give a causal language model")
+        raise UsageError(
+            f"{loaded.ref} is a {loaded.kind} model and cannot chat", remedy="Give a causal language model"
+        )
     interactive = lines is None and sys.stdin.isatty()
     if not loaded.tokenizer.chat_template:
         print("This model has no chat template, so it was probably not made for conversation.", file=notes)
@@ -113,10 +115,14 @@ def _loaded(ref: str | Path | Loaded, dtype: str, offline: bool | None) -> Loade
     loaded = open_model(ref, dtype=dtype, offline=offline) if isinstance(ref, str | Path) else ref
     if loaded.kind == "masked":
         raise UsageError(
-            f"{loaded.ref} is a masked language model", "it fills gaps and writes no text", "Give a causal or encoder-decoder model"
+            f"{loaded.ref} is a masked language model",
+            "it fills gaps and writes no text",
+            "Give a causal or encoder-decoder model",
         )
     if loaded.tokenizer is None:
-        raise UsageError(f"{loaded.path} holds no tokenizer", remedy="Copy the tokenizer of its base model into the folder")
+        raise UsageError(
+            f"{loaded.path} holds no tokenizer", remedy="Copy the tokenizer of its base model into the folder"
+        )
     return loaded
 
 
@@ -177,7 +183,11 @@ def _answer(
     room = min(max_new_tokens, context - len(ids)) if context else max_new_tokens
     options: dict[str, Any] = {"max_new_tokens": room, "do_sample": temperature > 0}
     # Set even when not drawn: a folder's own generation settings must not have a say.
-    options |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
+    options |= (
+        {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature
+        else dict.fromkeys(("temperature", "top_p", "top_k"))
+    )
     return _stream(loaded, ids, options, seed)
 
 
@@ -211,7 +221,7 @@ def _stream(loaded: Loaded, ids: list[int], options: dict[str, Any], seed: int) 
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
                     **options,
                 )
-        except BaseException as error:  # noqa: BLE001  raised again where the text is read
+        except BaseException as error:
             failed.append(error)
             streamer.text_queue.put(streamer.stop_signal)
 

@@ -38,7 +38,6 @@ def merge(
         UsageError: no adapter, a packed base, an adapter that cannot be merged, or an occupied folder.
         ShoestringError: the merged model answers differently.
     """
-    import torch
     from peft import PeftModel
 
     from shoestring.models import resolve, save
@@ -96,7 +95,11 @@ def open_tokenizer(path: Path) -> Any:
     """The adapter's own tokenizer, None when it brings none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True) if (path / "tokenizer_config.json").is_file() else None
+    return (
+        AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if (path / "tokenizer_config.json").is_file()
+        else None
+    )
 
 
 def _stored(folder: Any) -> torch.dtype:
@@ -111,7 +114,7 @@ def _stored(folder: Any) -> torch.dtype:
 def _probe(model: Any) -> torch.Tensor:
     import torch
 
-    count = model.get_input_embeddings().num_embeddings
+    count = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(count, (2, 16), generator=torch.Generator().manual_seed(0))
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():

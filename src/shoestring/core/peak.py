@@ -18,6 +18,7 @@ from shoestring.core import probes
 _IDLE_SECONDS = 0.05  # how often to ask whether a child has come: one system call
 _SAMPLE_SECONDS = 0.04
 _POLL_SECONDS = 5.0
+_LONGEST_SECONDS = 0.2  # a sample is never later than this, whatever the samples before it cost
 _SCAN_SECONDS = 0.1  # how often at most to go through the machine's processes for new descendants
 _SHARE = 0.006  # of one core, that sampling may cost in the long run
 _CREDIT = 0.006  # CPU seconds that it may run ahead of that: a new child is looked at closely
@@ -145,7 +146,9 @@ class _Watch:
                 for poll in polls:
                     poll()
             credit -= time.thread_time() - started
-            time.sleep(max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, min(1.0, -credit / _SHARE)))
+            time.sleep(
+                max(_SAMPLE_SECONDS if busy or unmarked else _IDLE_SECONDS, min(_LONGEST_SECONDS, -credit / _SHARE))
+            )
 
 
 _watch = _Watch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -118,8 +119,8 @@ def machine_cpu() -> tuple[float, float] | None:
 
 def tree_cpu() -> float:
     """CPU seconds of this process, its waited children, and its living descendants."""
-    times = os.times()
-    total = time.process_time() + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + children.ru_utime + children.ru_stime
     return total + sum(filter(None, map(_cpu_of, descendants())))
 
 

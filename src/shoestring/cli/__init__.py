@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Errors are one line; `-v` shows
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,11 +35,14 @@ Exit codes
   2    bad input, found before the work started
   3    nothing fits the budget; the closest result is kept
   4    what fits keeps less quality than asked for; the best is kept
-  130  interrupted by Ctrl+C, 143 by SIGTERM; --resume goes on
+  130  interrupted by Ctrl+C; --resume goes on
+  143  interrupted by SIGTERM; --resume goes on
 """
 
 
-class _Terminated(KeyboardInterrupt):
+class _Terminated(BaseException):
+    """Not an Exception: nothing on the way may take it for a failure to go on from."""
+
     exit_code = 143
 
 
@@ -68,12 +72,13 @@ def cli() -> None: ...
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    sys.exit(run(args))
+    sys.exit(exit_code(args))
 
 
-def run(args: Sequence[str] | None = None) -> int:
+def exit_code(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     screen = Screen()
+    _no_bars_in_logs()
     try:
         with _terminable():
             code = cli.main(args, prog_name="shoestring", standalone_mode=False, obj=screen)
@@ -83,7 +88,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except click.ClickException as error:
         return _failed(screen, error, one_line(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
+    except (KeyboardInterrupt, click.Abort, _Terminated) as error:
         return _failed(screen, error, "interrupted", getattr(error, "exit_code", 130))
     except BrokenPipeError:
         # Whoever read our results has enough of them; the interpreter must not complain about it at exit.
@@ -103,6 +108,12 @@ def _failed(screen: Screen, error: BaseException, sentence: str, code: int) -> i
         traceback.print_exception(error, file=sys.stderr)
     print("error: " + " ".join(sentence.split()), file=sys.stderr)
     return code
+
+
+def _no_bars_in_logs() -> None:
+    if not sys.stderr.isatty() or os.environ.get("CI") or os.environ.get("NO_COLOR"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -22,9 +23,9 @@ class Shared(click.Command):
         self.params += _global_flags()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._normal(args)))
+        return super().parse_args(ctx, self._normal(ctx, args))
 
-    def _normal(self, args: list[str]) -> list[str]:
+    def _normal(self, ctx: click.Context, args: list[str]) -> list[str]:
         takes = {name: _takes_value(p) for p in self.params if isinstance(p, click.Option) for name in p.opts}
         group = isinstance(self, click.Group)
         normal: list[str] = []
@@ -35,8 +36,10 @@ class Shared(click.Command):
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
                 name = name.replace("_", "-")
+                if name not in takes and name not in ("--set", *ctx.help_option_names):
+                    return [*normal, name + equals + value, *rest]  # click names the nearest
                 if name == "--set":
-                    normal.append(self._setting(value if equals else next(rest, ""), takes, required=True))
+                    normal.append(self._setting(ctx, value if equals else next(rest, ""), takes, required=True))
                     continue
                 normal.append(name + equals + value)
                 if takes.get(name) and not equals:
@@ -48,19 +51,19 @@ class Shared(click.Command):
             elif group:
                 return [*normal, word, *rest]  # a command has words of its own
             else:
-                normal.append(self._setting(word, takes))
+                normal.append(self._setting(ctx, word, takes))
         return normal
 
-    def _setting(self, word: str, takes: dict[str, bool], required: bool = False) -> str:
+    def _setting(self, ctx: click.Context, word: str, takes: dict[str, bool], required: bool = False) -> str:
         """`--key=value` for the word `key=value`."""
         match = _SETTING.fullmatch(word)
         name = f"--{match[1].replace('_', '-')}" if match else ""
-        if match and (name in takes or required):
+        if match and name in takes:
             return f"{name}={match[2]}"
         if match:
-            raise click.NoSuchOption(name, possibilities=_close(name, takes))
+            raise click.NoSuchOption(name, possibilities=get_close_matches(name, takes), ctx=ctx)
         if required:
-            raise click.UsageError(f"--set {word} is not a setting. Write --set key=value")
+            raise click.UsageError(f"--set {word} is not a setting. Write --set key=value", ctx)
         return word
 
 
@@ -104,12 +107,6 @@ def out_option(
 
 def resume_option() -> Any:
     return click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
-
-
-def _close(name: str, known: dict[str, bool]) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, known)
 
 
 def _takes_value(option: click.Option) -> bool:

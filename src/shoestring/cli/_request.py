@@ -21,6 +21,7 @@ _ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 _HELP = {
     "data": "A .jsonl, .json, .csv, .parquet or .txt file, a folder, a data set id, or python-docs.",
     "budget": "Limits with units: storage, memory, train.memory, latency, time, energy, money, network.",
+    "keep": "Least share of the quality to keep: perplexity before / after.",
     "options": "A setting of the method; repeat for more.",
     "seed": "Of everything random.",
     "skip_bad": "Skip and count up to so many bad lines instead of stopping at the first.",

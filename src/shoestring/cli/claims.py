@@ -23,7 +23,7 @@ def ls() -> None:
         {"slug": f.slug, "methods": list(f.methods), "claims": [c.name for c in f.claims], "about": f.about}
         for f in claim.files().values()
     ]
-    rows = [(f["slug"], ", ".join(f["claims"]), str(f["about"]).partition("\n")[0]) for f in found]
+    rows = [(str(f["slug"]), ", ".join(f["claims"]), str(f["about"]).partition("\n")[0]) for f in found]
     current().show(found, lambda: table(("slug", "claims", "about"), rows))
 
 

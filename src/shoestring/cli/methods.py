@@ -30,5 +30,7 @@ def command(room: str | None, saves: str | None) -> None:
         }
         for m in found
     ]
-    cells = [(m.name, m.room, ", ".join(m.saves), m.paper.date, r["claim"], m.summary) for m, r in zip(found, rows)]
+    cells = [
+        (m.name, m.room, ", ".join(m.saves), m.paper.date, str(r["claim"]), m.summary) for m, r in zip(found, rows)
+    ]
     current().show(rows, lambda: table(("name", "room", "saves", "paper", "claim", "summary"), cells))

@@ -3,20 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from training_cases import lora
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import lora
 
 from shoestring.lab import tiny
 from shoestring.training.loss import NextTokenLoss, chunked_cross_entropy, last_hidden_and_head
 
-MIXTRAL = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.02,
-)  # fmt: skip
-GEMMA2 = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    final_logit_softcapping=30.0,
-)  # fmt: skip
+MIXTRAL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.02,
+}  # fmt: skip
+GEMMA2 = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
 
 
 def plain(hidden, head, labels, num_items=None):
@@ -103,7 +103,7 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for each in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
         return out
 
 
@@ -122,7 +122,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch):
     ours = NextTokenLoss(chunk_bytes=64 * vocabulary * 4)
     ours.check(model, batch)
     assert ours.reason is None
-    assert largest(lambda: ours(model, batch)[0].backward()) == 64 * vocabulary
+    assert largest(lambda: ours(model, batch).backward()) <= 64 * vocabulary
     assert largest(lambda: model(**batch).loss.backward()) >= (tokens - 8) * vocabulary
 
 
@@ -164,7 +164,7 @@ def test_models_that_do_not_predict_the_next_token_keep_their_own_loss(family):
     model = tiny.model(family)
     ids = tiny.batch()
     ours = NextTokenLoss()
-    loss, _ = ours(model, {"input_ids": ids, "labels": ids})
+    loss = ours(model, {"input_ids": ids, "labels": ids})
     assert ours.reason
     torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
 
@@ -199,11 +199,11 @@ def check_against_own_loss(model, chunked: bool) -> str:
     mask[1, -4:], labels[1, -4:] = 0, -100
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     ours = NextTokenLoss(chunk_bytes=1)
-    loss, divided = ours(model, batch, torch.tensor(11))
+    items = (labels[:, 1:] != -100).sum()
+    loss = ours(model, batch, items)
     assert (ours.reason is None) == chunked, ours.reason
-    theirs = model(**batch, num_items_in_batch=torch.tensor(11)).loss
+    theirs = model(**batch, num_items_in_batch=items).loss
     torch.testing.assert_close(loss, theirs)
-    assert divided
     wanted = [p for p in model.parameters() if p.requires_grad]
     for mine, other in zip(
         torch.autograd.grad(loss, wanted, allow_unused=True), torch.autograd.grad(theirs, wanted, allow_unused=True)

@@ -20,9 +20,14 @@ def make_rows(count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def options(**changes: Any) -> TrainOptions:
-    settings = dict(
-        max_steps=12, per_device_train_batch_size=4, logging_steps=1, save_steps=4, learning_rate=5e-3, warmup_ratio=0.0
-    )
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "learning_rate": 5e-3,
+        "warmup_ratio": 0.0,
+    }
     return TrainOptions(**{**settings, **changes})
 
 

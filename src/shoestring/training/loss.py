@@ -70,7 +70,7 @@ def last_hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Te
 
     def keep_one(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0])
-        return (args[0][:, -1:], *args[1:])
+        return (args[0][:, -1:].contiguous(), *args[1:])
 
     hook = head.register_forward_pre_hook(keep_one)
     try:
@@ -112,19 +112,26 @@ class NextTokenLoss:
                 self.reason = why_own_loss(model, batch)
             self._checked = True
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Any = None) -> tuple[Tensor, bool]:
-        """The loss of `batch`, and whether `num_items` has already divided it."""
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Any], num_items: Any = None, own_shifts: bool = True
+    ) -> Tensor:
+        """The loss of `batch`, summed over its labels and divided by `num_items` (None: by their number).
+
+        Args:
+            own_shifts: whether the model's own loss leaves the first label out.
+        """
         self.check(model, batch)
         if self.reason is None:
             hidden, head, _ = last_hidden_and_head(model, batch)
             labels = _pad_left(batch["labels"], hidden.shape[1])
-            return chunked_cross_entropy(hidden, head, labels, num_items, chunk_bytes=self.chunk_bytes), True
-        if not bool((batch["labels"][..., 1:] != IGNORED).any()):
-            output = model(**{name: value for name, value in batch.items() if name != "labels"})
-            return output.logits.float().sum() * 0.0, True
-        scales = num_items is not None and _takes_num_items(model)
-        output = model(**batch, **({"num_items_in_batch": num_items} if scales else {}))
-        return output.loss, scales
+            return chunked_cross_entropy(hidden, head, labels, num_items, chunk_bytes=self.chunk_bytes)
+        labels = batch["labels"][..., 1:] if own_shifts else batch["labels"]
+        count = (labels != IGNORED).sum()
+        output = model(**batch)
+        if count == 0:
+            return output.logits.float().sum() * 0.0
+        # Models take `num_items_in_batch` without all of them using it; a mean can be weighted from outside.
+        return output.loss if num_items is None else output.loss * (count / num_items)
 
 
 def why_own_loss(model: nn.Module, batch: Mapping[str, Any], tokens: int = 64) -> str | None:
@@ -270,13 +277,3 @@ def _slice(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         else:
             few[name] = value
     return few
-
-
-def _takes_num_items(model: nn.Module) -> bool:
-    import inspect
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepts = getattr(base, "accepts_loss_kwargs", None)
-    if accepts is not None:
-        return bool(accepts)
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())

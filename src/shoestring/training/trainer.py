@@ -233,10 +233,11 @@ class _Run(Trainer):
     def _loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         with self.precision():
             if self.loss_func is not None:
-                loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)
-                return loss
-            loss, divided = self.next_token(model, inputs, num_items)
-        return loss if divided else loss / self.current_gradient_accumulation_steps
+                return super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)  # type: ignore[return-value]
+            return self.next_token(model, inputs, num_items, self._own_shifts())
+
+    def _own_shifts(self) -> bool:
+        return getattr(self, "_loss_shifts_labels", True)
 
     def _not_finite(self, what: str, samples: list[int]) -> ShoestringError:
         """Name the rows that alone make the loss infinite or not a number, or all of them when none does alone."""
@@ -280,10 +281,10 @@ class _Run(Trainer):
                     return {}
                 inputs = self._prepare_inputs(self._collate([(number, self.valid[number]) for number in numbers]))
                 inputs.pop("sample")
-                labelled = int((inputs["labels"][..., 1:] != IGNORED).sum())
+                labels = inputs["labels"][..., 1:] if self._own_shifts() else inputs["labels"]
+                labelled = int((labels != IGNORED).sum())
                 if labelled:
                     items = torch.tensor(float(labelled), device=inputs["labels"].device)
-                    self.current_gradient_accumulation_steps = 1
                     total += float(self._loss(self.model, inputs, items)) * labelled
                     count += labelled
         self.model.train(was_training)

@@ -26,7 +26,7 @@ from shoestring.jobs import report
 from shoestring.jobs._doors import open_doors, open_model
 from shoestring.jobs.at_work import at_work
 from shoestring.jobs.evaluate import Quality, compare, heldout
-from shoestring.jobs.generate import complete
+from shoestring.jobs.generate import generate
 from shoestring.jobs.pipeline import execute
 from shoestring.jobs.runs import Run, open_run
 from shoestring.kernels import ops
@@ -127,6 +127,22 @@ def plans(request: FitRequest, shape: Any, limits: Budget) -> tuple[list[Candida
     return candidates, host
 
 
+def parts_of(corpus: Any, seed: int) -> tuple[Any, Any, Any]:
+    """Train, validation and test parts, none of them empty.
+
+    Raises:
+        UsageError: the data has too few groups to be split three ways.
+    """
+    train, valid, test = datasets.split(corpus, seed=seed)
+    if not (len(train) and len(valid) and len(test)):
+        raise UsageError(
+            f"{corpus.source} has too little in it to split: {len(corpus)} examples give parts of {len(train)}, {len(valid)} and {len(test)}",
+            "training, choosing and judging each need examples of their own",
+            "Bring more examples, or more than two groups of them",
+        )
+    return train, valid, test
+
+
 @dataclass
 class _Tried:
     candidate: Candidate
@@ -159,7 +175,7 @@ class _Fit:
     def work(self, corpus: Any) -> dict[str, Any]:
         request, say = self.request, self.say
         self.run.write("plan.json", [c.to_json() for c in self.candidates])
-        train, valid, test = datasets.split(corpus, seed=request.seed)
+        train, valid, test = parts_of(corpus, request.seed)
         loaded = open_model(str(self.source), trust_remote_code=request.trust_remote_code)
         tokenizer, context = loaded.tokenizer, models.shape_of(loaded.path).context or 2048
         limit = min(request.training.get("max_length") or context, context)
@@ -173,7 +189,7 @@ class _Fit:
             before_work = at_work(self.source, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
             before = heldout(loaded.model, show)
             prompts = _prompts(test)
-            samples = [{"prompt": p, "reference": r, "before": complete(loaded, p)} for p, r in prompts]
+            samples = [{"prompt": p, "reference": r, "before": _answer(loaded, p)} for p, r in prompts]
         measuring = time.monotonic() - clock
         reference, adapted, log = loaded, None, []
         if self.candidates[0].steps and self.candidates[0].steps[0].verb == "train":
@@ -193,7 +209,7 @@ class _Fit:
             final = open_model(best.folder, trust_remote_code=request.trust_remote_code)
             comparison = compare(final.model, reference.model, show)
             for sample in samples:
-                sample["after"] = complete(final, sample["prompt"])
+                sample["after"] = _answer(final, sample["prompt"])
         ratio = comparison.perplexity_ratio
         return {
             "best": best, "tried": tried, "before_work": before_work, "before": before, "adapted": after_training,
@@ -211,7 +227,7 @@ class _Fit:
         shared = first[: next(i for i, s in enumerate(first) if s.verb == "merge") + 1]
         allowed = training.get("max_seconds")
         self.say(f"training {shared[0].method}" + (f" for at most {allowed:.0f} s" if allowed else ""))
-        work = self._work(train, valid, training)
+        work = self._work(train, _some(valid, max(1, self.request.eval_examples // 3)), training)
         folder, facts = execute(shared, self.source, work)
         return open_model(folder), facts[0].get("log", [])
 
@@ -378,6 +394,10 @@ def _prompts(corpus: Any) -> list[tuple[str, str]]:
             text = example.text or ""
             found.append((text[:200], text[200:600]))
     return found
+
+
+def _answer(loaded: models.Loaded, prompt: str) -> str:
+    return "".join(generate(loaded, prompt, max_new_tokens=80)) if loaded.kind == "causal" else ""
 
 
 def _quality(quality: Quality) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class PackedEmbedding(nn.Embedding):
         _register(self, rows, width, bits, group)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = ops.embedding(input, _codes(self.weight), self.scales, self.bits, self.group, self.embedding_dim).to(self.dtype)
+        rows = ops.embedding(
+            input, _codes(self.weight), self.scales, self.bits, self.group, self.embedding_dim, dtype=self.dtype
+        )
         return rows if self.scale == 1.0 else rows * self.scale
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedEmbedding:

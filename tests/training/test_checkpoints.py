@@ -17,9 +17,14 @@ FILES = ("weights.safetensors", "state.safetensors", "state.json", "trainer_stat
 def two(tmp_path):
     for step in (5, 10):
         checkpoints.write(
-            tmp_path, step, {"w": torch.full((4,), float(step))}, {"moment": torch.ones(3)}, {"seed": 0}, {"tokens": step},
+            tmp_path,
+            step,
+            {"w": torch.full((4,), float(step))},
+            {"moment": torch.ones(3)},
+            {"seed": 0},
+            {"tokens": step},
             also=lambda aside: (aside / "trainer_state.json").write_text('{"global_step": 1}'),
-        )  # fmt: skip
+        )
     return tmp_path
 
 

@@ -10,13 +10,24 @@ from shoestring.lab import tiny
 from shoestring.training.loss import NextTokenLoss, chunked_cross_entropy, last_hidden_and_head
 
 MIXTRAL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.02,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.02,
+}
 GEMMA2 = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
     "final_logit_softcapping": 30.0,
-}  # fmt: skip
+}
 
 
 def plain(hidden, head, labels, num_items=None):

@@ -56,7 +56,8 @@ def main() -> int:
         memory = statistics.median(run["peak_memory"] for run in runs)
         print(f"{name:24}{cells[0]:>22}{cells[1]:>22}{memory / 1e6:>11.0f} MB{runs[0]['storage'] / 1e6:>8.0f} MB")
     print(
-        f"decode ratio {statistics.median(ratios):.2f}x (range {min(ratios):.2f}-{max(ratios):.2f} over {len(ratios)} rounds), "
+        f"decode ratio {statistics.median(ratios):.2f}x "
+        f"(range {min(ratios):.2f}-{max(ratios):.2f} over {len(ratios)} rounds), "
         f"{ours[0]['threads']} threads, load average {os.getloadavg()[0]:.1f}"
     )
     if given.json:

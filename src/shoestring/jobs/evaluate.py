@@ -118,7 +118,8 @@ def compare(
         for (owners, targets, ours), (_, _, theirs) in pairs:
             if ours.shape != theirs.shape:
                 raise UsageError(
-                    f"The models cannot be compared: their vocabularies have {ours.shape[-1]} and {theirs.shape[-1]} entries",
+                    f"The models cannot be compared: their vocabularies have "
+                    f"{ours.shape[-1]} and {theirs.shape[-1]} entries",
                     remedy="Compare models that share a tokenizer",
                 )
             p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
@@ -128,12 +129,14 @@ def compare(
             middle = torch.logaddexp(p, q) - math.log(2)
             js = ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / (2 * math.log(2))
             _add(sums, index[owners], torch.stack([own, other, kl, changed, 1 - js.clamp(0, 1).sqrt()], 1))
-    ratio = _figure(sums, lambda s: np.exp((s[:, 0] - s[:, 1]) / s[:, 5]), "ratio", seed)
-    kl, changed, loyalty = (
-        _figure(sums, lambda s, k=k: s[:, k] / s[:, 5], unit, seed)
-        for k, unit in ((2, "nat"), (3, "share"), (4, "share"))
+    return Comparison(
+        perplexity_ratio=_figure(sums, lambda s: np.exp((s[:, 0] - s[:, 1]) / s[:, 5]), "ratio", seed),
+        kl=_figure(sums, lambda s: s[:, 2] / s[:, 5], "nat", seed),
+        changed=_figure(sums, lambda s: s[:, 3] / s[:, 5], "share", seed),
+        probability_loyalty=_figure(sums, lambda s: s[:, 4] / s[:, 5], "share", seed),
+        model=_quality(sums[:, [0, 5]], seed),
+        reference=_quality(sums[:, [1, 5]], seed),
     )
-    return Comparison(ratio, kl, changed, loyalty, _quality(sums[:, [0, 5]], seed), _quality(sums[:, [1, 5]], seed))
 
 
 def windows(text: str, tokenizer: Any, *, length: int = WINDOW, stride: int = STRIDE) -> list[dict[str, list[int]]]:
@@ -232,12 +235,12 @@ def evaluate(
 
 
 def _rows(rows: Sequence[Row] | Encoded) -> Sequence[Row]:
-    found: Sequence[Row] = getattr(rows, "rows", rows)
+    found: Any = getattr(rows, "rows", rows)
     if any("position_ids" in row for row in found):
         raise UsageError(
             "Packed rows cannot be scored", "their examples would see each other", "Encode with pack=False"
         )
-    return found
+    return list(found)
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
@@ -422,10 +425,10 @@ def _tasks(loaded: Any, names: list[str], limit: int | None, folder: str | Path 
         harness = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1, device="cpu")
         found = simple_evaluate(model=harness, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=200)
     except Exception as error:  # a data set that is not here fails in as many ways as there are sources
-        why = str(error).strip().splitlines()
+        why = (str(error).strip() or "no reason given").splitlines()[0][:300]
         raise ShoestringError(
             f"The task {', '.join(names)} cannot run",
-            f"{type(error).__name__}: {why[0][:300] if why else 'no reason given'}",
+            f"{type(error).__name__}: {why}",
             "Its data must be in the Hugging Face cache when there is no network",
         ) from error
     return dict(found["results"])

@@ -86,12 +86,12 @@ def merge(
     model = model.to(stored)
     name = str(stored).removeprefix("torch.")
     card = f"# {path.name}, merged\n\nThe weights of `{base}` with the adapter `{path.name}` added, in {name}.\n"
-    tokenizer = open_tokenizer(path) or loaded.tokenizer
+    tokenizer = _tokenizer(path) or loaded.tokenizer
     save(model, tokenizer, out, card=card, overwrite=overwrite)
     return {"folder": str(out), "dtype": name, "difference": difference}
 
 
-def open_tokenizer(path: Path) -> Any:
+def _tokenizer(path: Path) -> Any:
     """The adapter's own tokenizer, None when it brings none."""
     from transformers import AutoTokenizer
 
@@ -126,9 +126,10 @@ def _untie_what_is_changed(joined: Any) -> None:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    head, table = joined.get_output_embeddings(), joined.get_input_embeddings()
+    head: Any = joined.get_output_embeddings()
+    table = joined.get_input_embeddings()
     if isinstance(head, BaseTunerLayer) or isinstance(table, BaseTunerLayer):
-        inner = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
 
 

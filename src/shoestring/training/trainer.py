@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
@@ -114,6 +114,12 @@ def train(
 
 class _Run(Trainer):
     """transformers' Trainer with our loss, batches, clock and checkpoints."""
+
+    # Trainer declares these as possibly absent; inside a run they never are.
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    precision: Any
 
     def __init__(
         self,
@@ -421,7 +427,7 @@ class _Watch(TrainerCallback):
         return evaluation + known.get("save", 1.0 if run.options.save_steps else 0.0)
 
 
-class _Numbered:
+class _Numbered(Dataset[Any]):
     """Rows with their number, so that a bad one can be named."""
 
     def __init__(self, rows: Rows) -> None:

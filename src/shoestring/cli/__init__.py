@@ -79,6 +79,8 @@ def exit_code(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     screen = Screen()
     _no_bars_in_logs()
+    # Threads that spin at every barrier make torch ten times slower as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _terminable():
             code = cli.main(args, prog_name="shoestring", standalone_mode=False, obj=screen)

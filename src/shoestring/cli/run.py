@@ -14,11 +14,9 @@ from shoestring.cli._screen import current
 @resume_option()
 def command(file: Path, out: str | None, resume: bool) -> None:
     """Execute a written pipeline, such as the config.resolved.yaml of an earlier run."""
-    from shoestring.jobs.pipeline import run_file
-    from shoestring.jobs.validate import must_be_valid
+    from shoestring.jobs.run import run_file
 
     screen = current()
-    must_be_valid(file)
     with screen.working():
         result = run_file(file, out=out, resume=resume, say=screen.say)
     screen.show(result, lambda: result.get("model", ""))

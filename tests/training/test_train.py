@@ -127,9 +127,9 @@ def test_a_time_limit_is_kept_and_the_schedule_reaches_its_end(rows, tmp_path):
             time.sleep(0.03)
 
     began = time.monotonic()
-    chosen = options(max_steps=10_000, max_seconds=3.0, save_steps=0, warmup_ratio=0.05)
+    chosen = options(max_steps=10_000, max_seconds=5.0, save_steps=0, warmup_ratio=0.05)
     result = train(lora(tiny.model()), rows, rows[:4], chosen, tmp_path, callbacks=[Slow()])
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 6.5
     assert result.stopped_because == "max_seconds" and 3 < result.steps < 200
     rates = [record["lr"] for record in result.log if "lr" in record]
     assert rates[-1] < 0.05 * chosen.learning_rate < max(rates)

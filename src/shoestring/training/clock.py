@@ -42,10 +42,15 @@ class Clock:
 
     def affordable(self, step: int, total: int, reserve: float = 0.0) -> int:
         """The number of steps that fit, at most `total`; `reserve` seconds are kept for the work after the last one."""
-        if self.limit is None or not self._step_seconds:
+        if self.limit is None:
             return total
-        left = self.limit * (1 - _SLACK) - self.elapsed() - reserve
-        if len(self._step_seconds) <= _LOOK:
+        left = self.limit * (1 - _SLACK) - self.elapsed()
+        usual = self.usual_step()
+        if usual is None:
             return total if left > 0 else step
+        return min(total, step + max(0, int((left - reserve) / usual)))
+
+    def usual_step(self) -> float | None:
+        """Mean seconds of a step, the first one left out; None while too few were seen."""
         usual = self._step_seconds[1:]
-        return min(total, step + max(0, int(left / (sum(usual) / len(usual)))))
+        return sum(usual) / len(usual) if len(usual) >= _LOOK else None

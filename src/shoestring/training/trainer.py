@@ -416,14 +416,14 @@ class _Watch(TrainerCallback):
 
     def _reserve(self) -> float:
         """Seconds that the held-out loss and the last checkpoint will take."""
-        run, known = self.run, self.run.clock.last_aside
-        if run.clock.limit is None:
+        run, known, usual = self.run, self.run.clock.last_aside, self.run.clock.usual_step()
+        if run.clock.limit is None or usual is None:
             return 0.0
         evaluation = known.get("eval")
         if evaluation is None:
             # Forward passes only: under half the work of a training step, a token.
-            speed = run.progress["tokens"] / max(run.clock.elapsed(), 1e-3)
-            evaluation = 0.5 * sum(len(row["input_ids"]) for row in run.valid) / max(speed, 1.0)
+            step_tokens = run.progress["tokens"] / run.state.global_step
+            evaluation = 0.5 * usual * sum(len(row["input_ids"]) for row in run.valid) / step_tokens
         return evaluation + known.get("save", 1.0 if run.options.save_steps else 0.0)
 
 

@@ -26,7 +26,7 @@ lint: $(VENV)/installed-dev ## style, types, and who may import whom
 	$(BIN)/lint-imports
 
 docs: $(VENV)/installed-dev ## build the web pages into site/
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed-dev $(VENV)/model ## run every benchmark beside its peer; keeps the figures in benchmarks/results/
 	@mkdir -p benchmarks/results

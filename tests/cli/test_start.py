@@ -32,7 +32,8 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
               ["claims", "table"], ["claims", "ls"], ["runs"], ["no-such-command"]], ids=" ".join,
 )  # fmt: skip
 def test_light_commands_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
-    code = f"import sys; from shoestring import cli; cli.exit_code({words!r}); print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
+    ask = f"print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
+    code = f"import sys; from shoestring import cli; cli.exit_code({words!r}); {ask}"
     done = python("-c", code, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 

@@ -20,7 +20,7 @@ def quantity(text: str, units: dict[str, float], name: str) -> float:
     """`"90MB"` in the base unit of `units`.
 
     Raises:
-        UsageError: not a number with a unit, an unknown unit, or not above zero.
+        UsageError: not a number with a unit, an unknown unit, not above zero, or beyond all numbers.
     """
     match = _NUMBER_UNIT.fullmatch(text)
     example = f"Write it with a unit, for example {name}=10{list(units)[min(2, len(units) - 1)]}"
@@ -33,7 +33,10 @@ def quantity(text: str, units: dict[str, float], name: str) -> float:
         raise UsageError(f"{name}={text} has the unknown unit {unit}", remedy=nearest(unit, units))
     if float(number) <= 0:
         raise UsageError(f"{name}={text} is not above zero", remedy=example)
-    return float(number) * units[unit]
+    value = float(number) * units[unit]
+    if value == float("inf"):
+        raise UsageError(f"{name}={text} is too large", remedy="Leave it out for no limit")
+    return value
 
 
 def show_bytes(n: float) -> str:

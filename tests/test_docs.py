@@ -156,6 +156,12 @@ def test_written_pipelines_are_valid(tmp_path: Path) -> None:
         assert validate(file, contents=False) == []
 
 
+def test_lines_of_code_leave_out_what_is_no_code() -> None:
+    text = '"""A docstring\n\nof a module."""\n\n# why\nx = [\n    1,\n]\n\n\n'
+    text += 'def f():\n    """One line."""\n    return x\n'
+    assert script("sizes").lines_of_code(text) == 5
+
+
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ def shoestring(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         capfd.readouterr()
         code = cli.exit_code([str(word) for word in words])
         out, err = capfd.readouterr()
+        if "torch" in sys.modules:
+            import torch
+
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "a mode is left switched"
         return Said(code, out, err)
 
     return run

@@ -139,6 +139,12 @@ def compare(
     )
 
 
+def perplexity_ratio(model: Quality, reference: Quality, *, seed: int = 0) -> Figure:
+    """Perplexity of `model` / `reference` on the same rows, paired example by example."""
+    sums = np.concatenate([model.per_example[:, :1], reference.per_example], 1)
+    return _figure(sums, lambda s: np.exp((s[:, 0] - s[:, 1]) / s[:, 2]), "ratio", seed)
+
+
 def windows(text: str, tokenizer: Any, *, length: int = WINDOW, stride: int = STRIDE) -> list[dict[str, list[int]]]:
     """Rows that cover a text with overlapping windows of `length` tokens.
 
@@ -280,9 +286,12 @@ def _labelled(
         rows = hidden[lines, columns + hidden.shape[1] - ids.shape[1]]
         if not torch.equal(head(hidden[:, -1:]).float(), output.logits[:, -1:].float()):
             rows, head = _final_logits(model, ids, lines, columns), torch.nn.Identity()
-        for piece in range(0, len(rows), _PIECE):
-            cut = slice(piece, piece + _PIECE)
-            yield lines[cut].numpy(), targets[cut], head(rows[None, cut])[0]
+    for piece in range(0, len(rows), _PIECE):
+        cut = slice(piece, piece + _PIECE)
+        with torch.inference_mode():
+            logits = head(rows[None, cut])[0]
+        # Outside of the block: two of these generators side by side would leave the mode switched on for everybody.
+        yield lines[cut].numpy(), targets[cut], logits
 
 
 def _final_logits(model: Any, ids: torch.Tensor, lines: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -300,6 +300,23 @@ def test_validate(tiny: Path, data: Path, tmp_path: Path, shoestring: Shoestring
         assert said.code == 2 and word in said.err, (content, said.err)
 
 
+def test_run_a_pipeline_and_what_it_resolved_to(tiny: Path, data: Path, tmp_path: Path, shoestring: Shoestring) -> None:
+    steps = f"[{{verb: train, method: {ADAPTER}}}, {{verb: merge}}, {{verb: compress, method: {PACKER}}}]"
+    training = "{max_steps: 2, per_device_train_batch_size: 4}"
+    (tmp_path / "p.yaml").write_text(f"model: {tiny}\ndata: {data}\nsteps: {steps}\ntraining: {training}\n")
+    said = shoestring("run", "p.yaml", "--out", "one")
+    assert (said.code, said.out) == (0, "one/model\n"), said.err
+    said = shoestring("run", "one/run/config.resolved.yaml", "--out", "two", "--json")
+    assert said.code == 0 and len(said.json["steps"]) == 3, said.err
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("one", "two")]
+    assert weights[0] == weights[1], "the same pipeline gives the same model"
+    words = ["--method", PACKER, "--data", data, "--keep", "0.5", "--eval-examples", "4"]
+    assert shoestring("compress", tiny, *words, "--out", "three").code == 0
+    assert shoestring("run", "three/run/config.resolved.yaml", "--out", "four").code == 0
+    kinds = {run["folder"].rsplit("/", 1)[-1]: run["kind"] for run in shoestring("runs", tmp_path, "--json").json}
+    assert kinds == {"one": "run", "two": "run", "three": "compress", "four": "compress"}
+
+
 def test_env_masks_secrets(shoestring: Shoestring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setenv("SHOESTRING_API_KEY", "hunter2")

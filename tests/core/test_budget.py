@@ -28,7 +28,8 @@ def test_other_words_for_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("written", "word"),
-    [("storag=1MB", "Did you mean storage"), ("storage", "no limit"), ("storage=", "no limit"), ("storage=1", "no unit"),
+    [("storag=1MB", "Did you mean storage"), ("storage", "no limit"), ("storage=", "no limit"),
+     ("storage=1", "no unit"),
      ("storage=1MB,storage=2MB", "twice"), ("ram=1MB,memory=2MB", "twice"), ("storage=0MB", "not above zero"),
      ("storage=6m", "unknown unit m"), ("time=90MB", "unknown unit MB"), ("=1MB", "unknown resource")],
 )  # fmt: skip

@@ -19,4 +19,4 @@ def command(file: Path, out: str | None, resume: bool) -> None:
     screen = current()
     with screen.working():
         result = run_file(file, out=out, resume=resume, say=screen.say)
-    screen.show(result, lambda: result.get("model", ""))
+    screen.show(result, lambda: str(result["model"]))

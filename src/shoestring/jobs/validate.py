@@ -15,7 +15,7 @@ from shoestring.core.shape import Shape
 from shoestring.core.step import Step
 from shoestring.jobs import pipeline
 
-# The requests a file may hold, by their verb; without a verb it is a list of steps.
+# The requests a file may hold, by their verb; without a verb, or with `run`, it is a list of steps.
 REQUESTS = {
     "fit": ("shoestring.jobs.fit", "FitRequest"),
     "train": ("shoestring.jobs.train", "TrainRequest"),
@@ -38,6 +38,8 @@ def validate(path: Path, *, contents: bool = True) -> list[str]:
     if problems:
         return problems
     verb = written.pop("verb", None)
+    if verb == "run":  # as a run of steps writes it down
+        verb = None
     if verb is not None and verb not in REQUESTS:
         return [f"{path}: unknown verb {verb}. {nearest(str(verb), REQUESTS)}"]
     request = getattr(import_module(REQUESTS[verb][0]), REQUESTS[verb][1]) if verb else None
@@ -147,10 +149,7 @@ def _shape(written: Mapping[str, Any], request: Any) -> Shape:
     from shoestring import models
     from shoestring.jobs._doors import open_doors
 
-    ref = written.get("model") or (request.model if request else None)
-    if not ref:
-        raise UsageError("no model is named", remedy="Write model: with a hub id, a folder, a .gguf file or smollm2")
-    folder = models.resolve(str(ref))
+    folder = models.resolve(str(written.get("model") or (request.model if request else "smollm2")))
     open_doors(folder)
     return models.shape_of(folder, trust_remote_code=bool(written.get("trust_remote_code")))
 

@@ -1,1 +1,1 @@
-"""One file a paper: what it says, our experiment, and the bound fixed beforehand. `records/` is written by the command."""
+"""One file a paper: what it says, our experiment, and the bound fixed beforehand; `records/` is for the command."""

@@ -32,7 +32,9 @@ def weigh(arms: Arms, plans: Mapping[str, tuple[str, dict[str, Any]] | None], ex
                 method, options = plan
                 folders[name] = arms.folder / name
                 module, work = catalog.module(method), Work(arms.ledger, arms.folder, seed=arms.seed)
-                catalog.contract(catalog.get(method).room).apply(module, Step("compress", method, options), original, folders[name], work)
+                catalog.contract(catalog.get(method).room).apply(
+                    module, Step("compress", method, options), original, folders[name], work
+                )
                 model = load(folders[name]).model
             found = compare(model, reference.model, rows)
             stage.record("perplexity", found.model.perplexity.value, "perplexity", "measured")

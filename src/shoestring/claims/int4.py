@@ -1,7 +1,7 @@
 """4-bit weights beside bfloat16: size, quality, speed, and whether small groups are the better ones."""
 
-from shoestring.core.claim import Claim
 from shoestring.claims._weigh import weigh
+from shoestring.core.claim import Claim
 from shoestring.lab.arms import Arms
 
 _HERE = "SmolLM2-135M-Instruct (its file was 4-bit in groups of 32 once, so groups of 64 here), 8-bit embeddings"

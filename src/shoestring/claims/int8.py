@@ -1,7 +1,7 @@
 """8-bit weights and activations beside bfloat16: size, quality and speed."""
 
-from shoestring.core.claim import Claim
 from shoestring.claims._weigh import weigh
+from shoestring.core.claim import Claim
 from shoestring.lab.arms import Arms
 
 _HERE = "SmolLM2-135M-Instruct, groups of 64"

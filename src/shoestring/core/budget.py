@@ -48,7 +48,7 @@ class Budget:
         """Read `storage=90MB,memory=800MB,time=6m`.
 
         Raises:
-            UsageError: unknown resource (the nearest suggested), unknown or missing unit, a limit given twice or not above zero.
+            UsageError: unknown resource, unknown or missing unit, a limit given twice or not above zero.
         """
         limits: dict[str, float] = {}
         for part in filter(None, (p.strip() for p in written.split(","))):
@@ -78,6 +78,10 @@ class Budget:
 
 
 def _compact(value: float, units: dict[str, float]) -> str:
-    whole = [(scale, unit) for unit, scale in units.items() if value >= scale and abs(value / scale - round(value / scale, 3)) < 1e-9]
+    whole = [
+        (scale, unit)
+        for unit, scale in units.items()
+        if value >= scale and abs(value / scale - round(value / scale, 3)) < 1e-9
+    ]
     scale, unit = max(whole) if whole else (1, next(iter(units)))
     return f"{value / scale:g}{unit}"

@@ -36,11 +36,18 @@ def methods() -> dict[str, Method]:
     found: dict[str, Method] = {}
     for package, folder in _packages():
         for file in sorted(folder.glob("*/[!_]*.py")):
+            if file.parent.name == "claims":  # another package keeps its claims beside its rooms
+                continue
             method = read(file, package)
             if method.room not in rooms():
-                raise ShoestringError(f"{file} stands in the room {method.room}, which does not exist", remedy=nearest(method.room, rooms()))
+                raise ShoestringError(
+                    f"{file} stands in the room {method.room}, which does not exist",
+                    remedy=nearest(method.room, rooms()),
+                )
             if method.name in found:
-                raise ShoestringError(f"{file}: the name {method.name} is taken by {found[method.name].file}", remedy="Rename the file")
+                raise ShoestringError(
+                    f"{file}: the name {method.name} is taken by {found[method.name].file}", remedy="Rename the file"
+                )
             found[method.name] = method
     return found
 
@@ -50,7 +57,9 @@ def rooms() -> dict[str, str]:
     """Every room with the first line of its plate (the docstring of its `__init__.py`)."""
     plates = {}
     for init in sorted(_HOUSE.glob("*/__init__.py")):
-        plates[init.parent.name] = (ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        plates[init.parent.name] = (ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or "").partition(
+            "\n"
+        )[0]
     return plates
 
 
@@ -61,7 +70,9 @@ def get(name: str) -> Method:
         UsageError: no such method; the nearest names are suggested.
     """
     if name not in methods():
-        raise UsageError(f"unknown method {name}", remedy=nearest(name, methods()) + " `shoestring methods` lists them all.")
+        raise UsageError(
+            f"unknown method {name}", remedy=nearest(name, methods()) + " `shoestring methods` lists them all."
+        )
     return methods()[name]
 
 
@@ -107,12 +118,21 @@ def read(file: Path, package: str) -> Method:
     try:
         method = _value(said[0])
     except (ValueError, KeyError, TypeError) as error:
-        raise ShoestringError(f"METHOD in {file} is not a literal", str(error), "Use only Method(...), Paper(...) and constants") from None
+        raise ShoestringError(
+            f"METHOD in {file} is not a literal", str(error), "Use only Method(...), Paper(...) and constants"
+        ) from None
     unknown = set(method.saves) - set(RESOURCES)
     if unknown:
-        raise ShoestringError(f"METHOD in {file} saves {', '.join(sorted(unknown))}", remedy="Known: " + ", ".join(RESOURCES))
+        raise ShoestringError(
+            f"METHOD in {file} saves {', '.join(sorted(unknown))}", remedy="Known: " + ", ".join(RESOURCES)
+        )
     return replace(
-        method, name=name, room=room, about=ast.get_docstring(tree) or "", module=f"{package}.{room}.{name}", file=str(file)
+        method,
+        name=name,
+        room=room,
+        about=ast.get_docstring(tree) or "",
+        module=f"{package}.{room}.{name}",
+        file=str(file),
     )
 
 

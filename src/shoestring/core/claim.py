@@ -136,7 +136,9 @@ class Record:
 def files() -> dict[str, ClaimFile]:
     """Every claim file by slug; methods of other packages keep theirs in `claims/` beside their rooms."""
     found = {}
-    folders = [FOLDER] + [Path(m.file).parents[1] / "claims" for m in catalog.methods().values() if not m.module.startswith(catalog.ROOMS)]
+    folders = [FOLDER] + [
+        Path(m.file).parents[1] / "claims" for m in catalog.methods().values() if not m.module.startswith(catalog.ROOMS)
+    ]
     for folder in dict.fromkeys(folders):
         for file in sorted(folder.glob("[!_]*.py")):
             claim_file = _read(file)
@@ -173,7 +175,9 @@ def read_record(claim_file: ClaimFile) -> Record | None:
             for row in data["claims"]
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ShoestringError(f"{claim_file.record} is not a record", str(error), f"Run `shoestring claims run {claim_file.slug}`") from None
+        raise ShoestringError(
+            f"{claim_file.record} is not a record", str(error), f"Run `shoestring claims run {claim_file.slug}`"
+        ) from None
     standing = "fresh"
     if data.get("code") != claim_file.code() or tuple(claim for claim, _ in pairs) != claim_file.claims:
         standing = "stale"
@@ -201,7 +205,13 @@ def write_record(claim_file: ClaimFile, measured: Sequence[Measured], about: Map
                 "verdict": m.verdict(claim),
             }
         )
-    data = {"slug": claim_file.slug, "methods": list(claim_file.methods), "claims": rows, **about, "code": claim_file.code()}
+    data = {
+        "slug": claim_file.slug,
+        "methods": list(claim_file.methods),
+        "claims": rows,
+        **about,
+        "code": claim_file.code(),
+    }
     data["digest"] = _digest(data)
     claim_file.record.parent.mkdir(exist_ok=True)
     aside = claim_file.record.with_suffix(".partial")
@@ -243,7 +253,10 @@ def _read(file: Path) -> ClaimFile:
         rows = literals["CLAIMS"]
         assert isinstance(rows, ast.Tuple)
         claims = tuple(
-            Claim(*(_value(a, literals) for a in row.args), **{k.arg: _value(k.value, literals) for k in row.keywords if k.arg})
+            Claim(
+                *(_value(a, literals) for a in row.args),
+                **{k.arg: _value(k.value, literals) for k in row.keywords if k.arg},
+            )
             for row in rows.elts
             if isinstance(row, ast.Call)
         )

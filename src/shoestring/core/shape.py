@@ -73,7 +73,11 @@ class Shape:
 
     def flops_per_token(self, context: int = 0) -> float:
         """Forward FLOPs of one token: 2 per multiplied weight (look-ups cost none), plus attention over `context`."""
-        weights = sum(w.count * w.used for w in self.weights if w.role in PROJECTIONS | {"head", "expert", "other"} and len(w.dims) > 1)
+        weights = sum(
+            w.count * w.used
+            for w in self.weights
+            if w.role in PROJECTIONS | {"head", "expert", "other"} and len(w.dims) > 1
+        )
         return 2 * weights + 4 * self.layers * context * self.heads * self.head_dim
 
     def change(self, touch: Callable[[Weight], Weight]) -> Shape:

@@ -28,7 +28,9 @@ class Outcome:
     record: claim.Record | None
 
 
-def run(slug: str, *, quick: bool = False, seeds: Sequence[int] = (0, 1, 2), say: Callable[[str], None] = print) -> Outcome:
+def run(
+    slug: str, *, quick: bool = False, seeds: Sequence[int] = (0, 1, 2), say: Callable[[str], None] = print
+) -> Outcome:
     """Measure every claim of a file over `seeds`, arms paired within a seed.
 
     Raises:
@@ -36,7 +38,9 @@ def run(slug: str, *, quick: bool = False, seeds: Sequence[int] = (0, 1, 2), say
     """
     claim_file = claim.get(slug)
     if not quick and len(set(seeds)) < claim.LEAST_SEEDS:
-        raise UsageError(f"{len(set(seeds))} seeds give no verdict", remedy=f"Use at least {claim.LEAST_SEEDS}, or --quick")
+        raise UsageError(
+            f"{len(set(seeds))} seeds give no verdict", remedy=f"Use at least {claim.LEAST_SEEDS}, or --quick"
+        )
     module = _load(claim_file)
     code, started = claim_file.code(), time.perf_counter()
     rounds: list[Arms] = []

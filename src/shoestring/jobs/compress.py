@@ -17,7 +17,7 @@ from shoestring.jobs._doors import open_doors, open_model
 from shoestring.jobs.at_work import storage
 from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import check, execute
-from shoestring.jobs.runs import open_run
+from shoestring.jobs.runs import finished, open_run
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ def compress(
         UsageError: bad input, found before any work.
         QualityGate: the result keeps less than `keep`; it stays in the run folder under `run/work`, not as `model`.
     """
+    done = finished(out) if resume else None
+    if done:
+        say(f"the run in {out} has finished; nothing is left to do")
+        return done
     step = Step("compress", request.method, dict(request.options))
     check(step)
     module = catalog.module(request.method)
@@ -57,7 +61,12 @@ def compress(
     step = Step("compress", request.method, settings)
     promised = module.price(shape, settings).shape
     corpus = datasets.read(request.data)
-    with open_run(out, "compress", asdict(request), resume=resume, label=f"{Path(request.model).name}-{request.method}") as run, Ledger() as ledger:
+    with (
+        open_run(
+            out, "compress", asdict(request), resume=resume, label=f"{Path(request.model).name}-{request.method}"
+        ) as run,
+        Ledger() as ledger,
+    ):
         say(f"compressing with {step}")
         work = Work(ledger, run.work, resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code)
         folder, _ = execute([step], source, work)
@@ -68,14 +77,18 @@ def compress(
             stride = max(1, len(test) // max(1, request.eval_examples))
             context = models.shape_of(source).context or 2048
             rows = datasets.encode(
-                test.part(test.examples[::stride][: request.eval_examples]), original.tokenizer, context, on_long="truncate"
+                test.part(test.examples[::stride][: request.eval_examples]),
+                original.tokenizer,
+                context,
+                on_long="truncate",
             ).rows
             found = compare(open_model(folder).model, original.model, rows)
         kept = 1 / found.perplexity_ratio.value
         weights = sum(w.stored for w in promised.weights if not w.tied)
         result = {
             "model": str(run.model), "method": request.method, "options": settings,
-            "storage_before": storage(source), "storage": storage(folder), "bits_per_weight": 8 * weights / shape.parameters,
+            "storage_before": storage(source), "storage": storage(folder),
+            "bits_per_weight": 8 * weights / shape.parameters,
             "quality_kept": kept,
             **{name: asdict(getattr(found, name)) for name in ("perplexity_ratio", "kl", "changed")},
         }  # fmt: skip

@@ -25,10 +25,10 @@ from shoestring.core.step import Work
 from shoestring.jobs import report
 from shoestring.jobs._doors import open_doors, open_model
 from shoestring.jobs.at_work import at_work
-from shoestring.jobs.evaluate import Quality, compare, heldout
+from shoestring.jobs.evaluate import Quality, compare, heldout, perplexity_ratio
 from shoestring.jobs.generate import generate
 from shoestring.jobs.pipeline import execute
-from shoestring.jobs.runs import Run, open_run
+from shoestring.jobs.runs import Run, finished, open_run
 from shoestring.kernels import ops
 from shoestring.models.cache import origin
 from shoestring.planner import cost
@@ -36,8 +36,9 @@ from shoestring.planner.machine import Machine, machine
 from shoestring.planner.plan import Candidate, plan, refuse_hopeless, relax
 
 DONE, OVER_BUDGET, BELOW_QUALITY = "done", "over budget", "below quality"
-# Share of the time left that training may take; what follows is measured on the way.
+# Seconds for merging and writing, beside what measuring takes; candidates built at most.
 _MARGIN = 15.0
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FitRequest:
 
     Attributes:
         budget: limits as text, see `core.budget`.
-        keep: share of the quality to keep, reference perplexity / perplexity of the result.
+        keep: share of the original's quality to keep: perplexity of the original / perplexity of the result.
         adapt: the method to train on the data first, "auto", or "none".
         compress: the method to compress with, "auto" for what the budget asks for, or "none".
         training: settings of the training loop by their transformers names, with `max_length` and `on_long`.
@@ -85,6 +86,10 @@ def fit(
     limits = Budget.parse(request.budget)
     if not 0 < request.keep <= 1:
         raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
+    result = finished(out) if resume else None
+    if result:
+        say(f"the run in {out} has finished; nothing is left to do")
+        return _verdict(result)
     say(f"reading {request.model} and {request.data}")
     source = models.resolve(request.model)
     open_doors(source)
@@ -92,22 +97,29 @@ def fit(
     corpus = datasets.read(request.data, skip_bad=request.skip_bad)
     candidates, host = plans(request, shape, limits)
     refuse_hopeless(candidates, limits)
-    with open_run(out, "fit", asdict(request), resume=resume, label=Path(request.model).name) as run, Ledger() as ledger:
-        job = _Fit(request, limits, run, ledger, source, candidates, host, say, started, resume)
-        result = job.work(corpus)
-    # Figures of the whole are known only now.
-    result = job.finish(result)
+    with open_run(out, "fit", asdict(request), resume=resume, label=Path(request.model).name) as run:
+        # The ledger ends before the result is written: its figures of the whole belong into it.
+        with Ledger() as ledger:
+            job = _Fit(request, limits, run, ledger, source, candidates, host, say, started, resume)
+            found = job.work(corpus)
+        result = job.finish(found)
+    return _verdict(result)
+
+
+def _verdict(result: dict[str, Any]) -> dict[str, Any]:
+    """The result, or the error that its status is."""
     if result["status"] == OVER_BUDGET:
-        missed = job.missed
+        missed = [Miss(**miss) for miss in result["missed"]]
         raise DoesNotFit(
-            f"nothing tried meets {limits}: {', '.join(map(str, missed))}",
-            f"the closest is kept in {run.model}",
+            f"nothing tried meets {result['request']['budget']}: {', '.join(map(str, missed))}",
+            f"the closest is kept in {result['model']}",
             f"Relax the budget to {relax(missed)}, or bring a smaller model",
         )
     if result["status"] == BELOW_QUALITY:
         raise QualityGate(
-            f"the best that fits keeps {result['quality_kept']['value']:.1%} of the quality, and --keep asks for {request.keep:.1%}",
-            f"it is kept in {run.model}",
+            f"the best that fits keeps {result['quality_kept']['value']:.1%} of the quality, and --keep asks for "
+            f"{result['quality_kept']['keep']:.1%}",
+            f"it is kept in {result['model']}",
             "Relax the budget, lower --keep, or give more time",
         )
     return result
@@ -136,7 +148,8 @@ def parts_of(corpus: Any, seed: int) -> tuple[Any, Any, Any]:
     train, valid, test = datasets.split(corpus, seed=seed)
     if not (len(train) and len(valid) and len(test)):
         raise UsageError(
-            f"{corpus.source} has too little in it to split: {len(corpus)} examples give parts of {len(train)}, {len(valid)} and {len(test)}",
+            f"{corpus.source} has too little in it to split: {len(corpus)} examples give parts of {len(train)}, "
+            f"{len(valid)} and {len(test)}",
             "training, choosing and judging each need examples of their own",
             "Bring more examples, or more than two groups of them",
         )
@@ -171,6 +184,7 @@ class _Fit:
     started: float
     resume: bool
     missed: list[Miss] = field(default_factory=list)
+    untrained: bool = False
 
     def work(self, corpus: Any) -> dict[str, Any]:
         request, say = self.request, self.say
@@ -187,35 +201,35 @@ class _Fit:
         clock = time.monotonic()
         with self.ledger.stage("before", settle=True):
             before_work = at_work(self.source, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
-            before = heldout(loaded.model, show)
+            before, before_choice = heldout(loaded.model, show), heldout(loaded.model, choose)
             prompts = _prompts(test)
             samples = [{"prompt": p, "reference": r, "before": _answer(loaded, p)} for p, r in prompts]
         measuring = time.monotonic() - clock
-        reference, adapted, log = loaded, None, []
+        whole, whole_choice, adapted, log = loaded, before_choice, None, []
         if self.candidates[0].steps and self.candidates[0].steps[0].verb == "train":
-            adapted, log = self._adapt(train, valid, measuring)
-            after_training = heldout(adapted.model, show)
-            if after_training.loss.value <= before.loss.value:
-                reference = adapted
-        else:
-            after_training = None
-        tried = self._try(reference, adapted, choose, measuring)
-        best = next((t for t in tried if not t.misses and t.kept >= request.keep), None) or min(
-            tried, key=lambda t: (t.worst, -t.kept)
-        )
+            model, log = self._adapt(train, valid, measuring)
+            choice = heldout(model.model, choose)
+            adapted = heldout(model.model, show)
+            if choice.loss.value < before_choice.loss.value:
+                whole, whole_choice = model, choice
+            else:
+                say("training made the model no better on held-out data; going on with the original")
+                self.untrained = True
+        tried = self._try(before_choice, whole_choice, choose, measuring)
+        good = [t for t in tried if not t.misses]
+        best = max(good, key=lambda t: t.kept) if good else min(tried, key=lambda t: (t.worst, -t.kept))
         self.missed = list(best.misses)
         say(f"measuring {best.candidate.name} on the test split")
         with self.ledger.stage("after", settle=True):
             final = open_model(best.folder, trust_remote_code=request.trust_remote_code)
-            comparison = compare(final.model, reference.model, show)
+            comparison = compare(final.model, whole.model, show)
             for sample in samples:
                 sample["after"] = _answer(final, sample["prompt"])
-        ratio = comparison.perplexity_ratio
         return {
-            "best": best, "tried": tried, "before_work": before_work, "before": before, "adapted": after_training,
-            "comparison": comparison, "samples": samples, "log": log, "ratio": ratio,
-            "reference": "the model after training, before compression" if reference is adapted else "the original model",
-            "dtype": before_work["dtype"],
+            "best": best, "tried": tried, "before_work": before_work, "before": before, "adapted": adapted,
+            "comparison": comparison, "samples": samples, "log": log,
+            "ratio": perplexity_ratio(comparison.model, before),
+            "reference": "the original model" if whole is loaded else "the trained model before compression",
         }  # fmt: skip
 
     def _adapt(self, train: Any, valid: Any, measuring: float) -> tuple[Any, list[Any]]:
@@ -231,30 +245,39 @@ class _Fit:
         folder, facts = execute(shared, self.source, work)
         return open_model(folder), facts[0].get("log", [])
 
-    def _try(self, reference: Any, adapted: Any, rows: list[Any], measuring: float) -> list[_Tried]:
-        """Build candidates in order until one fits and keeps enough; at least one, and no more than time allows."""
+    def _try(self, original: Quality, whole: Quality, rows: list[Any], measuring: float) -> list[_Tried]:
+        """Build candidates in order until one fits and keeps enough.
+
+        One that is good enough beside the original, yet loses more than was to be kept by being compressed, is not the
+        last word: others are tried too, as long as time allows.
+        """
         tried: list[_Tried] = []
-        fitting = [c for c in self.candidates if c.fits] or self.candidates[:1]
         slowest = 0.0
-        for candidate in fitting:
+        for candidate in [c for c in self.candidates if c.fits][:_TRIES] or self.candidates[:1]:
             left = self._time_left()
-            if tried and left is not None and left < slowest + measuring + _MARGIN:
+            if tried and left is not None and left < slowest + 2 * measuring:
                 self.say("no time is left for another candidate")
                 break
             clock = time.monotonic()
             self.say(f"building {candidate.name}")
-            folder, _ = execute(candidate.steps, self.source, self._work(None, None, {}))
+            steps = tuple(s for s in candidate.steps if s.verb == "compress") if self.untrained else candidate.steps
+            with self.ledger.stage("build"):
+                folder, _ = execute(steps, self.source, self._work(None, None, {}))
             with self.ledger.stage("measure", settle=True):
                 work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
-                model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model
-                kept = 1 / compare(model, reference.model, rows).perplexity_ratio.value
+                quality = heldout(open_model(folder, trust_remote_code=self.request.trust_remote_code).model, rows)
             figures = {"storage": work["storage"], "memory": work["peak_memory"], "latency": work["latency"]}
+            kept, lost = (1 / perplexity_ratio(quality, other).value for other in (original, whole))
             tried.append(_Tried(candidate, folder, work, kept, tuple(self.limits.misses(figures))))
             slowest = max(slowest, time.monotonic() - clock)
-            if not tried[-1].misses and kept >= self.request.keep:
-                break
-            why = ", ".join(map(str, tried[-1].misses)) or f"keeps {kept:.1%}, below {self.request.keep:.1%}"
+            enough = kept >= self.request.keep
+            why = (
+                ", ".join(map(str, tried[-1].misses))
+                or f"{kept:.1%} of the original's quality, {lost:.1%} of the uncompressed"
+            )
             self.say(f"{candidate.name}: {why}")
+            if not tried[-1].misses and enough and lost >= self.request.keep:
+                break
         return tried
 
     def finish(self, got: dict[str, Any]) -> dict[str, Any]:
@@ -266,12 +289,12 @@ class _Fit:
         kept = {
             "value": 1 / ratio.value,
             "interval": [1 / ratio.interval[1], 1 / ratio.interval[0]] if ratio.interval else None,
-            "reference": got["reference"],
+            "reference": "the original model",
             "keep": self.request.keep,
         }
-        status = OVER_BUDGET if self.missed else BELOW_QUALITY if best.kept < self.request.keep else DONE
+        status = OVER_BUDGET if self.missed else BELOW_QUALITY if kept["value"] < self.request.keep else DONE
         result = self._result(got, best, spent, kept, status)
-        result["model"] = str(self.run.model)
+        result["model"], result["missed"] = str(self.run.model), [asdict(miss) for miss in self.missed]
         self._place(best.folder, result)
         self.run.write("result.json", result)
         self.ledger.save(self.run.inside / "ledger.json")
@@ -280,7 +303,9 @@ class _Fit:
         self.run.note(status=status)
         return result
 
-    def _result(self, got: dict[str, Any], best: _Tried, spent: dict[str, Any], kept: dict[str, Any], status: str) -> dict[str, Any]:
+    def _result(
+        self, got: dict[str, Any], best: _Tried, spent: dict[str, Any], kept: dict[str, Any], status: str
+    ) -> dict[str, Any]:
         request, comparison = self.request, got["comparison"]
         return {
             "name": self.run.folder.name,
@@ -295,6 +320,7 @@ class _Fit:
             "after": {**_at_work(best.work), **_quality(comparison.model)},
             "limits": dict(self.limits.limits),
             "quality_kept": kept,
+            "compared_with": got["reference"],
             "comparison": {
                 "perplexity_ratio": _figure(comparison.perplexity_ratio),
                 "kl": _figure(comparison.kl),
@@ -306,7 +332,9 @@ class _Fit:
             "stages": self.ledger.to_json(),
             "loss_curve": got["log"],
             "samples": got["samples"],
-            "environment": {**dict(self.ledger.fingerprint), "kernels": ops.backend(), "dtype": got["dtype"]},
+            "environment": {
+                **dict(self.ledger.fingerprint), "kernels": ops.backend(), "dtype": got["before_work"]["dtype"],
+            },
             "commands": [
                 f"shoestring run {self.run.inside / 'config.resolved.yaml'}",
                 f"shoestring chat {self.run.model}",
@@ -317,10 +345,18 @@ class _Fit:
         }  # fmt: skip
 
     def _row(self, candidate: Candidate, best: _Tried, tried: list[_Tried]) -> dict[str, Any]:
-        row = {"name": candidate.name, "pipeline": [s.to_json() for s in candidate.steps], "predicted": candidate.predicted.to_json()}
+        row = {
+            "name": candidate.name,
+            "pipeline": [s.to_json() for s in candidate.steps],
+            "predicted": candidate.predicted.to_json(),
+        }
         found = next((t for t in tried if t.candidate is candidate), None)
         if found is None:
-            why = "predicted to miss " + ", ".join(m.resource for m in candidate.misses) if candidate.misses else "not needed"
+            why = (
+                "predicted to miss " + ", ".join(m.resource for m in candidate.misses)
+                if candidate.misses
+                else "not needed"
+            )
             return {**row, "measured": None, "verdict": f"not tried: {why}"}
         verdict = "chosen" if found is best else "keeps too little" if not found.misses else ""
         if found.misses:
@@ -405,7 +441,13 @@ def _quality(quality: Quality) -> dict[str, Any]:
 
 
 def _figure(figure: Any) -> dict[str, Any]:
-    return {"value": figure.value, "unit": figure.unit, "interval": figure.interval, "n": figure.n, "status": figure.status}
+    return {
+        "value": figure.value,
+        "unit": figure.unit,
+        "interval": figure.interval,
+        "n": figure.n,
+        "status": figure.status,
+    }
 
 
 def _at_work(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,7 +477,11 @@ def _value(entry: Any) -> Any:
 def _line(folder: Path) -> str:
     """The import line that a folder needs before plain transformers can read it."""
     text = (folder / "config.json").read_text(encoding="utf-8")
-    return "import shoestring.methods.quantizers  # registers the packed format with transformers\n" if "shoestring" in text else ""
+    return (
+        "import shoestring.methods.quantizers  # registers the packed format with transformers\n"
+        if "shoestring" in text
+        else ""
+    )
 
 
 def _snippet(model: Path, folder: Path) -> str:
@@ -463,8 +509,8 @@ def _notes(source: Path) -> list[str]:
     if not bits:
         return []
     return [
-        f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a format on "
-        "the same grid would look better than it is."
+        f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a format "
+        "on the same grid would look better than it is."
     ]
 
 

@@ -154,7 +154,10 @@ def headline(result: Mapping[str, Any]) -> str:
     if sizes[1] is not None:
         parts.append(f"{_show(sizes[0], 'B')} → {_show(sizes[1], 'B')}" if sizes[0] else _show(sizes[1], "B"))
     kept = figure(result.get("quality_kept")).value
-    parts.append(f"{_percent(kept)} of quality kept" if kept is not None else f"quality kept {ABSENT}")
+    reference = _map(result, "quality_kept").get("reference") or "the reference"
+    better = kept is not None and kept > 1
+    words = f"{_percent(kept)} of the quality of {reference}" if better else f"{_percent(kept)} of quality kept"
+    parts.append(words if kept is not None else f"quality kept {ABSENT}")
     speed = _ratio(after, before, "decode_tokens_per_s")
     if speed:
         parts.append(_times(speed, "faster", "slower"))
@@ -243,6 +246,9 @@ def _table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, bool | N
     # A figure that misses the floor by less than the rounding must not look as if it met it.
     close = met is False and _percent(kept) == _percent(keep)
     rows.append(("Quality kept", "", f"{kept:.3%}" if close and kept is not None else _percent(kept), floor, met))
+    ratio = number(_map(result, "comparison").get("perplexity_ratio"))
+    if result.get("adapted") and ratio:
+        rows.append((f"... of {_plain(result.get('compared_with'))}", "", _percent(1 / ratio), "", None))
     return rows
 
 
@@ -297,6 +303,7 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "quality": figure(quality),
         "quality_axis": _quality_axis(figure(quality), keep),
         "reference": _plain(quality.get("reference")),
+        "compared_with": _plain(result.get("compared_with") or quality.get("reference")),
         "keep": keep,
         "bars": _bars(result),
         "spent": _spent(result),

@@ -28,7 +28,7 @@ def run_file(
     must_be_valid(path)
     written = read_pipeline(path)
     verb = written.pop("verb", None)
-    if verb:
+    if verb in REQUESTS:
         module, request = REQUESTS[verb]
         found = import_module(module)
         return dict(getattr(found, verb)(getattr(found, request)(**written), out=out, resume=resume, say=say))

@@ -1,12 +1,12 @@
 """A run: a folder with the resolved request, ledger, logs, checkpoints, result and report.
 
-    OUT/
-      model/                      the result, whole or absent
-      report.html
-      run/manifest.json           what was asked, by what versions, and how it stands
-      run/config.resolved.yaml    the request in full: `shoestring run` executes it again
-      run/plan.json  run/ledger.json  run/metrics.jsonl  run/result.json  run/log.txt
-      run/work/                   steps in progress and their checkpoints
+OUT/
+  model/                      the result, whole or absent
+  report.html
+  run/manifest.json           what was asked, by what versions, and how it stands
+  run/config.resolved.yaml    the request in full: `shoestring run` executes it again
+  run/plan.json  run/ledger.json  run/metrics.jsonl  run/result.json  run/log.txt
+  run/work/                   steps in progress and their checkpoints
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Run:
 
 
 @contextmanager
-def open_run(out: str | Path | None, kind: str, request: Mapping[str, Any], *, resume: bool = False, label: str = "") -> Iterator[Run]:
+def open_run(
+    out: str | Path | None, kind: str, request: Mapping[str, Any], *, resume: bool = False, label: str = ""
+) -> Iterator[Run]:
     """A new run folder, or the one to resume; its manifest says how the block ended.
 
     Args:
@@ -81,7 +83,7 @@ def open_run(out: str | Path | None, kind: str, request: Mapping[str, Any], *, r
         request: everything that was asked for; a resumed run must have been asked for the same.
 
     Raises:
-        UsageError: the folder holds another run or something else, another process works in it, or there is nothing to resume.
+        UsageError: the folder holds another run or anything else, is in use, or has nothing to resume.
     """
     folder = Path(out) if out else _fresh(label or kind)
     run = Run(folder)
@@ -114,9 +116,19 @@ def open_run(out: str | Path | None, kind: str, request: Mapping[str, Any], *, r
             yield run
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", 1) in (130, 143)
-            run.note(status=INTERRUPTED if stopped else FAILED, error=str(error) or type(error).__name__, finished=_now())
+            run.note(
+                status=INTERRUPTED if stopped else FAILED, error=str(error) or type(error).__name__, finished=_now()
+            )
             raise
         run.note(**{"status": DONE, **_kept(run)}, finished=_now(), seconds=round(time.monotonic() - started, 1))
+
+
+def finished(out: str | Path | None) -> dict[str, Any] | None:
+    """The result of the run in `out` if it has ended with one, else None."""
+    run = Run(Path(out or ""))
+    if out is None or not (run.inside / "manifest.json").is_file():
+        return None
+    return None if run.manifest()["status"] in (RUNNING, FAILED, INTERRUPTED) else run.read("result.json")
 
 
 def runs(home: Path = HOME) -> list[dict[str, Any]]:
@@ -181,7 +193,11 @@ def _fresh(label: str) -> Path:
 def _command() -> str:
     import shlex
 
-    return " ".join(["shoestring", *map(shlex.quote, sys.argv[1:])]) if Path(sys.argv[0]).stem == "shoestring" else "python"
+    return (
+        " ".join(["shoestring", *map(shlex.quote, sys.argv[1:])])
+        if Path(sys.argv[0]).stem == "shoestring"
+        else "python"
+    )
 
 
 def _now() -> str:

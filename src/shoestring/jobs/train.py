@@ -14,7 +14,7 @@ from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import open_doors, open_model
 from shoestring.jobs.evaluate import heldout
 from shoestring.jobs.pipeline import check, execute
-from shoestring.jobs.runs import open_run
+from shoestring.jobs.runs import finished, open_run
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,20 @@ def train(
     """
     from shoestring.planner.plan import by_verb
 
+    done = finished(out) if resume else None
+    if done:
+        say(f"the run in {out} has finished; nothing is left to do")
+        return done
     method = request.method or next(m.name for m in by_verb("train") if m.default)
     step = Step("train", method, dict(request.options))
     check(step)
     source = models.resolve(request.model)
     open_doors(source)
     corpus = datasets.read(request.data, skip_bad=request.skip_bad)
-    with open_run(out, "train", asdict(request), resume=resume, label=f"{Path(request.model).name}-{method}") as run, Ledger() as ledger:
+    with (
+        open_run(out, "train", asdict(request), resume=resume, label=f"{Path(request.model).name}-{method}") as run,
+        Ledger() as ledger,
+    ):
         parts = datasets.split(corpus, seed=request.seed)
         loaded = open_model(str(source), trust_remote_code=request.trust_remote_code)
         context = models.shape_of(loaded.path).context or 2048
@@ -78,7 +85,8 @@ def train(
             folder.replace(run.model)
         result = {
             "model": str(run.model), "method": method, "loss_before": before.loss.value, "loss_after": after.loss.value,
-            "interval_after": after.loss.interval, **{k: facts[0].get(k) for k in ("steps", "tokens", "trainable", "truncated")},
+            "interval_after": after.loss.interval,
+            **{k: facts[0].get(k) for k in ("steps", "tokens", "trainable", "truncated")},
             "loss_curve": facts[0].get("log", []),
         }  # fmt: skip
     run.write("result.json", result)

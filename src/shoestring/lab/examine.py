@@ -36,10 +36,15 @@ def examine(name: str, *, only: str = "") -> Iterator[Outcome]:
     torch.set_num_threads(1)
     try:
         yield _outcome(method, "words", lambda: words(name, method), "")
-        module = catalog.module(name)
+        try:
+            module = catalog.module(name)
+        except Exception:  # `words` has said what is wrong with it
+            return
         for check in contract.CHECKS:
             if only in check.__name__:
-                yield _outcome(method, check.__name__, lambda c=check: c(module), method.expects.get(check.__name__, ""))
+                yield _outcome(
+                    method, check.__name__, lambda c=check: c(module), method.expects.get(check.__name__, "")
+                )
     finally:
         torch.set_num_threads(threads)
 
@@ -69,7 +74,9 @@ def _outcome(method: Method, check: str, run: object, reason: str) -> Outcome:
         if reason:
             return Outcome(method.name, check, "expected", reason)
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return Outcome(method.name, check, "failed", f"{type(error).__name__}: {error} ({last.name}, line {last.lineno})")
+        return Outcome(
+            method.name, check, "failed", f"{type(error).__name__}: {error} ({last.name}, line {last.lineno})"
+        )
     if reason:
         return Outcome(method.name, check, "needless", f"it passes, yet METHOD expects it to fail: {reason}")
     return Outcome(method.name, check, "passed")

@@ -8,17 +8,35 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 VOCAB = 64
 
 _SMALL = {
-    "llama": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen3": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    "llama": dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
     "gpt2": dict(n_embd=64, n_inner=96, n_layer=2, n_head=4, n_positions=64),
-    "bert": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64),
+    "bert": dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    ),
     "t5": dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0),
 }
 FAMILIES = tuple(_SMALL)
 _SPECIAL = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+def model(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
     """A random model in eval mode with a vocabulary of 64. `changes` override its config."""
     auto = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(family, AutoModelForCausalLM)
     config = AutoConfig.for_model(family, vocab_size=VOCAB, **_SPECIAL, **{**_SMALL[family], **changes})

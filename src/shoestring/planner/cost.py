@@ -16,7 +16,7 @@ WORKSPACE = 40_000_000
 
 @dataclass(frozen=True)
 class Prediction:
-    """Base units. `memory` is the peak of a process that loads the model and generates; `flops_per_token` of one decoded token."""
+    """Base units. `memory` is the peak of a process that loads the model and generates."""
 
     storage: int
     memory: int
@@ -39,7 +39,10 @@ def predict(shape: Shape, floor: int) -> Prediction:
     """
     tokens = PROMPT_TOKENS + NEW_TOKENS
     # A prompt's activations: a few tensors of the widest layer in fp32, and the logits of the last position.
-    widest = max((max(w.dims) for w in shape.weights if len(w.dims) == 2 and w.role not in ("embed", "head")), default=shape.hidden)
+    widest = max(
+        (max(w.dims) for w in shape.weights if len(w.dims) == 2 and w.role not in ("embed", "head")),
+        default=shape.hidden,
+    )
     activations = 4 * PROMPT_TOKENS * (4 * widest + 8 * shape.hidden) + 3 * 4 * shape.vocab
     memory = floor + shape.resident + shape.kv_bytes(tokens) + activations + WORKSPACE
     return Prediction(shape.storage, memory, shape.flops_per_token(tokens))

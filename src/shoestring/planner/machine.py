@@ -51,7 +51,11 @@ def _floor() -> int:
             pass  # an unreadable memory is measured again
     places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": places}
+        [sys.executable, "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": places},
     )
     floor = int(done.stdout.split()[-1])
     write_text(file, json.dumps({"key": key, "bytes": floor}))

@@ -126,7 +126,11 @@ def _compressions(
         return
     if compress:
         _must_do(compress, "compress")
-    names = [compress] if compress else [m.name for m in by_verb("compress") if {"storage", "memory", "latency"} & set(m.saves)]
+    names = (
+        [compress]
+        if compress
+        else [m.name for m in by_verb("compress") if {"storage", "memory", "latency"} & set(m.saves)]
+    )
     for name in names:
         module = catalog.module(name)
         for settings in [dict(options)] if options else module.settings():

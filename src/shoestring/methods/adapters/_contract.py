@@ -39,7 +39,9 @@ def config(module: ModuleType, options: dict[str, Any], kind: str = "causal") ->
     known = set(made.__dataclass_fields__)
     stray = set(options) - known
     if stray:
-        raise UsageError(f"{made.__name__} has no option {', '.join(sorted(stray))}", remedy="Known: " + ", ".join(sorted(known)))
+        raise UsageError(
+            f"{made.__name__} has no option {', '.join(sorted(stray))}", remedy="Known: " + ", ".join(sorted(known))
+        )
     try:
         return made(task_type=TASKS.get(kind), **{**module.settings()[0], **options})
     except (ValueError, TypeError) as error:
@@ -52,7 +54,9 @@ def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: st
     try:
         return get_peft_model(model, made)  # type: ignore[arg-type,return-value]
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{type(made).__name__} does not fit {type(model).__name__}", str(error), "Name other target_modules") from None
+        raise UsageError(
+            f"{type(made).__name__} does not fit {type(model).__name__}", str(error), "Name other target_modules"
+        ) from None
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
@@ -68,7 +72,11 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     context = models.shape_of(loaded.model).context
     length, on_long = settings.pop("max_length", None) or context or 2048, settings.pop("on_long", "error")
     rows = data.encode(work.train, loaded.tokenizer, min(length, context or length), on_long=on_long)
-    valid = data.encode(work.valid, loaded.tokenizer, min(length, context or length), on_long=on_long) if work.valid else None
+    valid = (
+        data.encode(work.valid, loaded.tokenizer, min(length, context or length), on_long=on_long)
+        if work.valid
+        else None
+    )
     result = training.train(
         model,
         rows.rows,
@@ -108,7 +116,9 @@ def check_only_the_adapter_trains(module: ModuleType) -> None:
 def check_every_trainable_gets_a_gradient(module: ModuleType) -> None:
     model = _wrapped(module)
     _fit(model, 3)
-    dead = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    dead = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ]
     assert not dead, f"no gradient reaches {dead[:3]}"
 
 

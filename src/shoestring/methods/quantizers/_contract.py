@@ -89,7 +89,9 @@ def check_bytes_are_as_promised(module: ModuleType) -> None:
             model, folder = _quantized(module, Path(base), settings)
             original = models.shape_of(Path(base) / "float")
             promised = module.price(original, settings).shape
-            stored = sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.state_dict().values()}.values())
+            stored = sum(
+                p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.state_dict().values()}.values()
+            )
             weights = sum(w.stored for w in promised.weights if not w.tied)
             assert stored == weights, f"{settings}: price says {weights} bytes, the model holds {stored}"
             disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -149,7 +151,9 @@ def check_a_frozen_base_can_be_trained_upon(module: ModuleType) -> None:
     with tempfile.TemporaryDirectory() as base:
         model, _ = _quantized(module, Path(base))
         hidden = torch.randn(2, 5, 64, requires_grad=True)
-        layer = next(m for _, m in _shared.packed_modules(model) if isinstance(m, _shared.PackedLinear) and m.in_features == 64)
+        layer = next(
+            m for _, m in _shared.packed_modules(model) if isinstance(m, _shared.PackedLinear) and m.in_features == 64
+        )
         layer(hidden).sum().backward()
         assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
@@ -214,7 +218,11 @@ def check_unsupported_model_is_a_clear_error(module: ModuleType) -> None:
         except UsageError as error:
             assert "MixtralForCausalLM" in str(error)
         else:
-            floats = [n for n, p in quantized.named_parameters() if p.dim() > 1 and p.is_floating_point() and "scales" not in n]
+            floats = [
+                n
+                for n, p in quantized.named_parameters()
+                if p.dim() > 1 and p.is_floating_point() and "scales" not in n
+            ]
             assert not floats, f"left as floats in silence: {floats[:2]}"
 
 

@@ -56,9 +56,13 @@ class GroupConfig(QuantizationConfigMixin):
         self.group_size, self.embeddings = group_size, embeddings
         self.modules_to_not_convert = modules_to_not_convert
         if group_size not in GROUPS:
-            raise UsageError(f"group_size {group_size!r} is not possible", remedy=f"Use one of {', '.join(map(str, GROUPS))}")
+            raise UsageError(
+                f"group_size {group_size!r} is not possible", remedy=f"Use one of {', '.join(map(str, GROUPS))}"
+            )
         if embeddings not in (None, 8, 4):
-            raise UsageError(f"embeddings {embeddings!r} is not possible", remedy="Use 8, 4, or None to leave them as they are")
+            raise UsageError(
+                f"embeddings {embeddings!r} is not possible", remedy="Use 8, 4, or None to leave them as they are"
+            )
         stray = set(kwargs) - {"quant_method", "bits"}
         if stray:
             raise UsageError(f"{type(self).__name__} has no option {', '.join(sorted(stray))}")
@@ -79,7 +83,16 @@ class PackedLinear(nn.Linear):
     Input (..., in_features) in any float type, output (..., out_features) in the same type.
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool, dtype: torch.dtype, tied: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        bias: bool,
+        dtype: torch.dtype,
+        tied: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
         _register(self, out_features, in_features, bits, group, tied)
@@ -101,7 +114,9 @@ class PackedLinear(nn.Linear):
 class PackedEmbedding(nn.Embedding):
     """An embedding table over packed rows. Input (...) of ids, output (..., embedding_dim) in `dtype`."""
 
-    def __init__(self, rows: int, width: int, bits: int, group: int, padding_idx: int | None, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, bits: int, group: int, padding_idx: int | None, scale: float, dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.bits, self.group = rows, width, bits, group
         self.padding_idx, self.scale, self.dtype = padding_idx, scale, dtype
@@ -123,12 +138,14 @@ class PackedEmbedding(nn.Embedding):
 
 
 class Pack(ConversionOps):
-    """Turns one float weight into codes and scales while transformers reads it, so the whole model is never inflated."""
+    """Turns one float weight into codes and scales while transformers reads it, so no whole model is ever inflated."""
 
     def __init__(self, quantizer: GroupQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         value = next(iter(input_dict.values()))
         value = value[0] if isinstance(value, list) else value
         owner = full_layer_name.rpartition(".")[0]
@@ -173,11 +190,19 @@ class GroupQuantizer(HfQuantizer):
                 if isinstance(module, nn.Embedding):
                     scale = float(getattr(module, "scalar_embed_scale", 1.0))
                     new: nn.Module = PackedEmbedding(
-                        module.num_embeddings, module.embedding_dim, bits, config.group_size, module.padding_idx, scale, dtype
+                        module.num_embeddings,
+                        module.embedding_dim,
+                        bits,
+                        config.group_size,
+                        module.padding_idx,
+                        scale,
+                        dtype,
                     )
                 else:
                     rows, columns = _linear_dims(module)
-                    new = PackedLinear(columns, rows, bits, config.group_size, module.bias is not None, dtype, tied=name == tied)
+                    new = PackedLinear(
+                        columns, rows, bits, config.group_size, module.bias is not None, dtype, tied=name == tied
+                    )
             if isinstance(module, Conv1D):
                 self.transposed.add(name)
             new.train(module.training)
@@ -187,7 +212,11 @@ class GroupQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         owner, _, tensor = param_name.rpartition(".")
-        return not self.pre_quantized and tensor == "weight" and isinstance(model.get_submodule(owner), PackedLinear | PackedEmbedding)
+        return (
+            not self.pre_quantized
+            and tensor == "weight"
+            and isinstance(model.get_submodule(owner), PackedLinear | PackedEmbedding)
+        )
 
     def get_quantize_ops(self) -> Pack:
         return Pack(self)
@@ -254,12 +283,18 @@ def tie_scales(model: PreTrainedModel) -> None:
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)
+    )
 
 
 def _register(module: nn.Module, rows: int, columns: int, bits: int, group: int, tied: bool = False) -> None:
     groups = math.ceil(columns / group)
-    codes = torch.empty(rows, groups, group, dtype=torch.int8) if bits == 8 else torch.empty(rows, groups * group // 2, dtype=torch.uint8)
+    codes = (
+        torch.empty(rows, groups, group, dtype=torch.int8)
+        if bits == 8
+        else torch.empty(rows, groups * group // 2, dtype=torch.uint8)
+    )
     module.weight = nn.Parameter(codes, requires_grad=False)
     # A buffer: a model's dtype is that of its first floating-point parameter, which must not be the scales. A tied
     # head borrows the table's and stores none.

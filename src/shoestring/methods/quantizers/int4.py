@@ -24,9 +24,7 @@ from shoestring.core.shape import Shape
 from shoestring.methods.quantizers import _shared
 
 METHOD = Method(
-    paper=Paper(
-        "The case for 4-bit precision: k-bit Inference Scaling Laws", "2022-12", arxiv="2212.09720"
-    ),
+    paper=Paper("The case for 4-bit precision: k-bit Inference Scaling Laws", "2022-12", arxiv="2212.09720"),
     provides="Int4Config",
     saves=("storage", "memory", "latency", "energy"),
     combines={"adapters": "yes", "quantizers": "the weights are integers already"},

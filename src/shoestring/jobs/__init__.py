@@ -1,1 +1,1 @@
-"""The verbs as functions: fit, train, compress, evaluate, generate, merge, export and the rest, each inside a run folder."""
+"""The verbs as functions: fit, train, compress, evaluate, generate, merge, export and the rest."""

@@ -205,7 +205,8 @@ class _Fit:
             prompts = _prompts(test)
             samples = [{"prompt": p, "reference": r, "before": _answer(loaded, p)} for p, r in prompts]
         measuring = time.monotonic() - clock
-        whole, whole_choice, adapted, log = loaded, before_choice, None, []
+        log: list[Any] = []
+        whole, whole_choice, adapted = loaded, before_choice, None
         if self.candidates[0].steps and self.candidates[0].steps[0].verb == "train":
             model, log = self._adapt(train, valid, measuring)
             choice = heldout(model.model, choose)

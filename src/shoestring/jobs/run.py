@@ -38,7 +38,8 @@ def run_file(
     source = models.resolve(written.get("model") or "smollm2")
     open_doors(source)
     seed = int(written.get("seed") or 0)
-    train, valid = [], []
+    train: Any = None
+    valid: Any = None
     if written.get("data"):
         corpus = data.read(written["data"], skip_bad=int(written.get("skip_bad") or 0))
         train, valid, _ = data.split(corpus, seed=seed)

@@ -21,6 +21,7 @@ from shoestring.lab import tiny
 VERB = "train"
 WORDS = ("settings", "price")
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
+# A method may also define TRAINING, the settings of the training loop that suit it; what the user says comes first.
 
 
 def adopt(module: ModuleType) -> None:
@@ -68,7 +69,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
     torch.manual_seed(work.seed)
     model = wrap(module, loaded.model, dict(step.options), loaded.kind)
-    settings = dict(work.training)
+    settings = {**getattr(module, "TRAINING", {}), **work.training}
     context = models.shape_of(loaded.model).context
     length, on_long = settings.pop("max_length", None) or context or 2048, settings.pop("on_long", "error")
     rows = data.encode(work.train, loaded.tokenizer, min(length, context or length), on_long=on_long)
@@ -80,7 +81,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     result = training.train(
         model,
         rows.rows,
-        valid.rows if valid else None,
+        valid.rows if valid else [],
         training.TrainOptions(**{"seed": work.seed, **settings}),
         work.folder,
         tokenizer=loaded.tokenizer,
@@ -89,7 +90,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     )
     with atomic_folder(out) as folder:
         model.peft_config["default"].base_model_name_or_path = str(source)
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         loaded.tokenizer.save_pretrained(folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,

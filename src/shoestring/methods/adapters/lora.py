@@ -35,6 +35,8 @@ METHOD = Method(
     combines={"quantizers": "yes"},
     default=True,
 )
+# Ten times what full fine-tuning takes: the update starts at zero and is scaled by alpha / r.
+TRAINING = {"learning_rate": 1e-3}
 
 
 def example() -> LoraConfig:

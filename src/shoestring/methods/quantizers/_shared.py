@@ -44,6 +44,7 @@ class GroupConfig(QuantizationConfigMixin):
 
     bits = 0
     method = ""
+    quant_method: Any
 
     def __init__(
         self,
@@ -77,11 +78,68 @@ class GroupConfig(QuantizationConfigMixin):
         return self.embeddings if embedding else self.bits
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer over packed weights: `weight` holds integer codes, `scales` one number per row and group.
+class Packed(nn.Module):
+    """A module that stands for a float weight. Every format of the room has one; the room's checks speak to it."""
 
-    Input (..., in_features) in any float type, output (..., out_features) in the same type.
-    """
+    def unpacked(self) -> torch.Tensor:
+        """The weight it stands for, float32 (out, in)."""
+        raise NotImplementedError
+
+    def bound(self) -> torch.Tensor:
+        """The largest error each weight may have, (out, in)."""
+        raise NotImplementedError
+
+
+class _Grouped(Packed):
+    """Rows of groups: `weight` holds integer codes, `scales` one number per row and group."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def _hold(self, rows: int, columns: int, bits: int, group: int, tied: bool = False) -> None:
+        self.columns, self.bits, self.group = columns, bits, group
+        groups = math.ceil(columns / group)
+        # Three dimensions keep 8-bit codes from passing for a float weight of the same shape.
+        codes = (
+            torch.empty(rows, groups, group, dtype=torch.int8)
+            if bits == 8
+            else torch.empty(rows, groups * group // 2, dtype=torch.uint8)
+        )
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        # A buffer: a model's dtype is that of its first floating-point parameter, which must not be the scales. A
+        # tied head borrows the table's and stores none.
+        self.register_buffer("scales", torch.empty(rows, groups, dtype=SCALE), persistent=not tied)
+
+    def codes(self) -> torch.Tensor:
+        """Codes as the kernels take them, one row after another."""
+        return self.weight.flatten(1) if self.bits == 8 else self.weight
+
+    def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of a float weight (out, in). Raises UsageError when it is not finite."""
+        codes, scales = ops.quantize(weight, self.bits, self.group)
+        return codes.view(self.weight.shape), scales.to(SCALE)
+
+    def unpacked(self) -> torch.Tensor:
+        return ops.dequantize(self.codes(), self.scales, self.bits, self.group, self.columns)
+
+    def bound(self) -> torch.Tensor:
+        # Half a step, but for the end of a 4-bit range that is cut; scales are stored with 8 significant bits.
+        return 1.02 * self.scales.float().abs().repeat_interleave(self.group, 1)[:, : self.columns]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scales = self.scales.data
+        moved = super()._apply(fn, recurse)
+        # `model.to(dtype)` is about activations; scales are part of the stored format and only change device.
+        if self.scales.dtype != SCALE:
+            self.scales.data = scales.to(self.scales.device)
+        return moved
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {self.weight.shape[0]}, bits={self.bits}, group={self.group}"
+
+
+class PackedLinear(_Grouped, nn.Linear):
+    """A linear layer over packed weights. Input (..., in_features), output (..., out_features) of the same type."""
 
     def __init__(
         self,
@@ -94,47 +152,37 @@ class PackedLinear(nn.Linear):
         tied: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
-        _register(self, out_features, in_features, bits, group, tied)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.in_features, self.out_features = in_features, out_features
+        self._hold(out_features, in_features, bits, group, tied)
+        values = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", values)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.quantized_linear(
-            input, _codes(self.weight), self.scales, self.bits, self.group, self.in_features, self.bias
+            input, self.codes(), self.scales, self.bits, self.group, self.in_features, self.bias
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        scales = self.scales.data
-        return _keep_scales(super()._apply(fn, recurse), scales)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
-
-
-class PackedEmbedding(nn.Embedding):
+class PackedEmbedding(_Grouped, nn.Embedding):
     """An embedding table over packed rows. Input (...) of ids, output (..., embedding_dim) in `dtype`."""
 
     def __init__(
         self, rows: int, width: int, bits: int, group: int, padding_idx: int | None, scale: float, dtype: torch.dtype
     ) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.bits, self.group = rows, width, bits, group
-        self.padding_idx, self.scale, self.dtype = padding_idx, scale, dtype
-        _register(self, rows, width, bits, group)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx  # type: ignore[assignment]
+        self.scale, self.dtype = scale, dtype
+        self._hold(rows, width, bits, group)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = ops.embedding(
-            input, _codes(self.weight), self.scales, self.bits, self.group, self.embedding_dim, dtype=self.dtype
+            input, self.codes(), self.scales, self.bits, self.group, self.embedding_dim, dtype=self.dtype
         )
         return rows if self.scale == 1.0 else rows * self.scale
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedEmbedding:
-        scales = self.scales.data
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
-        return _keep_scales(super()._apply(fn, recurse), scales)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group={self.group}"
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
+        return super()._apply(fn, recurse)
 
 
 class Pack(ConversionOps):
@@ -143,22 +191,21 @@ class Pack(ConversionOps):
     def __init__(self, quantizer: GroupQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, **given: Any) -> dict[str, Any]:
+        name: str = given["full_layer_name"]
         value = next(iter(input_dict.values()))
         value = value[0] if isinstance(value, list) else value
-        owner = full_layer_name.rpartition(".")[0]
-        packed = model.get_submodule(owner)
+        owner = name.rpartition(".")[0]
+        packed: Any = given["model"].get_submodule(owner)
         if owner in self.quantizer.transposed:
             value = value.t()
         try:
-            codes, scales = ops.quantize(value.contiguous(), packed.bits, packed.group)
+            codes, scales = packed.pack(value.contiguous())
         except UsageError as error:
             # transformers would bury it in a report: kept until the weights are read.
-            self.quantizer.refusals.append(f"{full_layer_name} cannot be quantized: {error}")
-            codes, scales = ops.quantize(torch.zeros_like(value), packed.bits, packed.group)
-        return {full_layer_name: _shaped(codes, packed.bits, packed.group), f"{owner}.scales": scales.to(SCALE)}
+            self.quantizer.refusals.append(f"{name} cannot be quantized: {error}")
+            codes, scales = packed.pack(torch.zeros_like(value))
+        return {name: codes, f"{owner}.scales": scales}
 
 
 class GroupQuantizer(HfQuantizer):
@@ -212,11 +259,7 @@ class GroupQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         owner, _, tensor = param_name.rpartition(".")
-        return (
-            not self.pre_quantized
-            and tensor == "weight"
-            and isinstance(model.get_submodule(owner), PackedLinear | PackedEmbedding)
-        )
+        return not self.pre_quantized and tensor == "weight" and isinstance(model.get_submodule(owner), Packed)
 
     def get_quantize_ops(self) -> Pack:
         return Pack(self)
@@ -238,7 +281,7 @@ class GroupQuantizer(HfQuantizer):
         # A config that was read from disk says its dtype as a word.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear | PackedEmbedding):
+            if isinstance(module, Packed):
                 surgery.replace_module(model, name, _float_module(module, dtype))
         model.tie_weights()
         return model
@@ -282,44 +325,13 @@ def tie_scales(model: PreTrainedModel) -> None:
         head.scales = table.scales
 
 
-def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
-    return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)
-    )
-
-
-def _register(module: nn.Module, rows: int, columns: int, bits: int, group: int, tied: bool = False) -> None:
-    groups = math.ceil(columns / group)
-    codes = (
-        torch.empty(rows, groups, group, dtype=torch.int8)
-        if bits == 8
-        else torch.empty(rows, groups * group // 2, dtype=torch.uint8)
-    )
-    module.weight = nn.Parameter(codes, requires_grad=False)
-    # A buffer: a model's dtype is that of its first floating-point parameter, which must not be the scales. A tied
-    # head borrows the table's and stores none.
-    module.register_buffer("scales", torch.empty(rows, groups, dtype=SCALE), persistent=not tied)
-
-
-def _shaped(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    # Three dimensions keep 8-bit codes from passing for a float weight of the same shape.
-    return codes.view(codes.shape[0], -1, group) if bits == 8 else codes
-
-
-def _codes(weight: torch.Tensor) -> torch.Tensor:
-    return weight.flatten(1) if weight.dim() == 3 else weight
-
-
-def _keep_scales(module: Any, scales: torch.Tensor) -> Any:
-    # `model.to(dtype)` is about activations; scales are part of the stored format and only change device.
-    if module.scales.dtype != SCALE:
-        module.scales.data = scales.to(module.scales.device)
-    return module
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
 
 
 def _linear_dims(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-    return int(rows), int(columns)
+    rows, columns = list(module.weight.shape)  # type: ignore[union-attr, arg-type]
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
@@ -358,14 +370,24 @@ def _refuse_unpacked(model: PreTrainedModel) -> None:
         )
 
 
-def _float_module(packed: PackedLinear | PackedEmbedding, dtype: torch.dtype) -> nn.Module:
-    columns = packed.embedding_dim if isinstance(packed, PackedEmbedding) else packed.in_features
-    weight = ops.dequantize(_codes(packed.weight), packed.scales, packed.bits, packed.group, columns).to(dtype)
-    if isinstance(packed, PackedEmbedding):
-        table = nn.Embedding(*weight.shape, padding_idx=packed.padding_idx, _weight=weight)
+class _ScaledEmbedding(nn.Embedding):
+    """A float table that scales what it looks up, as some families' own do."""
+
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(input)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+def _float_module(packed: Any, dtype: torch.dtype) -> nn.Module:
+    weight = packed.unpacked().to(dtype)
+    if isinstance(packed, nn.Embedding):
+        table = _ScaledEmbedding.from_pretrained(weight, freeze=False, padding_idx=packed.padding_idx)
+        table.scale = packed.scale
         return table
     with torch.device("meta"):
-        linear = nn.Linear(columns, packed.out_features, packed.bias is not None)
+        linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
     linear.weight = nn.Parameter(weight)
     if packed.bias is not None:
         linear.bias = nn.Parameter(packed.bias.data.to(dtype))

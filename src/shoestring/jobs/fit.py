@@ -20,6 +20,7 @@ from shoestring import data as datasets
 from shoestring import models
 from shoestring.core.budget import Budget, Miss
 from shoestring.core.errors import DoesNotFit, QualityGate, ShoestringError, UsageError
+from shoestring.core.files import atomic_folder, write_text
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
 from shoestring.jobs import report
@@ -37,7 +38,7 @@ from shoestring.planner.plan import Candidate, plan, refuse_hopeless, relax
 
 DONE, OVER_BUDGET, BELOW_QUALITY = "done", "over budget", "below quality"
 # Seconds for merging and writing, beside what measuring takes; candidates built at most.
-_MARGIN = 15.0
+_MARGIN = 12.0
 _TRIES = 3
 
 
@@ -62,7 +63,7 @@ class FitRequest:
     compress: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    eval_examples: int = 160
+    eval_examples: int = 96
     skip_bad: int = 0
     seed: int = 0
     trust_remote_code: bool = False
@@ -156,6 +157,18 @@ def parts_of(corpus: Any, seed: int) -> tuple[Any, Any, Any]:
     return train, valid, test
 
 
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+
 @dataclass
 class _Tried:
     candidate: Candidate
@@ -185,6 +198,7 @@ class _Fit:
     resume: bool
     missed: list[Miss] = field(default_factory=list)
     untrained: bool = False
+    ending: float = 0.0
 
     def work(self, corpus: Any) -> dict[str, Any]:
         request, say = self.request, self.say
@@ -194,21 +208,23 @@ class _Fit:
         tokenizer, context = loaded.tokenizer, models.shape_of(loaded.path).context or 2048
         limit = min(request.training.get("max_length") or context, context)
         on_long = request.training.get("on_long", "error")
-        half = max(1, request.eval_examples // 2)
-        choose = datasets.encode(_some(valid, half), tokenizer, limit, on_long=on_long).rows
+        choose = datasets.encode(
+            _some(valid, max(1, request.eval_examples // 3)), tokenizer, limit, on_long=on_long
+        ).rows
         show = datasets.encode(_some(test, request.eval_examples), tokenizer, limit, on_long=on_long).rows
         say("measuring the model as it is")
-        clock = time.monotonic()
+        clock = _Clock()
         with self.ledger.stage("before", settle=True):
             before_work = at_work(self.source, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
+            clock.lap("work")
             before, before_choice = heldout(loaded.model, show), heldout(loaded.model, choose)
-            prompts = _prompts(test)
-            samples = [{"prompt": p, "reference": r, "before": _answer(loaded, p)} for p, r in prompts]
-        measuring = time.monotonic() - clock
+            clock.lap("heldout")
+            samples = [{"prompt": p, "reference": r, "before": _answer(loaded, p)} for p, r in _prompts(test)]
+            clock.lap("samples")
         log: list[Any] = []
         whole, whole_choice, adapted = loaded, before_choice, None
         if self.candidates[0].steps and self.candidates[0].steps[0].verb == "train":
-            model, log = self._adapt(train, valid, measuring)
+            model, log = self._adapt(train, valid, clock)
             choice = heldout(model.model, choose)
             adapted = heldout(model.model, show)
             if choice.loss.value < before_choice.loss.value:
@@ -216,7 +232,7 @@ class _Fit:
             else:
                 say("training made the model no better on held-out data; going on with the original")
                 self.untrained = True
-        tried = self._try(before_choice, whole_choice, choose, measuring)
+        tried = self._try(before_choice, whole_choice, choose)
         good = [t for t in tried if not t.misses]
         best = max(good, key=lambda t: t.kept) if good else min(tried, key=lambda t: (t.worst, -t.kept))
         self.missed = list(best.misses)
@@ -233,9 +249,9 @@ class _Fit:
             "reference": "the original model" if whole is loaded else "the trained model before compression",
         }  # fmt: skip
 
-    def _adapt(self, train: Any, valid: Any, measuring: float) -> tuple[Any, list[Any]]:
+    def _adapt(self, train: Any, valid: Any, clock: _Clock) -> tuple[Any, list[Any]]:
         """Train and merge what every candidate begins with, in the time the budget leaves for it."""
-        training = {"max_seconds": self._time_for_training(measuring), **self.request.training}
+        training = {"max_seconds": self._time_for_training(clock), **self.request.training}
         if training["max_seconds"] is None:
             del training["max_seconds"]
         first = self.candidates[0].steps
@@ -246,7 +262,7 @@ class _Fit:
         folder, facts = execute(shared, self.source, work)
         return open_model(folder), facts[0].get("log", [])
 
-    def _try(self, original: Quality, whole: Quality, rows: list[Any], measuring: float) -> list[_Tried]:
+    def _try(self, original: Quality, whole: Quality, rows: list[Any]) -> list[_Tried]:
         """Build candidates in order until one fits and keeps enough.
 
         One that is good enough beside the original, yet loses more than was to be kept by being compressed, is not the
@@ -256,7 +272,7 @@ class _Fit:
         slowest = 0.0
         for candidate in [c for c in self.candidates if c.fits][:_TRIES] or self.candidates[:1]:
             left = self._time_left()
-            if tried and left is not None and left < slowest + 2 * measuring:
+            if tried and left is not None and left < slowest + self.ending:
                 self.say("no time is left for another candidate")
                 break
             clock = time.monotonic()
@@ -368,7 +384,12 @@ class _Fit:
 
     def _place(self, folder: Path, result: dict[str, Any]) -> None:
         """The chosen folder becomes OUT/model, with its card, in one rename."""
-        (folder / "README.md").write_text(_card(self.request, result), encoding="utf-8")
+        if not folder.is_relative_to(self.run.work):
+            # Nothing was done to the model: it is the user's own folder, or the cache's.
+            with atomic_folder(self.run.work / "copy", overwrite=True) as temp:
+                shutil.copytree(folder, temp, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            folder = self.run.work / "copy"
+        write_text(folder / "README.md", _card(self.request, result))
         if self.run.model.exists():
             shutil.rmtree(self.run.model)
         folder.replace(self.run.model)
@@ -383,16 +404,21 @@ class _Fit:
         limit = self.limits.get("time")
         return None if limit is None else limit - (time.monotonic() - self.started)
 
-    def _time_for_training(self, measuring: float) -> float | None:
-        """What is left after building and measuring two candidates and the final comparison."""
+    def _time_for_training(self, clock: _Clock) -> float | None:
+        """What is left when merging, one candidate and the last comparison have had theirs.
+
+        They are measured on the way here: a packed model may read a text at half the speed of the original.
+        """
         left = self._time_left()
+        heldout, work = clock.laps["heldout"], clock.laps["work"]
+        self.ending = 3 * heldout + clock.laps["samples"] + _MARGIN
         if left is None:
             return None
-        allowed = left - 4.5 * measuring - 2 * _MARGIN
-        if allowed < 5:
+        allowed = left - self.ending - (2 * heldout + work + 2 * _MARGIN)
+        if allowed < 10:
             raise DoesNotFit(
                 f"time={self.limits.get('time'):.0f}s leaves {max(0.0, allowed):.0f} s for training",
-                f"measuring this model takes {measuring:.0f} s at a time here",
+                f"measuring this model takes {heldout + work:.0f} s at a time here",
                 "Raise the time, lower --eval-examples, or use --adapt none",
             )
         return allowed

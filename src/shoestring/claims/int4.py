@@ -19,7 +19,7 @@ CLAIMS = (
     Claim(
         "quality",
         paper="4-bit precision is almost universally optimal for total model bits and zero-shot accuracy (19M to 176B)",
-        here=_HERE + "; perplexity on the answers of 96 held-out examples",
+        here=_HERE + "; perplexity on the answers of 48 held-out examples",
         measure="perplexity",
         arm="int4",
         against="bf16",
@@ -51,5 +51,5 @@ def run(arms: Arms) -> None:
     weigh(
         arms,
         {"int4": ("int4", {"group_size": 64}), "int4-128": ("int4", {"group_size": 128}), "bf16": None},
-        examples=arms.size(8, 96),
+        examples=arms.size(8, 48),
     )

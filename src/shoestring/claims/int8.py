@@ -18,7 +18,7 @@ CLAIMS = (
     Claim(
         "quality",
         paper="minimal accuracy impact with INT8 for both weights and activations (BERT, GPT-3-style)",
-        here=_HERE + "; perplexity on the answers of 96 held-out examples",
+        here=_HERE + "; perplexity on the answers of 48 held-out examples",
         measure="perplexity",
         arm="int8",
         against="bf16",
@@ -39,4 +39,4 @@ CLAIMS = (
 
 
 def run(arms: Arms) -> None:
-    weigh(arms, {"int8": ("int8", {"group_size": 64}), "bf16": None}, examples=arms.size(8, 96))
+    weigh(arms, {"int8": ("int8", {"group_size": 64}), "bf16": None}, examples=arms.size(8, 48))

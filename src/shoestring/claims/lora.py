@@ -5,7 +5,7 @@ from shoestring.core.claim import Claim
 from shoestring.jobs.evaluate import heldout
 from shoestring.lab.arms import Arms
 
-_HERE = "SmolLM2-135M-Instruct, Python documentation, 24 steps of 4 examples of at most 192 tokens, AdamW both"
+_HERE = "SmolLM2-135M-Instruct, Python documentation, 16 steps of 4 examples of at most 192 tokens, AdamW both"
 CLAIMS = (
     Claim(
         "parameters",
@@ -44,11 +44,11 @@ CLAIMS = (
 def run(arms: Arms) -> None:
     from shoestring.training import TrainOptions, train
 
-    steps = arms.size(3, 24)
+    steps = arms.size(3, 16)
     for name, rate in (("lora", 1e-3), ("full", 1e-4)):
         with arms.arm(name) as stage:
             loaded = arms.load()
-            rows = arms.docs(loaded.tokenizer, {"train": 4 * steps, "test": arms.size(8, 64)}, max_length=192)
+            rows = arms.docs(loaded.tokenizer, {"train": 4 * steps, "test": arms.size(8, 48)}, max_length=192)
             model = loaded.model
             if name == "lora":
                 model = catalog.contract("adapters").wrap(catalog.module("lora"), model, {})

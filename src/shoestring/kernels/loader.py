@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shoestring.core.errors import UsageError, nearest
 
+VERSION = 2  # of native/kernels.h
 LIBRARY, HEADER = "_kernels.so", "kernels.h"
 REFERENCE = "reference"
 LEVELS = ("base", "avx2", "avx512vnni", "neondot", REFERENCE)
@@ -45,13 +46,21 @@ def load() -> Loaded:
         raise UsageError(f"SHOESTRING_ISA={level} names no instruction set", remedy=nearest(level, LEVELS))
     if level == REFERENCE:
         return Loaded(None, "SHOESTRING_ISA=reference asks for plain torch")
-    for folder in _folders():
+    folders = list(dict.fromkeys(_folders()))
+    for folder in folders:
         if (folder / LIBRARY).is_file() and (folder / HEADER).is_file():
             try:
-                return Loaded(_typed(ctypes.CDLL(str(folder / LIBRARY)), (folder / HEADER).read_text()))
+                library = _typed(ctypes.CDLL(str(folder / LIBRARY)), (folder / HEADER).read_text())
+                fits = library.sk_version() == VERSION
             except (OSError, AttributeError) as error:
-                return Loaded(None, f"{folder / LIBRARY} does not load: {error}")
-    return Loaded(None, "the native library was not built: no C++ compiler was found when shoestring was installed")
+                return Loaded(None, f"{folder / LIBRARY} does not load: {error}; install shoestring again to build it")
+            if fits:
+                return Loaded(library)
+            return Loaded(None, f"{folder / LIBRARY} belongs to another version: install shoestring again to build it")
+    places = ", ".join(map(str, folders))
+    return Loaded(
+        None, f"no {LIBRARY} in {places}: installing shoestring (pip install) builds it when it finds a C++ compiler"
+    )
 
 
 def _folders() -> Iterator[Path]:

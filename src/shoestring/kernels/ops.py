@@ -9,6 +9,7 @@ through the operator `torch.ops.shoestring.quantized_linear`, which differentiat
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from shoestring.kernels import reference
 from shoestring.kernels.loader import LEVELS, REFERENCE, load
 from shoestring.kernels.reference import quantize
 
-__all__ = ["backend", "dequantize", "embedding", "quantize", "quantized_linear", "set_isa", "set_threads"]
+__all__ = ["Product", "backend", "dequantize", "embedding", "quantize", "quantized_linear", "set_isa", "set_threads"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_LAYER = struct.Struct("@7q")  # SkLayer of native/kernels.h
 
 _loaded = load()
 _library: Any = _loaded.library
@@ -46,24 +49,73 @@ def quantized_linear(
     Raises:
         UsageError: shapes or types that do not belong together.
     """
-    if (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if _recorded(x, bias):
         return torch.ops.shoestring.quantized_linear(x, packed, scales, bits, group, in_features, bias)
     return _linear(x, packed, scales, bits, group, in_features, bias)
 
 
+class Product:
+    """`quantized_linear` for a module that keeps its weight: what was checked once is not checked at every call.
+
+    A call takes x [..., in_features] and the module's own tensors, and returns what `quantized_linear` returns. The
+    check is repeated when other tensors are passed, or the same ones with their values elsewhere.
+    """
+
+    def __init__(self, bits: int, group: int, in_features: int) -> None:
+        self.bits, self.group, self.in_features = bits, group, in_features
+        # One tuple, replaced whole: a call on another thread sees the old or the new, never parts of both.
+        self._known: tuple[Any, ...] = (None,) * 7
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Addresses mean nothing in a copy or in another process.
+        return Product, (self.bits, self.group, self.in_features)
+
+    def __call__(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if _recorded(x, bias):
+            return torch.ops.shoestring.quantized_linear(
+                x, packed.flatten(1), scales, self.bits, self.group, self.in_features, bias
+            )
+        known_packed, known_scales, known_bias, known_dtype, places, layer, rows = self._known
+        shape = x.shape
+        if (
+            packed is known_packed
+            and scales is known_scales
+            and bias is known_bias
+            and x.dtype is known_dtype
+            and (packed.data_ptr(), scales.data_ptr(), bias is not None and bias.data_ptr()) == places
+            and shape
+            and shape[-1] == self.in_features
+            and x.is_cpu
+            and x.is_contiguous()
+            and _library is not None
+        ):
+            return _run(x, layer, rows)
+        y = _linear(x, packed.flatten(1), scales, self.bits, self.group, self.in_features, bias)
+        self._remember(x.dtype, packed, scales, bias)
+        return y
+
+    def _remember(self, dtype: torch.dtype, packed: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        if not (_fits_library(packed, scales, dtype) and packed.is_contiguous() and scales.is_contiguous()):
+            return
+        if bias is not None and not (bias.is_cpu and bias.is_contiguous() and bias.dtype is dtype):
+            return
+        places = (packed.data_ptr(), scales.data_ptr(), bias is not None and bias.data_ptr())
+        layer = _layer(packed, scales, self.bits, self.group, self.in_features, bias)
+        self._known = (packed, scales, bias, dtype, places, layer, scales.shape[0])
+
+
+def _recorded(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd, torch.compile or a dispatch mode must see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def embedding(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    bits: int,
-    group: int,
-    hidden: int,
-    dtype: torch.dtype = torch.float32,
+    ids: Tensor, packed: Tensor, scales: Tensor, bits: int, group: int, hidden: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Rows `ids` of a packed table, [*ids.shape, hidden] in `dtype`.
 
@@ -152,6 +204,7 @@ def _fits_library(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> bool:
 
 def _check_weight(packed: Tensor, scales: Tensor, bits: int, group: int, in_features: int) -> int:
     """The number of rows. The library trusts its arguments, so this must hold before any call."""
+    reference.check_format(bits, group)
     groups = -(-in_features // group)
     rows = scales.shape[0]
     if (
@@ -160,7 +213,6 @@ def _check_weight(packed: Tensor, scales: Tensor, bits: int, group: int, in_feat
         or scales.dtype is not torch.bfloat16
         or packed.dtype is not (torch.uint8 if bits == 4 else torch.int8)
     ):
-        reference.check_format(bits, group)
         raise UsageError(
             f"Packed weight {packed.dtype} {list(packed.shape)} with scales {scales.dtype} {list(scales.shape)} is not"
             f" a {bits}-bit weight of {in_features} inputs in groups of {group}",
@@ -178,27 +230,31 @@ def _linear(
         raise UsageError(f"An input of shape {list(shape)} does not end in the layer's {in_features} features")
     if bias is not None and bias.shape != (rows,):
         raise UsageError(f"A bias of shape {list(bias.shape)} does not fit {rows} outputs")
-    dtype = x.dtype
-    kind = _TYPES.get(dtype)
-    if _library is None or kind is None or not (x.is_cpu and packed.is_cpu and scales.is_cpu):
-        if not dtype.is_floating_point:
-            raise UsageError(f"An input of {dtype} is not floating point")
+    if not (_fits_library(packed, scales, x.dtype) and x.is_cpu):
+        if not x.dtype.is_floating_point:
+            raise UsageError(f"An input of {x.dtype} is not floating point")
         return reference.quantized_linear(x, packed, scales, bits, group, in_features, bias)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if not (packed.is_contiguous() and scales.is_contiguous()):
-        packed, scales = packed.contiguous(), scales.contiguous()
-    offset = None
-    if bias is not None:
-        bias = bias.to(dtype).contiguous()
-        offset = bias.data_ptr()
-    y = torch.empty((*shape[:-1], rows), dtype=dtype)
+    packed, scales = packed.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return _run(x.contiguous(), _layer(packed, scales, bits, group, in_features, bias), rows)
+
+
+def _layer(packed: Tensor, scales: Tensor, bits: int, group: int, in_features: int, bias: Tensor | None) -> bytes:
+    """The library's SkLayer. It holds addresses: the tensors must outlive its use."""
+    offset = 0 if bias is None else bias.data_ptr()
+    return _LAYER.pack(packed.data_ptr(), scales.data_ptr(), offset, in_features, scales.shape[0], bits, group)
+
+
+def _run(x: Tensor, layer: bytes, rows: int) -> Tensor:
+    """x is contiguous and fits the layer, which was checked: from here on everything is trusted."""
+    *leading, in_features = x.shape
+    leading.append(rows)
+    y = x.new_empty(leading)
+    tokens = x.numel() // in_features
     failed = _library.sk_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), offset, y.data_ptr(),
-        x.numel() // in_features, in_features, rows, kind, bits, group, _threads or torch.get_num_threads(),
-    )  # fmt: skip
+        layer, x.data_ptr(), y.data_ptr(), tokens, _TYPES[x.dtype], _threads or torch.get_num_threads()
+    )
     if failed:
-        reference.check_format(bits, group)
         raise ShoestringError("A quantized layer could not run", "memory for its activations ran out")
     return y
 

@@ -61,6 +61,8 @@ const SkTable* sk_table() {
   return table;
 }
 
+int32_t sk_version(void) { return 2; }
+
 const char* sk_isa(void) { return sk_table()->name; }
 
 const char* sk_isas(void) {

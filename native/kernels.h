@@ -9,14 +9,23 @@
 // holds element j in its low nibble and element j + group / 2 in its high nibble. group is 32, 64 or 128.
 // Functions that return int32_t give 0 when done, 1 for a bad argument, 2 when memory ran out.
 
+// Counts up with every change of a signature or of SkLayer, so that newer Python code refuses an older library.
+SK_API int32_t sk_version(void);
+
 // The instruction set in use, and the space-separated list this CPU can run, best first.
 SK_API const char* sk_isa(void);
 SK_API const char* sk_isas(void);
 // Use the best level that is not above `name`; 1 when no level has that name.
 SK_API int32_t sk_set_isa(const char* name);
 
-// y[tokens][rows] = x[tokens][in_features] @ weight.T + bias; bias may be null. Results do not depend on `threads`.
-SK_API int32_t sk_linear(const void* x, const void* packed, const void* scales, const void* bias, void* y, int64_t tokens, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group, int32_t threads);
+// A linear layer: eight-byte fields, so that a caller can pack it once and use it at every call. bias may be null.
+struct SkLayer {
+  const void *packed, *scales, *bias;
+  int64_t in_features, rows, bits, group;
+};
+
+// y[tokens][rows] = x[tokens][in_features] @ weight.T + bias. Results do not depend on `threads`, the most that may work.
+SK_API int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t tokens, int32_t type, int32_t threads);
 
 // y[count][in_features] = weight[ids[i]], or weight[first + i] when ids is null; 1 when an id is outside 0..rows-1.
 SK_API int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void* y, int64_t first, int64_t count, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group);
@@ -70,5 +79,4 @@ struct SkTable {
 const SkTable* sk_table();
 
 // Runs task(context, chunk) for every chunk in 0..chunks-1 on at most `threads` threads, the caller among them.
-// `wake`: the work is long enough to rouse sleeping workers for it.
-void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads, bool wake);
+void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads);

@@ -5,10 +5,11 @@
 
 namespace {
 
-constexpr int64_t FEW = 24;           // up to here using packed weights as they are beats turning them into tiles
+constexpr int64_t FEW = 24;  // up to here using packed weights as they are beats turning them into tiles
 constexpr int64_t TILE_ROWS = 32;
-constexpr int64_t ALONE = 48 << 10;   // weight bytes (times tokens) below which a second thread costs more than it brings
-constexpr int64_t WAKE = 256 << 10;   // ... above which sleeping threads are worth waking
+// Weight bytes (times tokens) below which a second thread costs more than it brings: between two short products it either
+// sleeps, and comes late, or spins on a core that torch's own threads want.
+constexpr int64_t ALONE = 1 << 20;
 
 struct Scratch {
   void* memory = nullptr;
@@ -46,9 +47,10 @@ void product_chunk(void* context, int64_t chunk) {
   (j.t.count <= FEW ? j.table->product : j.table->product_many)(j.w, j.t, j.out, begin, end);
 }
 
-bool weight(const void* packed, const void* scales, int64_t rows, int64_t in_features, int32_t bits, int32_t group, SkWeight& w) {
+bool weight(const void* packed, const void* scales, int64_t rows, int64_t in_features, int64_t bits, int64_t group, SkWeight& w) {
   if ((bits != 4 && bits != 8) || (group != 32 && group != 64 && group != 128) || rows < 0 || in_features < 1) return false;
-  w = {static_cast<const uint8_t*>(packed), static_cast<const uint16_t*>(scales), rows, (in_features + group - 1) / group, bits, group};
+  w = {static_cast<const uint8_t*>(packed), static_cast<const uint16_t*>(scales), rows, (in_features + group - 1) / group,
+       int32_t(bits), int32_t(group)};
   return true;
 }
 
@@ -56,9 +58,10 @@ size_t element_size(int32_t type) { return type == 0 ? 4 : 2; }
 
 }  // namespace
 
-int32_t sk_linear(const void* x, const void* packed, const void* scales, const void* bias, void* y, int64_t tokens, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group, int32_t threads) {
+int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t tokens, int32_t type, int32_t threads) {
+  const int64_t in_features = layer->in_features, rows = layer->rows, bits = layer->bits, group = layer->group;
   Job j;
-  if (type < 0 || type > 2 || !weight(packed, scales, rows, in_features, bits, group, j.w)) return 1;
+  if (type < 0 || type > 2 || !weight(layer->packed, layer->scales, rows, in_features, bits, group, j.w)) return 1;
   if (tokens <= 0 || rows == 0) return 0;
   j.table = sk_table();
   j.in_features = in_features;
@@ -76,19 +79,19 @@ int32_t sk_linear(const void* x, const void* packed, const void* scales, const v
   for (int64_t first = 0; first < tokens; first += SK_MAX_TOKENS) {
     j.t.count = tokens - first < SK_MAX_TOKENS ? tokens - first : SK_MAX_TOKENS;
     j.x = static_cast<const char*>(x) + size_t(first * in_features) * element_size(type);
-    j.out = {static_cast<char*>(y) + size_t(first * rows) * element_size(type), bias, rows, type};
+    j.out = {static_cast<char*>(y) + size_t(first * rows) * element_size(type), layer->bias, rows, type};
     const int64_t bytes = rows * j.w.groups * group * bits / 8 * j.t.count;
     const int32_t hands = bytes < ALONE ? 1 : threads;
 
     const bool split_tokens = hands > 1 && j.t.count >= 16;
     j.tokens_each = split_tokens ? 8 : j.t.count;
     const int64_t token_chunks = (j.t.count + j.tokens_each - 1) / j.tokens_each;
-    sk_parallel(quantize_chunk, &j, token_chunks, hands, bytes >= WAKE);
+    sk_parallel(quantize_chunk, &j, token_chunks, hands);
 
     // Several chunks a thread, so that one which is held up does not hold up the call; each a whole number of tiles.
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, wanted = hands > 1 ? hands * 4 : 1;
     j.rows_each = (tiles + wanted - 1) / wanted * TILE_ROWS;
-    sk_parallel(product_chunk, &j, (rows + j.rows_each - 1) / j.rows_each, hands, bytes >= WAKE);
+    sk_parallel(product_chunk, &j, (rows + j.rows_each - 1) / j.rows_each, hands);
   }
   return 0;
 }

@@ -85,14 +85,14 @@ struct Pool {
     }
   }
 
-  void run(void (*job)(void*, int64_t), void* argument, int64_t chunks, int32_t helpers, bool wake) {
-    if (wake) grow(helpers);
+  void run(void (*job)(void*, int64_t), void* argument, int64_t chunks, int32_t helpers) {
+    grow(helpers);
     task = job;
     context = argument;
     done.store(0, std::memory_order_relaxed);
     width.store(helpers, std::memory_order_relaxed);
     open.store(chunks);
-    if (wake && asleep.load() > 0) bell.notify_all();
+    if (asleep.load() > 0) bell.notify_all();
     while (claim_one()) {
     }
     for (int spins = 0; done.load(std::memory_order_acquire) < chunks; ++spins) {
@@ -122,10 +122,10 @@ Pool* the_pool() {
 
 }  // namespace
 
-void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads, bool wake) {
+void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads) {
   Pool* p = threads > 1 && chunks > 1 ? the_pool() : nullptr;
   if (p && p->owner.try_lock()) {
-    p->run(task, context, chunks, threads - 1 < MOST_WORKERS ? threads - 1 : MOST_WORKERS, wake);
+    p->run(task, context, chunks, threads - 1 < MOST_WORKERS ? threads - 1 : MOST_WORKERS);
     p->owner.unlock();
     return;
   }

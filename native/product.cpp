@@ -25,6 +25,16 @@ struct Lanes {
   alignas(64) int64_t low[8], high[8];  // 8-byte pieces of 128 activations that meet the low and the high nibbles
 };
 
+__m128 quarters(__m512 v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// The totals of four registers, cheaper together than one by one.
+__m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+  return _mm_hadd_ps(_mm_hadd_ps(quarters(a), quarters(b)), _mm_hadd_ps(quarters(c), quarters(d)));
+}
+
 template <int BITS, int GROUP>
 constexpr Lanes lanes() {
   Lanes l{};
@@ -47,6 +57,10 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
   const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), sign = _mm512_set1_epi8(char(0x80));
   const int64_t row_bytes = w.groups * GROUP * BITS / 8;
   const uint8_t* limit = w.packed + w.rows * row_bytes;
+  // Copies: the compiler must otherwise fear that storing a result changes them.
+  const int64_t groups = w.groups, code_stride = t.code_stride, group_stride = t.group_stride;
+  const int8_t* token_codes = t.codes + token * code_stride;
+  const float* token_scales = t.scales + token * group_stride;
   for (int64_t row = begin; row < end; row += ROWS) {
     const uint8_t* p[ROWS];
     const uint16_t* s[ROWS];
@@ -58,10 +72,10 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
     __m512 sum[ROWS][T];
     for (int r = 0; r < ROWS; ++r)
       for (int i = 0; i < T; ++i) sum[r][i] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < w.groups; g += 16) {
-      const int64_t some = w.groups - g < 16 ? w.groups - g : 16;
+    for (int64_t g = 0; g < groups; g += 16) {
+      const int64_t some = groups - g < 16 ? groups - g : 16;
       __m512 scale[ROWS][T], token_scale[T];
-      for (int i = 0; i < T; ++i) token_scale[i] = _mm512_loadu_ps(t.scales + (token + i) * t.group_stride + g);
+      for (int i = 0; i < T; ++i) token_scale[i] = _mm512_loadu_ps(token_scales + i * group_stride + g);
       for (int r = 0; r < ROWS; ++r) {
         const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << some) - 1), s[r] + g);
         const __m512 weight_scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -73,7 +87,7 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
         __m512i a[T][VECTORS], start[T];
 #pragma GCC unroll 4
         for (int i = 0; i < T; ++i) {
-          const int8_t* codes = t.codes + (token + i) * t.code_stride + k;
+          const int8_t* codes = token_codes + i * code_stride + k;
           for (int v = 0; v < VECTORS; ++v) a[i][v] = _mm512_loadu_si512(codes + 64 * v);
           if (BITS == 4 && GROUP < 128) {
             const __m512i both = a[i][0];
@@ -114,9 +128,11 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < T; ++i)
-        if (row + r < end) finish(out, token + i, row + r, _mm512_reduce_add_ps(sum[r][i]));
+    for (int i = 0; i < T; ++i) {
+      float y[ROWS];
+      _mm_storeu_ps(y, totals(sum[0][i], sum[1][i], sum[2][i], sum[3][i]));
+      for (int r = 0; r < ROWS && row + r < end; ++r) finish(out, token + i, row + r, y[r]);
+    }
   }
 }
 

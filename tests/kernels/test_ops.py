@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring.core.errors import UsageError
-from shoestring.kernels import ops, reference
+from shoestring.kernels import loader, ops, reference
 
 
 @pytest.fixture
@@ -166,6 +167,7 @@ def test_callers_on_several_threads():
 
 def test_shapes_that_do_not_belong_together(layer):
     packed, scales, *rest = layer
+    codes48, scales48 = torch.zeros(3, 96, dtype=torch.int8), torch.ones(3, 2, dtype=torch.bfloat16)
     for bad, what in (
         (lambda: ops.quantized_linear(torch.randn(2, 99), *layer), "does not end in the layer's 100 features"),
         (lambda: ops.quantized_linear(torch.randn(2, 100), packed[:, :-1], scales, *rest), "is not a 4-bit weight"),
@@ -173,6 +175,7 @@ def test_shapes_that_do_not_belong_together(layer):
         (lambda: ops.quantized_linear(torch.randn(2, 100), *layer, torch.randn(13)), "bias"),
         (lambda: ops.quantized_linear(torch.ones(2, 100, dtype=torch.int64), *layer), "not floating point"),
         (lambda: ops.quantized_linear(torch.randn(2, 100), packed, scales, 5, 32, 100), "5-bit"),
+        (lambda: ops.quantized_linear(torch.randn(2, 96), codes48, scales48, 8, 48, 96), "48"),
         (lambda: ops.set_isa("sse9"), "names no instruction set"),
         (lambda: ops.set_threads(0), "0 threads"),
     ):
@@ -192,3 +195,46 @@ def test_packed_weights_that_are_not_contiguous(level, layer):
     x = torch.randn(2, 100)
     assert torch.equal(ops.quantized_linear(x, spread, scales, *rest), ops.quantized_linear(x, *layer))
     assert torch.equal(ops.dequantize(spread, scales, *rest), ops.dequantize(*layer))
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_remembered_layer_follows_its_tensors(level, layer, with_bias):
+    packed, scales, *rest = layer
+    bias = torch.randn(12) if with_bias else None
+    product = ops.Product(*rest)
+    x = torch.randn(2, 100)
+    first = ops.quantized_linear(x, *layer, bias)
+    for _ in range(3):
+        assert torch.equal(product(x, packed, scales, bias), first)
+    assert torch.equal(product(x.bfloat16(), packed, scales, bias), ops.quantized_linear(x.bfloat16(), *layer, bias))
+    assert torch.equal(product(x.t().contiguous().t(), packed, scales, bias), first)
+    scales.mul_(2)  # in place, as loading a state does
+    assert torch.equal(product(x, packed, scales, bias), ops.quantized_linear(x, *layer, bias))
+    packed.data, scales.data = packed.data.flip(0), scales.data.flip(0)
+    moved = ops.quantized_linear(x, packed, scales, *rest, bias)
+    assert not torch.equal(moved, first) and torch.equal(product(x, packed, scales, bias), moved)
+    twin = pickle.loads(pickle.dumps(product))
+    assert torch.equal(twin(x, packed.clone(), scales.clone(), bias), moved)
+
+
+def test_remembered_layer_still_refuses_what_does_not_fit(layer):
+    packed, scales, *rest = layer
+    product = ops.Product(*rest)
+    product(torch.randn(2, 100), packed, scales, None)
+    for x in (torch.randn(2, 99), torch.ones(2, 100, dtype=torch.int64), torch.tensor(1.0)):
+        with pytest.raises(UsageError):
+            product(x, packed, scales, None)
+    with pytest.raises(UsageError, match="bias"):
+        product(torch.randn(2, 100), packed, scales, torch.randn(13))
+
+
+def test_missing_or_old_library_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "_folders", lambda: [tmp_path])
+    assert str(tmp_path) in loader.load().reason
+    (tmp_path / loader.HEADER).write_text("")
+    (tmp_path / loader.LIBRARY).write_text("not a library")
+    assert "does not load" in loader.load().reason
+    if ops.backend()["native"]:
+        monkeypatch.undo()
+        monkeypatch.setattr(loader, "VERSION", loader.VERSION + 1)
+        assert "another version" in loader.load().reason

@@ -174,6 +174,7 @@ class _Tried:
     candidate: Candidate
     folder: Path
     work: dict[str, Any]
+    loss: float
     kept: float
     misses: tuple[Miss, ...]
 
@@ -285,7 +286,7 @@ class _Fit:
                 quality = heldout(open_model(folder, trust_remote_code=self.request.trust_remote_code).model, rows)
             figures = {"storage": work["storage"], "memory": work["peak_memory"], "latency": work["latency"]}
             kept, lost = (1 / perplexity_ratio(quality, other).value for other in (original, whole))
-            tried.append(_Tried(candidate, folder, work, kept, tuple(self.limits.misses(figures))))
+            tried.append(_Tried(candidate, folder, work, quality.loss.value, kept, tuple(self.limits.misses(figures))))
             slowest = max(slowest, time.monotonic() - clock)
             enough = kept >= self.request.keep
             why = (
@@ -375,11 +376,14 @@ class _Fit:
                 else "not needed"
             )
             return {**row, "measured": None, "verdict": f"not tried: {why}"}
-        verdict = "chosen" if found is best else "keeps too little" if not found.misses else ""
-        if found.misses:
-            verdict = (verdict + "; " if verdict else "") + "misses " + ", ".join(m.resource for m in found.misses)
-        measured = {"storage": found.work["storage"], "memory": found.work["peak_memory"],
-                    "decode_tokens_per_s": _median(found.work["decode_tokens_per_s"])}  # fmt: skip
+        missed = "misses " + ", ".join(m.resource for m in found.misses) if found.misses else ""
+        verdict = "; ".join(filter(None, ("chosen" if found is best else "", missed))) or "keeps less"
+        measured = {
+            "storage": found.work["storage"],
+            "memory": found.work["peak_memory"],
+            "decode_tokens_per_s": _median(found.work["decode_tokens_per_s"]),
+            "loss": found.loss,
+        }
         return {**row, "measured": measured, "verdict": verdict, "quality_kept": found.kept}
 
     def _place(self, folder: Path, result: dict[str, Any]) -> None:

@@ -34,7 +34,9 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return " -> ".join(str(step) for step in self.steps if step != MERGE) or "as it is"
+        """The methods in order; only what compresses has settings that tell candidates apart."""
+        steps = [str(s) if s.verb == "compress" else s.method for s in self.steps if s != MERGE]
+        return " → ".join(steps) or "as it is"
 
     @property
     def fits(self) -> bool:

@@ -20,11 +20,17 @@ def command(out: str | None, resume: bool, **given: Any) -> None:
     Adapts MODEL to the data, compresses it until it meets the budget, checks how much quality is left, and writes the
     model, a report and the ledger to a run folder. Without arguments: the demonstration.
     """
+    from shoestring.core.errors import ShoestringError
     from shoestring.jobs import report
     from shoestring.jobs.fit import FitRequest, fit
 
     screen = current()
-    with screen.working():
-        result = fit(build(FitRequest, given), out=out, resume=resume, say=screen.say)
+    try:
+        with screen.working():
+            result = fit(build(FitRequest, given), out=out, resume=resume, say=screen.say)
+    except ShoestringError as error:
+        if kept := error.result:
+            screen.show(kept, lambda: report.terminal(kept, console()))
+        raise
     screen.show(result, lambda: report.terminal(result, console()))
     screen.say(f"The model is in {result['model']}. Talk to it: shoestring chat {result['model']}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -99,9 +100,17 @@ def in_room(room: str) -> Iterator[str]:
 
 
 def adopt_room(room: str) -> None:
-    """Register every method of a room with the ecosystem; what `import shoestring.methods.<room>` does."""
+    """Register every method of a room with the ecosystem; what `import shoestring.methods.<room>` does.
+
+    A method of another package that cannot be imported is warned of and left out: it must not lock the room.
+    """
     for name in in_room(room):
-        module(name)
+        try:
+            module(name)
+        except Exception as error:
+            if get(name).module.startswith(f"{ROOMS}."):
+                raise
+            warnings.warn(f"the method {name} of {get(name).file} is left out: {error}", stacklevel=2)
 
 
 def read(file: Path, package: str) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ShoestringError(Exception):
@@ -13,9 +14,12 @@ class ShoestringError(Exception):
         what: the input at fault and what is wrong with it.
         why: the reason, when `what` does not already say it.
         remedy: what to do about it.
+
+    `result` is what the work produced all the same, for those who want to show it.
     """
 
     exit_code = 1
+    result: Any = None
 
     def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
         self.what, self.why, self.remedy = what, why, remedy

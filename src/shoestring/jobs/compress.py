@@ -10,7 +10,7 @@ from typing import Any
 from shoestring import data as datasets
 from shoestring import models
 from shoestring.core import catalog
-from shoestring.core.errors import QualityGate
+from shoestring.core.errors import QualityGate, UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import open_doors, open_model
@@ -47,6 +47,8 @@ def compress(
         UsageError: bad input, found before any work.
         QualityGate: the result keeps less than `keep`; it stays in the run folder under `run/work`, not as `model`.
     """
+    if not 0 < request.keep <= 1:
+        raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
     done = finished(out) if resume else None
     if done:
         say(f"the run in {out} has finished; nothing is left to do")

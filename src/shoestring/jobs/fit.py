@@ -87,6 +87,10 @@ def fit(
     limits = Budget.parse(request.budget)
     if not 0 < request.keep <= 1:
         raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
+    if limits.get("network"):
+        raise UsageError(
+            "fit does not measure network traffic", "a limit on it would mean nothing", "Leave network out"
+        )
     result = finished(out) if resume else None
     if result:
         say(f"the run in {out} has finished; nothing is left to do")
@@ -109,21 +113,25 @@ def fit(
 
 def _verdict(result: dict[str, Any]) -> dict[str, Any]:
     """The result, or the error that its status is."""
+    error: ShoestringError
     if result["status"] == OVER_BUDGET:
         missed = [Miss(**miss) for miss in result["missed"]]
-        raise DoesNotFit(
+        error = DoesNotFit(
             f"nothing tried meets {result['request']['budget']}: {', '.join(map(str, missed))}",
             f"the closest is kept in {result['model']}",
             f"Relax the budget to {relax(missed)}, or bring a smaller model",
         )
-    if result["status"] == BELOW_QUALITY:
-        raise QualityGate(
-            f"the best that fits keeps {result['quality_kept']['value']:.1%} of the quality, and --keep asks for "
-            f"{result['quality_kept']['keep']:.1%}",
+    elif result["status"] == BELOW_QUALITY:
+        kept = result["quality_kept"]
+        error = QualityGate(
+            f"the best that fits keeps {kept['value']:.1%} of the quality, and --keep asks for {kept['keep']:.1%}",
             f"it is kept in {result['model']}",
             "Relax the budget, lower --keep, or give more time",
         )
-    return result
+    else:
+        return result
+    error.result = result
+    raise error
 
 
 def plans(request: FitRequest, shape: Any, limits: Budget) -> tuple[list[Candidate], Machine]:
@@ -543,6 +551,3 @@ def _notes(source: Path) -> list[str]:
         f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a format "
         "on the same grid would look better than it is."
     ]
-
-
-__all__ = ["FitRequest", "ShoestringError", "fit", "plans"]

@@ -50,6 +50,7 @@ def value(ledger, path, metric):
 
 
 def test_peak_of_a_stage_inside_a_process_that_peaked_higher_before():
+    before = probes.resident()
     block = hold(900 * MB)
     del block
     ledger = Ledger()
@@ -59,7 +60,7 @@ def test_peak_of_a_stage_inside_a_process_that_peaked_higher_before():
     entry = ledger.figure("known", "peak_memory_above_floor")
     assert entry.value == pytest.approx(512 * MB, rel=0.05)
     assert (entry.status, entry.scope) == ("measured", "process")
-    assert value(ledger, "known", "peak_memory") < 900 * MB
+    assert value(ledger, "known", "peak_memory") < before + 700 * MB
 
 
 def test_an_inner_window_does_not_lose_the_outer_peak():
@@ -170,6 +171,7 @@ def test_settle_starts_from_what_is_in_use():
 
     import gc
 
+    before = probes.resident()
     gc.disable()
     try:
         knot = Cycle()
@@ -180,7 +182,7 @@ def test_settle_starts_from_what_is_in_use():
             pass
     finally:
         gc.enable()
-    assert value(ledger, "settled", "peak_memory") < 300 * MB
+    assert value(ledger, "settled", "peak_memory") < before + 150 * MB
 
 
 def test_a_forked_child_can_measure_itself():
@@ -495,11 +497,13 @@ def test_the_sampling_thread_costs_under_one_percent():
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
         time.sleep(0.2)
         for name in ("children", "none"):
-            with ledger.stage(name):
-                start = time.process_time()
-                time.sleep(2.5)
-                cost = time.process_time() - start
-            assert cost < 0.025, name
+            costs = []
+            for _ in range(3):  # the least of three: what else runs on the machine only ever adds
+                with ledger.stage(name):
+                    start = time.process_time()
+                    time.sleep(1.2)
+                    costs.append(time.process_time() - start)
+            assert min(costs) < 0.012, name
             if child.poll() is None:
                 child.communicate()
 

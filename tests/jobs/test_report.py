@@ -393,9 +393,10 @@ def test_ledger_in_its_own_form_reads_the_same(result):
 def test_markdown_is_a_table(result):
     text = report.markdown(result)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 7 and {row.count("|") for row in rows} == {5}
+    assert len(rows) == 8 and {row.count("|") for row in rows} == {5}
     assert "| Storage | 269 MB | 86.3 MB | ≤ 90.0 MB ✓ |" in rows
     assert "| Quality kept |  | 97.9% | ≥ 97.0% ✓ |" in rows
+    assert any("adapted model before compression" in row for row in rows)
     assert "energy 2.14 kJ (modelled)" in text and "the adapted model before compression" in text
     result["request"]["model"] = "evil|<b>\n\n# model"
     assert {row.count("|") - row.count("\\|") for row in report.markdown(result).splitlines() if row[:1] == "|"} == {5}

@@ -248,7 +248,15 @@ def _table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, bool | N
     rows.append(("Quality kept", "", f"{kept:.3%}" if close and kept is not None else _percent(kept), floor, met))
     ratio = number(_map(result, "comparison").get("perplexity_ratio"))
     if result.get("adapted") and ratio:
-        rows.append((f"... of {_plain(result.get('compared_with'))}", "", _percent(1 / ratio), "", None))
+        rows.append(
+            (
+                f"... of {_plain(result.get('compared_with') or quality.get('reference'))}",
+                "",
+                _percent(1 / ratio),
+                "",
+                None,
+            )
+        )
     return rows
 
 

@@ -47,7 +47,7 @@ class TrainOptions:
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int | None = None
-    save_steps: int = 500
+    save_steps: int = 50
     save_total_limit: int | None = 2
     gradient_checkpointing: bool = False
     dtype: str = "auto"

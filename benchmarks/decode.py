@@ -61,6 +61,7 @@ def main() -> int:
         f"{ours[0]['threads']} threads, load average {os.getloadavg()[0]:.1f}"
     )
     if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps({"command": sys.argv, "ratios": ratios, "runs": found}, indent=2) + "\n")
     return 0
 

@@ -55,6 +55,7 @@ def main() -> None:
     report = summary(results, args)
     print(table(report))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1))
 
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from shoestring.models.load import fast_bfloat16
+
 HALF = (torch.bfloat16, torch.float16)
-
-
-def fast_in_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    words = ("avx512_bf16", "amx_bf16") if platform.machine() == "x86_64" else (" bf16 ",)
-    return any(word in flags for word in words)
 
 
 @contextmanager
@@ -41,12 +29,12 @@ def held_for_training(model: nn.Module, wanted: str = "auto") -> Iterator[Callab
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     half = any(p.dtype in HALF for p in parameters)
-    low = wanted == "bfloat16" or (wanted == "auto" and half and fast_in_bfloat16())
+    device = parameters[0].device.type if parameters else "cpu"
+    low = wanted == "bfloat16" or (wanted == "auto" and half and fast_bfloat16(device))
     before = [(p, p.dtype) for p in parameters]
     for parameter in parameters:
         if parameter.dtype in HALF and (parameter.requires_grad or not low):
             parameter.data = parameter.data.float()
-    device = next(iter(parameters)).device.type if parameters else "cpu"
     # Adapters lift their input to their own float32, which costs time and twice the memory; autocast makes it needless.
     lifting = [m for m in model.modules() if getattr(m, "cast_input_dtype_enabled", False)] if low else []
     for module in lifting:

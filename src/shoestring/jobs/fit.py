@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shoestring import data as datasets
 from shoestring import models
 from shoestring.core.budget import Budget, Miss
@@ -32,6 +34,7 @@ from shoestring.jobs.pipeline import execute
 from shoestring.jobs.runs import Run, finished, open_run
 from shoestring.kernels import ops
 from shoestring.models.cache import origin
+from shoestring.models.flops import count_flops
 from shoestring.planner import cost
 from shoestring.planner.machine import Machine, machine
 from shoestring.planner.plan import Candidate, plan, refuse_hopeless, relax
@@ -183,6 +186,7 @@ class _Tried:
     folder: Path
     work: dict[str, Any]
     loss: float
+    flops_per_token: float
     kept: float
     misses: tuple[Miss, ...]
 
@@ -291,18 +295,21 @@ class _Fit:
                 folder, _ = execute(steps, self.source, self._work(None, None, {}))
             with self.ledger.stage("measure", settle=True):
                 work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
-                quality = heldout(open_model(folder, trust_remote_code=self.request.trust_remote_code).model, rows)
+                model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model
+                quality = heldout(model, rows)
+                flops = _flops_per_token(model)
+                self.ledger.record("flops_per_token", flops, "FLOP", "counted", "torch's counter", "model")
+                del model
             figures = {"storage": work["storage"], "memory": work["peak_memory"], "latency": work["latency"]}
             kept, lost = (1 / perplexity_ratio(quality, other).value for other in (original, whole))
-            tried.append(_Tried(candidate, folder, work, quality.loss.value, kept, tuple(self.limits.misses(figures))))
+            tried.append(
+                _Tried(candidate, folder, work, quality.loss.value, flops, kept, tuple(self.limits.misses(figures)))
+            )
             slowest = max(slowest, time.monotonic() - clock)
             enough = kept >= self.request.keep
-            why = (
-                ", ".join(map(str, tried[-1].misses))
-                or f"{kept:.1%} of the original's quality, {lost:.1%} of the uncompressed"
-            )
+            why = ", ".join(map(str, misses)) or f"{kept:.1%} of the original's quality, {lost:.1%} of the uncompressed"
             self.say(f"{candidate.name}: {why}")
-            if not tried[-1].misses and enough and lost >= self.request.keep:
+            if not misses and enough and lost >= self.request.keep:
                 break
         return tried
 
@@ -353,7 +360,7 @@ class _Fit:
                 "changed_top": _figure(comparison.changed),
             },
             "candidates": [self._row(c, best, got["tried"]) for c in self.candidates],
-            "prediction_error": cost.errors(best.candidate.predicted, _measured(best.work)),
+            "prediction_error": cost.errors(best.candidate.predicted, _measured(best)),
             "spent": spent,
             "stages": self.ledger.to_json(),
             "loss_curve": got["log"],
@@ -391,6 +398,7 @@ class _Fit:
             "memory": found.work["peak_memory"],
             "decode_tokens_per_s": _median(found.work["decode_tokens_per_s"]),
             "loss": found.loss,
+            "flops_per_token": found.flops_per_token,
         }
         return {**row, "measured": measured, "verdict": verdict, "quality_kept": found.kept}
 
@@ -501,8 +509,20 @@ def _at_work(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measured(found: Mapping[str, Any]) -> dict[str, float | None]:
-    return {"storage": found["storage"], "memory": found["peak_memory"]}
+def _measured(tried: _Tried) -> dict[str, float | None]:
+    return {
+        "storage": tried.work["storage"],
+        "memory": tried.work["peak_memory"],
+        "flops_per_token": tried.flops_per_token,
+    }
+
+
+def _flops_per_token(model: Any) -> float:
+    """Matrix FLOPs of one forward pass over the tokens that the prediction is for, divided by their number."""
+    tokens = cost.PROMPT_TOKENS + cost.NEW_TOKENS
+    ids = torch.arange(tokens)[None] % model.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        return count_flops(lambda: model(input_ids=ids))[0] / tokens
 
 
 def _median(figure: Mapping[str, float] | None) -> float | None:

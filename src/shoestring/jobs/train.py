@@ -14,7 +14,8 @@ from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import open_doors, open_model
 from shoestring.jobs.evaluate import heldout
 from shoestring.jobs.pipeline import check, execute
-from shoestring.jobs.runs import finished, open_run
+from shoestring.jobs.runs import finished, open_run, write_json
+from shoestring.models.folder import ADAPTER_CONFIG, read_json
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def train(
         say("measuring the held-out loss after")
         with ledger.stage("after"):
             after = heldout(open_model(folder).model, rows)
+        _name_base(folder, request.model)
         if not run.model.exists():
             folder.replace(run.model)
         result = {
@@ -92,3 +94,10 @@ def train(
     run.write("result.json", result)
     ledger.save(run.inside / "ledger.json")
     return result
+
+
+def _name_base(folder: Path, ref: str) -> None:
+    """An adapter of a named model names it, not the cache folder it was read from, which exists here alone."""
+    file = folder / ADAPTER_CONFIG
+    if file.is_file() and not Path(ref).expanduser().exists():
+        write_json(file, {**read_json(file), "base_model_name_or_path": ref})

@@ -17,6 +17,7 @@ from shoestring.core.errors import UsageError
 from shoestring.core.files import atomic_folder
 from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
+from shoestring.models.flops import training_flops
 
 VERB = "train"
 WORDS = ("settings", "price")
@@ -93,6 +94,9 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         model.save_pretrained(str(folder))
         loaded.tokenizer.save_pretrained(folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    length = sum(len(row["input_ids"]) for row in rows.rows) // len(rows.rows)
+    flops = training_flops(models.shape_of(loaded.path), result.tokens, length, base_trained=False)
+    work.ledger.record("flops", flops, "FLOP", "modelled", "2 N D forward, as much backward, and attention", "model")
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
             "truncated": rows.truncated}  # fmt: skip
 

@@ -302,9 +302,8 @@ class _Fit:
                 del model
             figures = {"storage": work["storage"], "memory": work["peak_memory"], "latency": work["latency"]}
             kept, lost = (1 / perplexity_ratio(quality, other).value for other in (original, whole))
-            tried.append(
-                _Tried(candidate, folder, work, quality.loss.value, flops, kept, tuple(self.limits.misses(figures)))
-            )
+            misses = tuple(self.limits.misses(figures))
+            tried.append(_Tried(candidate, folder, work, quality.loss.value, flops, kept, misses))
             slowest = max(slowest, time.monotonic() - clock)
             enough = kept >= self.request.keep
             why = ", ".join(map(str, misses)) or f"{kept:.1%} of the original's quality, {lost:.1%} of the uncompressed"

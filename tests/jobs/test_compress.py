@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from shoestring.core.errors import QualityGate, UsageError
+from shoestring.jobs import compress as job
+from shoestring.jobs.compress import CompressRequest, compress
+
+
+def test_the_bill(tiny: Path, data: Path, tmp_path: Path, digest: Callable[[Path], str]) -> None:
+    before = digest(tiny)
+    request = CompressRequest(str(tiny), "int8", {"group_size": 32}, str(data), keep=0.9, eval_examples=4)
+    result = compress(request, out=tmp_path / "out")
+    assert digest(tiny) == before
+    assert result["storage_before"] == sum(f.stat().st_size for f in tiny.iterdir())
+    assert result["storage"] == sum(f.stat().st_size for f in (tmp_path / "out" / "model").iterdir())
+    assert 8.5 <= result["bits_per_weight"] < 8.7, "8 bits and 16 of scale for each 32, and norms as they are"
+    assert result["quality_kept"] == pytest.approx(1 / result["perplexity_ratio"]["value"])
+    assert 0 < result["kl"]["value"] < 0.01
+    assert AutoModelForCausalLM.from_pretrained(result["model"]) is not None
+    assert compress(request, out=tmp_path / "out", resume=True)["kl"] == {
+        k: list(v) if isinstance(v, tuple) else v for k, v in result["kl"].items()
+    }
+
+
+def test_no_options_are_the_methods_own(tiny: Path, data: Path, tmp_path: Path) -> None:
+    result = compress(CompressRequest(str(tiny), "int4", data=str(data), eval_examples=2, keep=0.1), out=tmp_path / "o")
+    assert result["options"] == {"group_size": 32, "embeddings": 8}
+
+
+def test_below_keep_it_is_no_model(tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    def worse(*args: object) -> object:
+        found = true(*args)
+        return replace(found, perplexity_ratio=replace(found.perplexity_ratio, value=4.0))
+
+    true = job.compare
+    monkeypatch.setattr(job, "compare", worse)
+    request = CompressRequest(str(tiny), "int8", data=str(data), eval_examples=2)
+    with pytest.raises(QualityGate, match="keeps 25.0%.*asks for 95.0%") as caught:
+        compress(request, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
+    kept = next((tmp_path / "out" / "run" / "work").glob("*/config.json")).parent
+    assert str(kept) in str(caught.value)
+    monkeypatch.setattr(job, "compare", true)
+    assert compress(request, out=tmp_path / "out", resume=True)["quality_kept"] > 0.95, "a failed run can go on"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": "lora"}, "lora does not compress"),
+        ({"method": ""}, "unknown method"),
+        ({"keep": 0}, "keep is 0"),
+        ({"options": {"group_size": 48}}, "group_size 48"),
+        ({"options": {"embeddings": 3}}, "embeddings 3"),
+        ({"options": {"groups": 64}}, "no option groups"),
+    ],
+)
+def test_refused_before_a_folder_is_made(change: dict, words: str, tiny: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        compress(CompressRequest(**{"model": str(tiny), "method": "int8", "data": str(data), **change}),
+                 out=tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()

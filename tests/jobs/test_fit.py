@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoestring import data as datasets
 from shoestring import models
 from shoestring.core.budget import Budget
 from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
@@ -178,12 +177,16 @@ def test_refused_before_any_work(
 def test_training_that_harms_is_left_out(
     tiny: Path, data: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wrong.jsonl").write_text(json.dumps({"prompt": "w5 w6", "completion": "w63 " * 20}) + "\n")
-    wrong = datasets.read(tmp_path / "wrong.jsonl")
-    parts, said = job.parts_of, list[str]()
-    monkeypatch.setattr(job, "parts_of", lambda *given: (wrong, *parts(*given)[1:]))
-    training = {**STEPS, "max_steps": 20, "learning_rate": 0.1}
-    result = fit(asked(tiny, data, compress="none", training=training), out=tmp_path / "out", say=said.append)
+    def harmed(*given: Any) -> Any:
+        model, log = adapt(*given)
+        torch.manual_seed(0)
+        table = model.model.get_input_embeddings().weight
+        table.data.add_(torch.randn_like(table))
+        return model, log
+
+    adapt, said = job._Fit._adapt, list[str]()
+    monkeypatch.setattr(job._Fit, "_adapt", harmed)
+    result = fit(asked(tiny, data, compress="none"), out=tmp_path / "out", say=said.append)
     assert any("training made the model no better" in line for line in said)
     assert result["adapted"]["loss"]["value"] > result["before"]["loss"]["value"]
     assert result["after"]["loss"]["value"] == pytest.approx(result["before"]["loss"]["value"], abs=1e-5)

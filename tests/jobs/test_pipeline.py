@@ -79,7 +79,6 @@ def test_it_goes_on_after_the_last_whole_step(done: list[str], run: Callable[...
     assert json.loads(note.read_text()) == facts[2]
 
 
-@pytest.mark.xfail(reason="a result whose note is missing is neither taken nor replaced")
 def test_real_steps_that_died_between_result_and_note(tiny: Path, tmp_path: Path) -> None:
     with Ledger() as ledger:
         work = Work(ledger, tmp_path / "work")

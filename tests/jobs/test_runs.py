@@ -53,7 +53,7 @@ def test_a_run_whose_process_died_is_interrupted_and_can_be_resumed(tmp_path: Pa
     died = subprocess.run([sys.executable, "-c", DIES, str(tmp_path / "run1")], check=False)
     assert died.returncode == -9
     assert json.loads((tmp_path / "run1" / "run" / "manifest.json").read_text())["status"] == "running"
-    assert standing(tmp_path) == {"run1": "interrupted"} and finished(tmp_path / "run1") is None
+    assert standing(tmp_path) == {"run1": "interrupted"} and finished(tmp_path / "run1", "fit", {}) is None
     with open_run(tmp_path / "run1", "fit", {"a": 1}, resume=True):
         assert standing(tmp_path) == {"run1": "running"}
     assert standing(tmp_path) == {"run1": "done"}
@@ -67,19 +67,25 @@ def test_an_unreadable_manifest_hides_no_other_run(text: str, tmp_path: Path) ->
     (tmp_path / "broken" / "run" / "manifest.json").write_text(text)
     assert standing(tmp_path) == {"broken": "unreadable", "whole": "done"}
     with pytest.raises(UsageError, match="manifest.json cannot be read"):
-        finished(tmp_path / "broken")
+        finished(tmp_path / "broken", "fit", {})
 
 
 def test_finished_is_for_runs_with_a_result(tmp_path: Path) -> None:
-    assert finished(None) is None and finished(tmp_path) is None and finished(tmp_path / "none") is None
+    assert (
+        finished(None, "fit", {}) is None
+        and finished(tmp_path, "fit", {}) is None
+        and finished(tmp_path / "none", "fit", {}) is None
+    )
     with open_run(tmp_path / "a", "fit", {}) as run:
         run.write("result.json", {"loss": 1.5})
-        assert finished(tmp_path / "a") is None, "it is still running"
-    assert finished(tmp_path / "a") == {"loss": 1.5}
+        assert finished(tmp_path / "a", "fit", {}) is None, "it is still running"
+    assert finished(tmp_path / "a", "fit", {}) == {"loss": 1.5}
+    with pytest.raises(UsageError, match="budget"):
+        finished(tmp_path / "a", "fit", {"budget": "time=1m"})
     with pytest.raises(ValueError), open_run(tmp_path / "b", "fit", {}) as run:
         run.write("result.json", {"loss": 1.5})
         raise ValueError
-    assert finished(tmp_path / "b") is None
+    assert finished(tmp_path / "b", "fit", {}) is None
 
 
 def test_only_the_same_request_is_resumed(tmp_path: Path) -> None:

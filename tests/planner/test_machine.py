@@ -29,7 +29,6 @@ def test_the_floor_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(asked) == 5
 
 
-@pytest.mark.xfail(reason="a floor.json that is JSON but no mapping raises TypeError")
 @pytest.mark.parametrize("text", ["[]", "null", "3"])
 def test_a_memory_that_is_no_mapping_is_measured_again(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

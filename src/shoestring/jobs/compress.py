@@ -49,7 +49,7 @@ def compress(
     """
     if not 0 < request.keep <= 1:
         raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
-    done = finished(out) if resume else None
+    done = finished(out, "compress", asdict(request)) if resume else None
     if done:
         say(f"the run in {out} has finished; nothing is left to do")
         return done

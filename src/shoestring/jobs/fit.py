@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def fit(
         raise UsageError(
             "fit does not measure network traffic", "a limit on it would mean nothing", "Leave network out"
         )
-    result = finished(out) if resume else None
+    result = finished(out, "fit", asdict(request)) if resume else None
     if result:
         say(f"the run in {out} has finished; nothing is left to do")
         return _verdict(result)
@@ -210,7 +210,6 @@ class _Fit:
     started: float
     resume: bool
     missed: list[Miss] = field(default_factory=list)
-    untrained: bool = False
     ending: float = 0.0
 
     def work(self, corpus: Any) -> dict[str, Any]:
@@ -244,7 +243,9 @@ class _Fit:
                 whole, whole_choice = model, choice
             else:
                 say("training made the model no better on held-out data; going on with the original")
-                self.untrained = True
+                self.candidates = [
+                    replace(c, steps=tuple(s for s in c.steps if s.verb == "compress")) for c in self.candidates
+                ]
         tried = self._try(before_choice, whole_choice, choose)
         good = [t for t in tried if not t.misses]
         best = max(good, key=lambda t: t.kept) if good else min(tried, key=lambda t: (t.worst, -t.kept))
@@ -290,9 +291,8 @@ class _Fit:
                 break
             clock = time.monotonic()
             self.say(f"building {candidate.name}")
-            steps = tuple(s for s in candidate.steps if s.verb == "compress") if self.untrained else candidate.steps
             with self.ledger.stage("build"):
-                folder, _ = execute(steps, self.source, self._work(None, None, {}))
+                folder, _ = execute(candidate.steps, self.source, self._work(None, None, {}))
             with self.ledger.stage("measure", settle=True):
                 work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
                 model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model

@@ -78,6 +78,12 @@ def merge(
         raise ShoestringError(f"The adapter {path} cannot be merged", str(error)) from error
     _note_untied(model)
     largest = float(before.abs().max())
+    if not 0 < largest < float("inf"):
+        raise ShoestringError(
+            f"The adapter {path} gives no usable answers",
+            "its logits are zero or not finite",
+            "Train it again at a lower learning rate",
+        )
     difference = float((_probe(model) - before).abs().max()) / largest
     if not difference <= _TOLERANCE:
         raise ShoestringError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ def execute(steps: Sequence[Step], source: Path, work: Work) -> tuple[Path, list
         if out.is_dir() and note.is_file():
             facts.append(json.loads(note.read_text(encoding="utf-8")))
         else:
+            shutil.rmtree(out, ignore_errors=True)  # of a process that died before it could say what it had done
             with work.ledger.stage(step.method or step.verb, settle=True):
                 fact = _one(step, source, out, replace(work, folder=work.folder / f"{done}.work"))
             write_json(note, fact)

@@ -94,7 +94,7 @@ def open_run(
                 f"{folder} already holds a run", "it would be mixed with the new one",
                 "Choose another --out, or continue it with --resume",
             )  # fmt: skip
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not _unused(folder):
             raise UsageError(f"{folder} is not empty", "a run needs a folder of its own", "Choose another --out")
     elif not held:
         raise UsageError(f"{folder} holds no run to resume", remedy="Give the folder of an interrupted run as --out")
@@ -123,12 +123,19 @@ def open_run(
         run.note(**{"status": DONE, **_kept(run)}, finished=_now(), seconds=round(time.monotonic() - started, 1))
 
 
-def finished(out: str | Path | None) -> dict[str, Any] | None:
-    """The result of the run in `out` if it has ended with one, else None."""
+def finished(out: str | Path | None, kind: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of the run in `out` if it has ended with one, else None.
+
+    Raises:
+        UsageError: it was asked for something else.
+    """
     run = Run(Path(out or ""))
     if out is None or not (run.inside / "manifest.json").is_file():
         return None
-    return None if run.manifest()["status"] in (RUNNING, FAILED, INTERRUPTED) else run.read("result.json")
+    if run.manifest()["status"] in (RUNNING, FAILED, INTERRUPTED):
+        return None
+    _same(run.read("config.resolved.yaml"), {"verb": kind, **request}, run.folder)
+    return run.read("result.json")
 
 
 def runs(home: Path = HOME) -> list[dict[str, Any]]:
@@ -171,6 +178,14 @@ def _same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> No
                 f"{folder} was started with {key}={before.get(key)}, and now {key}={now.get(key)} is asked for",
                 "a resumed run must be the same one", "Give the same arguments, or another --out",
             )  # fmt: skip
+
+
+def _unused(folder: Path) -> bool:
+    """Empty, or left by a process that died before it had written its manifest."""
+    if not folder.is_dir():
+        return False
+    begun = {folder / "run", folder / "run" / "lock", folder / "run" / "config.resolved.yaml"}
+    return set(folder.rglob("*")) <= begun
 
 
 def _held(lock: Path) -> bool:

@@ -48,7 +48,7 @@ def train(
     """
     from shoestring.planner.plan import by_verb
 
-    done = finished(out) if resume else None
+    done = finished(out, "train", asdict(request)) if resume else None
     if done:
         say(f"the run in {out} has finished; nothing is left to do")
         return done

@@ -47,7 +47,7 @@ def _floor() -> int:
             known = json.loads(file.read_text(encoding="utf-8"))
             if known["key"] == key:
                 return int(known["bytes"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             pass  # an unreadable memory is measured again
     places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(

@@ -6,6 +6,7 @@ the verb that is asked for, and because its `settings` and `price` say what it w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,5 +155,6 @@ def _needs(candidate: Candidate) -> str:
 
 
 def _round_up(value: float) -> float:
-    digit = 10 ** (len(str(int(value))) - 2)
-    return float((int(value) // digit + 1) * digit)
+    """To two significant digits, never below `value`."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step * (1 - 1e-12)) * step:.2g}")

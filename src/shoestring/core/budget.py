@@ -83,5 +83,6 @@ def _compact(value: float, units: dict[str, float]) -> str:
         for unit, scale in units.items()
         if value >= scale and abs(value / scale - round(value / scale, 3)) < 1e-9
     ]
-    scale, unit = max(whole) if whole else (1, next(iter(units)))
-    return f"{value / scale:g}{unit}"
+    base = next((scale, unit) for unit, scale in units.items() if scale == 1)
+    scale, unit = max(whole) if whole else base
+    return f"{value / scale:.12g}{unit}"

@@ -157,4 +157,4 @@ def _needs(candidate: Candidate) -> str:
 def _round_up(value: float) -> float:
     """To two significant digits, never below `value`."""
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / step * (1 - 1e-12)) * step:.2g}")
+    return float(f"{math.ceil(value / step) * step:.2g}")

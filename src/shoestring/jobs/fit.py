@@ -373,7 +373,7 @@ class _Fit:
                 f"shoestring eval {self.run.model} --against {request.model}",
             ],
             "python": _snippet(self.run.model, best.folder),
-            "notes": _notes(self.source),
+            "notes": _notes(self.source, got),
         }  # fmt: skip
 
     def _row(self, candidate: Candidate, best: _Tried, tried: list[_Tried]) -> dict[str, Any]:
@@ -561,12 +561,19 @@ def _card(request: FitRequest, result: dict[str, Any]) -> str:
     )
 
 
-def _notes(source: Path) -> list[str]:
+def _notes(source: Path, got: Mapping[str, Any]) -> list[str]:
+    notes = []
+    kept = 1 / got["comparison"].perplexity_ratio.value
+    if got["adapted"] and kept < 1:
+        notes.append(
+            f"Being compressed took {1 - kept:.0%} of the quality that training had reached; the quality kept is beside "
+            "the original model."
+        )
     came_from = origin(source)
     bits = re.search(r"[._-]I?Q(\d)", came_from)
-    if not bits:
-        return []
-    return [
-        f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a format "
-        "on the same grid would look better than it is."
-    ]
+    if bits:
+        notes.append(
+            f"The original was read from {came_from}: its numbers were rounded to {bits[1]} bits once already, so a "
+            "format on the same grid would look better than it is."
+        )
+    return notes

@@ -566,8 +566,8 @@ def _notes(source: Path, got: Mapping[str, Any]) -> list[str]:
     kept = 1 / got["comparison"].perplexity_ratio.value
     if got["adapted"] and kept < 1:
         notes.append(
-            f"Being compressed took {1 - kept:.0%} of the quality that training had reached; the quality kept is beside "
-            "the original model."
+            f"Being compressed took {1 - kept:.0%} of the quality that training had reached; the quality kept is "
+            "measured against the original model."
         )
     came_from = origin(source)
     bits = re.search(r"[._-]I?Q(\d)", came_from)

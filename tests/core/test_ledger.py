@@ -502,18 +502,17 @@ with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], st
     for _ in range(3):
         with ledger.stage("children"):
             start = time.process_time()
-            time.sleep(1.2)
+            time.sleep(2.5)
             costs.append(time.process_time() - start)
     child.communicate()
 print(min(costs))
 """
 
 
-def test_the_sampling_thread_costs_little():
-    # In a process of its own, and the least of three: threads of others and a busy machine only ever add. It takes
-    # under 1% of a core on a calm machine; the bound leaves room for one that is twice as slow.
+def test_the_sampling_thread_costs_under_one_percent():
+    # In a process of its own, and the least of three: threads of others and a busy machine only ever add.
     done = subprocess.run([sys.executable, "-c", _SAMPLING], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.02 * 1.2
+    assert float(done.stdout) < 0.01 * 2.5
 
 
 def test_the_ledger_imports_nothing_heavy():

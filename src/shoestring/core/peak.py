@@ -20,8 +20,8 @@ _SAMPLE_SECONDS = 0.04
 _POLL_SECONDS = 5.0
 _LONGEST_SECONDS = 0.2  # a sample is never later than this, whatever the samples before it cost
 _SCAN_SECONDS = 0.1  # how often at most to go through the machine's processes for new descendants
-_SHARE = 0.006  # of one core, that sampling may cost in the long run
-_CREDIT = 0.006  # CPU seconds that it may run ahead of that: a new child is looked at closely
+_SHARE = 0.003  # of one core, that sampling may cost in the long run
+_CREDIT = 0.004  # CPU seconds that it may run ahead of that: a new child is looked at closely
 
 
 @dataclass(eq=False)

@@ -30,7 +30,104 @@ SK_API int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t t
 // y[count][in_features] = weight[ids[i]], or weight[first + i] when ids is null; 1 when an id is outside 0..rows-1.
 SK_API int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void* y, int64_t first, int64_t count, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group);
 
+// ---- the engine: whole layers of a Llama-like model over packed weights ----
+
+// A matrix [rows][cols] in a format of sk_format. All fields are eight bytes, here and below, so that Python can lay them out.
+struct SkMatrix {
+  const void* data;   // what sk_pack wrote, or for fp32 and bf16 the rows as a weight file holds them
+  const float* bias;  // [rows], or null
+  int64_t rows, cols, format, group;
+};
+
+// The number of a format (fp32, bf16, int8, int4, q8_0, q4_0, q4_1), -1 for an unknown name.
+SK_API int32_t sk_format(const char* name);
+// Bytes of a matrix as sk_pack writes it; 0 where rows are used as stored, -1 for a bad argument.
+SK_API int64_t sk_packed_size(int32_t format, int64_t rows, int64_t cols, int64_t group);
+// Lay a stored matrix out for the kernels. source: GGUF blocks, or int8/int4 codes with their bfloat16 scales [rows][groups].
+// order: stored row of each packed row, or null. source_size and out_size are checked.
+SK_API int32_t sk_pack(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size, const void* scales, const int64_t* order, void* out, int64_t out_size, int32_t threads);
+// y[tokens][rows] float32 = x[tokens][cols] float32 @ matrix.T + bias.
+SK_API int32_t sk_matrix(const SkMatrix* matrix, const void* x, void* y, int64_t tokens, int32_t threads);
+// y[count][cols] float32 = rows ids[i] of the matrix.
+SK_API int32_t sk_matrix_rows(const SkMatrix* matrix, const int32_t* ids, void* y, int64_t count);
+
+struct SkBlock {  // one transformer layer; norms are float32, q_norm and k_norm [head_dim] or null
+  SkMatrix q, k, v, o, gate, up, down;
+  const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
+  int64_t rotate;  // 0: this layer has no rotary positions
+  int64_t window;  // how many positions back a token sees, itself included; 0: all
+};
+
+struct SkModel {
+  int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab;
+  int64_t rotary;     // leading dimensions of a head that are rotated, in halves (not pairs)
+  int64_t positions;  // rows of cosines and sines
+  int64_t activation; // of the gate: 0 silu, 1 gelu by tanh
+  double epsilon, attention_scale, embedding_scale, residual_scale, logit_scale;
+  const SkBlock* blocks;
+  const SkMatrix *embedding, *head;
+  const float *final_norm, *cosines, *sines;  // [hidden]; [positions][rotary / 2]
+};
+
+// Keys and values in pages of SK_PAGE tokens: data + (layer * pages + page) * page_bytes.
+struct SkCache {
+  void* data;
+  int64_t pages, page_bytes, type;  // type 0: bfloat16, 1: int8 with a float32 scale for each key and value
+};
+
+struct SkLowRank {  // y += b @ (a @ x), bfloat16: a [rank][in], b [out][rank] with the adapter's scale in it; rank 0: absent
+  const void *a, *b;
+  int64_t rank;
+};
+
+// Attention computed elsewhere: q [tokens][heads][head_dim] after rotation, k and v; writes out like q. Null: computed here.
+typedef void (*SkAttend)(int64_t layer, const float* q, const float* k, const float* v, float* out);
+
+struct SkBatch {  // see engine/runner.py: Batch
+  int64_t tokens, sequences, table_stride, first_layer, last_layer;
+  const int32_t *ids;        // used when first_layer is 0 and from_hidden is 0
+  const int32_t *positions, *starts, *contexts, *tables, *parents, *adapters;  // parents and adapters may be null
+  const SkLowRank* const* low_rank;  // [adapters]: [layers][7] in the order q k v o gate up down
+  int64_t adapter_count, from_hidden;
+  float* hidden;             // [tokens][hidden], in and out
+  SkAttend attend;
+};
+
+// Bytes of one page of one layer, -1 for a bad argument.
+SK_API int64_t sk_page_bytes(const SkModel* model, int64_t type);
+// Layers first_layer..last_layer-1 over a ragged batch; fills the cache. 1: an index outside its range (nothing was written), 2: memory.
+SK_API int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch, int32_t threads);
+// Final norm and head on chosen rows of hidden: logits [count][vocab]; normed [count][hidden] (either may be null).
+SK_API int32_t sk_logits(const SkModel* model, const void* hidden, const int32_t* rows, int64_t count, void* logits, void* normed, int32_t threads);
+// Copy slot from[i] to slot to[i] of one sequence, in order, in every layer.
+SK_API int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table, const int32_t* from, const int32_t* to, int64_t count);
+
 // ---- inside the library ----
+
+constexpr int64_t SK_PAGE = 16;
+constexpr int64_t SK_TILE = 16;  // rows of a packed tile: one row a 32-bit lane
+
+// What a format wants to be multiplied with. Q8: int8 codes in the matrix's groups, as in SkTokens.
+enum SkKind : int32_t { SK_FLOAT32 = 0, SK_BFLOAT16 = 1, SK_Q8 = 2 };
+
+struct SkInput {  // tokens prepared for matrices of one kind and group
+  const void* rows;     // [count][stride] float32, bfloat16 or int8, zero beyond the last column
+  const float *scales;  // [count][group_stride], SK_Q8 only
+  const float *sums;    // [count][group_stride]: scale * sum of codes
+  int64_t count, stride, group_stride;
+};
+
+struct SkFormat {  // one for each format and instruction set; format files define them, matrix.cpp lists them
+  const char* name;
+  SkKind kind;
+  int64_t (*packed_size)(int64_t rows, int64_t cols, int64_t group);  // 0: used as stored; -1: bad argument
+  int64_t (*source_size)(int64_t rows, int64_t cols, int64_t group);
+  // Tiles begin..end-1 (SK_TILE rows each).
+  void (*pack)(int64_t rows, int64_t cols, int64_t group, const void* source, const void* scales, const int64_t* order, void* out, int64_t begin, int64_t end);
+  // Rows begin..end-1 (begin a multiple of SK_TILE) of y[count][y_stride] = or += (add) x @ matrix.T + bias.
+  void (*product)(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end);
+  void (*row)(const SkMatrix& m, int64_t row, float* out);
+};
 
 constexpr int64_t SK_MAX_TOKENS = 192;  // tokens quantized together; bounds the scratch memory of a call
 

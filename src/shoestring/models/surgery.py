@@ -11,7 +11,7 @@ from collections.abc import Collection
 from torch import nn
 
 from shoestring.core.errors import ShoestringError, UsageError, nearest
-from shoestring.models.inspect import block_lists, renumber, set_depth
+from shoestring.models.anatomy import block_lists, renumber, set_depth
 
 _MARK = "_shoestring_frozen_by"
 

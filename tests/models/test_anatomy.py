@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import PROJECTIONS
 from shoestring.models import inspect
-from shoestring.models.inspect import features, is_projection
+from shoestring.models.anatomy import features, is_projection
 
 _SPLIT, _FUSED = {"q", "k", "v", "o"}, {"qkv", "o"}
 ROLES = {

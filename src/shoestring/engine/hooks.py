@@ -1,0 +1,144 @@
+"""Where later methods plug in. Each point is a small protocol with one trivial implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from shoestring.engine.runner import AttentionWorker, Batch
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree of guessed tokens that follow a sequence. parents[i] < i is a node's parent, -1 for the first level."""
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+
+class Drafter(Protocol):
+    """Proposes what may come next; the engine verifies it in one pass, so the output is that of plain decoding."""
+
+    def propose(self, tokens: Sequence[int], limit: int) -> Draft:
+        """A tree of at most `limit` nodes that follows `tokens` (prompt and answer so far)."""
+
+    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
+        """What became of a draft: the tokens that were accepted of it, and the time the pass took."""
+
+
+class ExitPolicy(Protocol):
+    """Ends a pass early. The engine asks after each of `layers`, where the step's decoding tokens stand."""
+
+    layers: Sequence[int]
+
+    def leave(self, layer: int, hidden: Any, batch: Batch) -> bool:
+        """Whether the pass ends here, with the head applied to this layer's output."""
+
+
+class Tap(Protocol):
+    """Sees, and may replace, the activations at a border between layers: sends them elsewhere, or receives them."""
+
+    layer: int
+
+    def pass_through(self, hidden: np.ndarray, batch: Batch) -> np.ndarray:
+        """float32 [tokens, hidden] in and out."""
+
+
+class TokenFilter(Protocol):
+    """Drops tokens of a prompt before it is computed; the others keep their positions."""
+
+    def keep(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Indices to keep, ascending. The last token must be among them."""
+
+
+class Filler(Protocol):
+    """Work that uses what a step leaves of its token budget, such as training."""
+
+    def work(self, tokens: int) -> int:
+        """Do work worth at most `tokens` tokens of computation; returns how many were used, 0 for nothing to do."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is plugged in. Everything absent is plain serving."""
+
+    drafter: Drafter | None = None
+    exit: ExitPolicy | None = None
+    tap: Tap | None = None
+    attention: AttentionWorker | None = None
+    filter: TokenFilter | None = None
+    filler: Filler | None = None
+
+
+class RepeatDrafter:
+    """Guesses that what followed the last occurrence of the newest tokens follows again (prompt look-up)."""
+
+    def __init__(self, match: int = 2, length: int = 4) -> None:
+        self.match, self.length = match, length
+
+    def propose(self, tokens: Sequence[int], limit: int) -> Draft:
+        tail = list(tokens[-self.match :])
+        for at in range(len(tokens) - self.match - 1, -1, -1):
+            if list(tokens[at : at + self.match]) == tail:
+                guess = tuple(tokens[at + self.match : at + self.match + min(self.length, limit)])
+                return Draft(guess, tuple(range(-1, len(guess) - 1)))
+        return Draft()
+
+    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class FixedExit:
+    """Always leaves after layer `after`: the model cut short."""
+
+    after: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.after,)
+
+    def leave(self, layer: int, hidden: Any, batch: Batch) -> bool:
+        return True
+
+
+class RecordingTap:
+    """Keeps what passed a border, unchanged."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.seen: list[np.ndarray] = []
+
+    def pass_through(self, hidden: np.ndarray, batch: Batch) -> np.ndarray:
+        self.seen.append(hidden.copy())
+        return hidden
+
+
+@dataclass(frozen=True)
+class KeepEnds:
+    """Keeps the first and the last tokens of a prompt and drops its middle."""
+
+    first: int
+    last: int
+
+    def keep(self, prompt: Sequence[int]) -> Sequence[int]:
+        size = len(prompt)
+        if size <= self.first + self.last:
+            return range(size)
+        return [*range(self.first), *range(size - max(self.last, 1), size)]
+
+
+class CountingFiller:
+    """Has `total` tokens' worth of nothing to do: shows where the spare budget goes."""
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+
+    def work(self, tokens: int) -> int:
+        used = min(tokens, self.left)
+        self.left -= used
+        return used

@@ -1,0 +1,119 @@
+"""The one interface between scheduling and arithmetic: a range of layers over a ragged batch and a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+BLOCK = 16  # tokens in a page of the cache; the native kernels compare a query with one page in one register
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of several sequences, one sequence after another. All arrays are int32 and contiguous.
+
+    Token j of a sequence's chunk is stored in slot `contexts[s] + j` of that sequence, in block
+    `tables[s, slot // BLOCK]` at `slot % BLOCK`, and sees every slot before `contexts[s]`, itself, and of its chunk the
+    tokens before it, or with `parents` only its ancestors.
+
+    Attributes:
+        ids: [tokens].
+        positions: [tokens], for rotary or learned positions; they need not equal the slot.
+        starts: [sequences + 1], where each sequence's tokens begin.
+        contexts: [sequences], slots that were filled by earlier steps.
+        tables: [sequences, most blocks], block ids, 0 beyond the end.
+        parents: [tokens] index inside the sequence's own chunk, -1 for its first level; None means a plain chain.
+        adapters: [tokens] number of a loaded adapter, -1 for none; None means none anywhere.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    starts: np.ndarray
+    contexts: np.ndarray
+    tables: np.ndarray
+    parents: np.ndarray | None = None
+    adapters: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.contexts)
+
+
+# Computes attention elsewhere: (layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], batch), all
+# float32 after norms and rotation, returns [tokens, heads, head_dim]. The worker keeps keys and values itself.
+AttentionWorker = Callable[[int, np.ndarray, np.ndarray, np.ndarray, Batch], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is fixed about an opened model. Bytes; `context` is the longest sequence it was made for."""
+
+    family: str
+    layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    weight_bytes: int
+    block_bytes: int  # of one page over all layers, keys and values
+    precision: str  # as a report names it, such as "q4_1 + q8_0" or "bfloat16"
+    backend: str  # "native" or "torch"
+    eos: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Runs layers of one model. Not thread-safe: one thread steps it.
+
+    `hidden` stands for the residual stream of a batch, [tokens, hidden], as whatever array suits the runner; hand it
+    back as it came. `to_host` and `from_host` change it to and from numpy float32.
+    """
+
+    facts: Facts
+    attention: AttentionWorker | None
+
+    def reserve(self, blocks: int) -> None:
+        """Make the cache: `blocks` pages. Called once, before `run`.
+
+        Raises:
+            DoesNotFit: the memory is not to be had.
+        """
+
+    def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> Any:
+        """Layers first..last-1 (None: all). Layer 0 starts from `batch.ids` when hidden is None. Fills the slots."""
+
+    def logits(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
+        """Final norm and head on some rows of `hidden`: float32 [len(rows), vocab], valid until the next call."""
+
+    def normed(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
+        """Final norm alone: float32 [len(rows), hidden], for embeddings."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (from, to) in every layer: what copy-on-write asks for."""
+
+    def move_slots(self, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        """Copy slots (from, to) of one sequence, in order: keeps the accepted branch of a token tree."""
+
+    def add_adapter(self, folder: str) -> int:
+        """Load a PEFT LoRA folder beside the weights; its number for `Batch.adapters`.
+
+        Raises:
+            UsageError: it does not belong to this model, or is no plain LoRA.
+        """
+
+    def drop_adapter(self, number: int) -> None: ...
+
+    def to_host(self, hidden: Any) -> np.ndarray: ...
+
+    def from_host(self, hidden: np.ndarray) -> Any: ...
+
+    def close(self) -> None: ...

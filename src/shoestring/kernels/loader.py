@@ -15,7 +15,7 @@ from shoestring.core.errors import UsageError, nearest
 VERSION = 2  # of native/kernels.h
 LIBRARY, HEADER = "_kernels.so", "kernels.h"
 REFERENCE = "reference"
-LEVELS = ("base", "avx2", "avx512vnni", "neondot", REFERENCE)
+LEVELS = ("base", "avx2", "avx512vnni", "avx512bf16", "neondot", REFERENCE)
 
 _VALUES = {
     "void": None,
@@ -36,7 +36,7 @@ class Loaded:
 
 
 def load() -> Loaded:
-    """The native library of this installation.
+    """The native library of this installation, or of the folder that SHOESTRING_KERNELS names.
 
     Raises:
         UsageError: SHOESTRING_ISA names no level.
@@ -66,6 +66,9 @@ def load() -> Loaded:
 def _folders() -> Iterator[Path]:
     import shoestring.kernels as package
 
+    if chosen := os.environ.get("SHOESTRING_KERNELS"):  # a library under construction; nothing else will do then
+        yield Path(chosen)
+        return
     # An editable install keeps sources and library apart; the package's path may name one or both.
     yield from map(Path, package.__path__)
     try:

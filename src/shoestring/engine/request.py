@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from shoestring.core.errors import UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -73,6 +75,7 @@ class Request:
         client: whom fairness counts it for.
         isolation: only requests with the same word share cached prefixes.
         priority: smaller goes first.
+        embed: no answer is wanted but the mean of the prompt's normed hidden states.
     """
 
     prompt: list[int]
@@ -81,6 +84,7 @@ class Request:
     client: str = ""
     isolation: str = ""
     priority: int = 0
+    embed: bool = False
     id: str = field(default_factory=lambda: f"req-{next(_numbers)}")
     arrival: float = field(default_factory=time.monotonic)
 
@@ -123,6 +127,7 @@ class Delta:
     stop_reason: str | int | None = None
     usage: Usage = Usage()
     error: str = ""
+    embedding: np.ndarray | None = None  # float32 [hidden], of length 1
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ struct SkCache {
   int64_t pages, page_bytes, type;  // type 0: bfloat16, 1: int8 with a float32 scale for each key and value
 };
 
-struct SkLowRank {  // y += b @ (a @ x), bfloat16: a [rank][in], b [out][rank] with the adapter's scale in it; rank 0: absent
+struct SkLowRank {  // y += (a @ x) @ b, bfloat16: a [rank][in], b [rank][out] with the adapter's scale in it; rank 0: absent
   const void *a, *b;
   int64_t rank;
 };

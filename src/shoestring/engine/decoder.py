@@ -1,4 +1,4 @@
-"""From a plan to tokens: one pass of the runner over what the scheduler chose, then one draw or more for each sequence."""
+"""From a plan to tokens: one pass over what the scheduler chose, then one draw or more for each sequence."""
 
 from __future__ import annotations
 

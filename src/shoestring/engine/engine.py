@@ -84,8 +84,8 @@ class Engine:
         runner: "native", "torch", or "auto": native where the family and its weights allow it.
         dtype: "auto" computes on the weights as they are stored.
         cache_dtype: "bf16" or "int8" keys and values.
-        memory: bytes for keys and values, a hard limit; None takes room for one full context or 1 GiB, whichever is more,
-            as far as a quarter of the free memory goes.
+        memory: bytes for keys and values, a hard limit; None takes 1 GiB or a quarter of the free memory, whichever is
+            less, and always one full context.
         max_sequences: answers computed at the same time.
         max_step_tokens: tokens of one step; a longer prompt is computed in chunks beside the answers of others.
         context: longest sequence; None is the model's own.

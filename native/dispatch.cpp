@@ -9,28 +9,31 @@
 
 namespace {
 
-#define SK_TABLE(isa) {#isa, isa::quantize_tokens, isa::product, isa::product_many, isa::decode_row}
+#define SK_ADDRESS(isa, name) &isa::name,
+#define SK_TABLE(isa)                                                                                     \
+  {#isa,         isa::quantize_tokens, isa::product, isa::product_many, isa::decode_row,                  \
+   isa::prepare, {SK_FORMATS(SK_ADDRESS, isa)}}
 
 // Best first.
 #if defined(__x86_64__)
-constexpr SkTable TABLES[] = {SK_TABLE(avx512vnni), SK_TABLE(avx2), SK_TABLE(base)};
+constexpr SkTable TABLES[] = {SK_TABLE(avx512bf16), SK_TABLE(avx512vnni), SK_TABLE(avx2), SK_TABLE(base)};
 bool runs_here(int level) {
   __builtin_cpu_init();
-  if (level == 0)
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  if (level <= 1)
+    return (level == 1 || __builtin_cpu_supports("avx512bf16")) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2");
-  if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (level == 2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   return true;
 }
 constexpr const char* OTHERS[] = {"neondot"};
 #elif defined(__aarch64__)
 constexpr SkTable TABLES[] = {SK_TABLE(neondot), SK_TABLE(base)};
 bool runs_here(int level) { return level != 0 || (getauxval(AT_HWCAP2) & (1ul << 13)); }  // HWCAP2_I8MM: usdot
-constexpr const char* OTHERS[] = {"avx512vnni", "avx2"};
+constexpr const char* OTHERS[] = {"avx512bf16", "avx512vnni", "avx2"};
 #else
 constexpr SkTable TABLES[] = {SK_TABLE(base)};
 bool runs_here(int) { return true; }
-constexpr const char* OTHERS[] = {"avx512vnni", "avx2", "neondot"};
+constexpr const char* OTHERS[] = {"avx512bf16", "avx512vnni", "avx2", "neondot"};
 #endif
 constexpr int LEVELS = sizeof(TABLES) / sizeof(TABLES[0]);
 

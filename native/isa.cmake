@@ -1,5 +1,6 @@
 # Every kernel source is compiled once per instruction set, into its own namespace; dispatch.cpp chooses at load time.
-set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp)
+set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp
+    prepare.cpp fp32.cpp bf16.cpp int8.cpp int4.cpp q8_0.cpp q4_0.cpp q4_1.cpp)
 list(TRANSFORM SK_KERNELS PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 
 function(sk_isa name)
@@ -14,6 +15,7 @@ sk_isa(base)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   sk_isa(avx2 -march=x86-64-v3)
   sk_isa(avx512vnni -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512)
+  sk_isa(avx512bf16 -march=x86-64-v4 -mavx512vnni -mavx512bf16 -mprefer-vector-width=512)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   sk_isa(neondot -march=armv8.2-a+dotprod+i8mm)
 endif()

@@ -110,14 +110,19 @@ constexpr int64_t SK_TILE = 16;  // rows of a packed tile: one row a 32-bit lane
 // What a format wants to be multiplied with. Q8: int8 codes in the matrix's groups, as in SkTokens.
 enum SkKind : int32_t { SK_FLOAT32 = 0, SK_BFLOAT16 = 1, SK_Q8 = 2 };
 
-struct SkInput {  // tokens prepared for matrices of one kind and group
-  const void* rows;     // [count][stride] float32, bfloat16 or int8, zero beyond the last column
-  const float *scales;  // [count][group_stride], SK_Q8 only
-  const float *sums;    // [count][group_stride]: scale * sum of codes
+struct SkInput {  // tokens prepared for matrices of one kind and group; sk_input lays it out, prepare fills it
+  const void* rows;        // [count][stride] float32, bfloat16 or int8, zero beyond the last column
+  const float* scales;     // [count][group_stride], here and below SK_Q8 only
+  const float* sums;       // [count][group_stride]: scale * sum of codes
+  const int32_t* offsets;  // [count][group_stride]: -8 * sum of codes, what codes stored as q + 8 add too much
   int64_t count, stride, group_stride;
 };
 
-struct SkFormat {  // one for each format and instruction set; format files define them, matrix.cpp lists them
+// The layout of `count` tokens of a kind and group (of SK_Q8) on memory of sk_input_size bytes, aligned to 64.
+int64_t sk_input_size(SkKind kind, int64_t cols, int64_t group, int64_t count);
+SkInput sk_input(void* memory, SkKind kind, int64_t cols, int64_t group, int64_t count);
+
+struct SkFormat {  // one for each format and instruction set: a file a format, and a name in SK_FORMATS
   const char* name;
   SkKind kind;
   int64_t (*packed_size)(int64_t rows, int64_t cols, int64_t group);  // 0: used as stored; -1: bad argument
@@ -128,6 +133,9 @@ struct SkFormat {  // one for each format and instruction set; format files defi
   void (*product)(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end);
   void (*row)(const SkMatrix& m, int64_t row, float* out);
 };
+
+// Every format, in the order of its numbers.
+#define SK_FORMATS(F, isa) F(isa, fp32) F(isa, bf16) F(isa, int8) F(isa, int4) F(isa, q8_0) F(isa, q4_0) F(isa, q4_1)
 
 constexpr int64_t SK_MAX_TOKENS = 192;  // tokens quantized together; bounds the scratch memory of a call
 
@@ -153,6 +161,7 @@ struct SkOutput {
   int32_t type;
 };
 
+#define SK_DECLARE_FORMAT(isa, name) extern const SkFormat name;
 #define SK_DECLARE(isa)                                                                                                      \
   namespace isa {                                                                                                            \
   void quantize_tokens(const void* x, int32_t type, int64_t in_features, const SkWeight& w, const SkTokens& t, int64_t begin, \
@@ -160,11 +169,20 @@ struct SkOutput {
   void product(const SkWeight& w, const SkTokens& t, const SkOutput& out, int64_t begin, int64_t end);                       \
   void product_many(const SkWeight& w, const SkTokens& t, const SkOutput& out, int64_t begin, int64_t end);                  \
   void decode_row(const SkWeight& w, int64_t row, int64_t in_features, void* y, int32_t type);                               \
+  SK_FORMATS(SK_DECLARE_FORMAT, isa)                                                                                         \
+  /* Tokens begin..end-1 of x [count][x_stride] float32 into `in`, which was laid out for the same kind, cols and group. */  \
+  void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_t group, const SkInput& in, int64_t begin, \
+               int64_t end);                                                                                                 \
   }
 SK_DECLARE(base)
 SK_DECLARE(avx2)
 SK_DECLARE(avx512vnni)
+SK_DECLARE(avx512bf16)
 SK_DECLARE(neondot)
+
+#define SK_ONE(isa, name) +1
+constexpr int32_t SK_FORMAT_COUNT = 0 SK_FORMATS(SK_ONE, none);
+#undef SK_ONE
 
 struct SkTable {
   const char* name;
@@ -172,6 +190,8 @@ struct SkTable {
   decltype(&base::product) product;
   decltype(&base::product_many) product_many;
   decltype(&base::decode_row) decode_row;
+  decltype(&base::prepare) prepare;
+  const SkFormat* formats[SK_FORMAT_COUNT];
 };
 const SkTable* sk_table();
 

@@ -16,6 +16,7 @@ FLAGS = {
     "base": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"],
 }
 KERNELS = re.search(r"SK_KERNELS ([^)]*)", (NATIVE / "isa.cmake").read_text())[1].split()
 
@@ -23,7 +24,14 @@ KERNELS = re.search(r"SK_KERNELS ([^)]*)", (NATIVE / "isa.cmake").read_text())[1
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_sources_include_no_library(name):
     includes = set(re.findall(r'#include [<"]([^>"]+)', (NATIVE / name).read_text()))
-    assert includes <= {"kernels.h", "number.h", "immintrin.h", "cstdint"}
+    own = {path.name for path in NATIVE.glob("*.h")}
+    assert includes <= own | {"immintrin.h", "cstdint"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in NATIVE.glob("*.h")))
+def test_shared_headers_include_no_library(name):
+    includes = set(re.findall(r'#include [<"]([^>"]+)', (NATIVE / name).read_text()))
+    assert all(include in ("immintrin.h", "cstdint") or (NATIVE / include).is_file() for include in includes)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")

@@ -1,0 +1,65 @@
+// Tokens as the formats want them: float32 or bfloat16 rows, or int8 codes with a scale for each group, rounded as in tokens.cpp.
+#include "kernels.h"
+#include "number.h"
+
+namespace {
+
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+void quantize(const float* x, int64_t cols, int64_t group, int64_t groups, int8_t* codes, float* scales, float* sums,
+              int32_t* offsets) {
+  for (int64_t g = 0; g < groups; ++g) {
+    float v[128];
+    const int64_t start = g * group, here = cols - start < group ? cols - start : group;
+    for (int64_t j = 0; j < here; ++j) v[j] = x[start + j];
+    for (int64_t j = here; j < group; ++j) v[j] = 0;
+    // As integers, the bits of |v| are ordered like |v| with infinity and NaN on top, so neither is lost.
+    int32_t top = 0;
+    for (int64_t j = 0; j < group; ++j) {
+      const int32_t bits = int32_t(as_bits(v[j]) & 0x7fffffff);
+      top = bits > top ? bits : top;
+    }
+    int32_t sum = 0;
+    // Below 2^-120 the reciprocal overflows: such a group counts as zero.
+    if (top < 0x03800000 || top >= 0x7f800000) {
+      for (int64_t j = 0; j < group; ++j) codes[start + j] = 0;
+      scales[g] = top < 0x03800000 ? 0.f : as_float(0x7fc00000);
+    } else {
+      const float inverse = 127.f / as_float(uint32_t(top));
+      for (int64_t j = 0; j < group; ++j) codes[start + j] = int8_t(as_bits(v[j] * inverse + ROUND));
+      for (int64_t j = 0; j < group; ++j) sum += codes[start + j];
+      scales[g] = as_float(uint32_t(top)) / 127.f;
+    }
+    sums[g] = scales[g] * float(sum);
+    offsets[g] = -8 * sum;
+  }
+}
+
+}  // namespace
+
+namespace ISA {
+
+void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_t group, const SkInput& in, int64_t begin,
+             int64_t end) {
+  void* rows = const_cast<void*>(in.rows);
+  for (int64_t t = begin; t < end; ++t) {
+    const float* from = x + t * x_stride;
+    if (kind == SK_FLOAT32) {
+      float* to = static_cast<float*>(rows) + t * in.stride;
+      for (int64_t j = 0; j < cols; ++j) to[j] = from[j];
+      for (int64_t j = cols; j < in.stride; ++j) to[j] = 0;
+    } else if (kind == SK_BFLOAT16) {
+      uint16_t* to = static_cast<uint16_t*>(rows) + t * in.stride;
+      for (int64_t j = 0; j < cols; ++j) to[j] = to_bfloat16(from[j]);
+      for (int64_t j = cols; j < in.stride; ++j) to[j] = 0;
+    } else {
+      const int64_t groups = (cols + group - 1) / group, at = t * in.group_stride;
+      int8_t* to = static_cast<int8_t*>(rows) + t * in.stride;
+      quantize(from, cols, group, groups, to, const_cast<float*>(in.scales) + at, const_cast<float*>(in.sums) + at,
+               const_cast<int32_t*>(in.offsets) + at);
+      for (int64_t j = groups * group; j < in.stride; ++j) to[j] = 0;
+    }
+  }
+}
+
+}  // namespace ISA

@@ -1,0 +1,192 @@
+"""Matrices in the formats of the native kernels: made from stored weights, multiplied, read row by row. No torch.
+
+`matrix_reference.py` says in numpy what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError, nearest
+from shoestring.kernels.loader import load
+
+FORMATS = ("fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1")
+AS_STORED = {"fp32": 4, "bf16": 2}  # bytes of an element; rows stay where they are
+
+
+class SkMatrix(ctypes.Structure):
+    """SkMatrix of native/kernels.h. It holds addresses: the Matrix it came from must outlive it."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def library() -> Any:
+    """The native library.
+
+    Raises:
+        ShoestringError: there is none in this installation.
+    """
+    loaded = load()
+    if loaded.library is None:
+        raise ShoestringError("The native kernels are not available", loaded.reason)
+    return loaded.library
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix [rows, cols] as the kernels read it, and the memory it stands in.
+
+    Attributes:
+        data: uint8 [bytes]; for fp32 and bf16 the caller's own memory, which may be a mapped file.
+        bias: float32 [rows], or None.
+    """
+
+    format: str
+    rows: int
+    cols: int
+    group: int
+    data: np.ndarray
+    bias: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that a product reads."""
+        return self.data.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    @functools.cached_property
+    def struct(self) -> SkMatrix:
+        bias = None if self.bias is None else self.bias.ctypes.data
+        number = FORMATS.index(self.format)
+        return SkMatrix(self.data.ctypes.data, bias, self.rows, self.cols, number, self.group)
+
+    def multiply(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
+        """x [tokens, cols] @ matrix.T + bias: float32 [tokens, rows]. The same bits for any number of threads.
+
+        Raises:
+            UsageError: x has another width.
+        """
+        if x.ndim != 2 or x.shape[1] != self.cols:
+            raise UsageError(f"An input of shape {list(x.shape)} does not fit a matrix of {self.cols} columns")
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        y = np.empty((len(x), self.rows), np.float32)
+        failed = library().sk_matrix(ctypes.byref(self.struct), x.ctypes.data, y.ctypes.data, len(x), threads)
+        if failed:
+            raise ShoestringError("A matrix could not be multiplied", "memory for its input ran out")
+        return y
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows `ids` [count] as float32 [count, cols].
+
+        Raises:
+            UsageError: an id that names no row.
+        """
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        y = np.empty((len(ids), self.cols), np.float32)
+        if library().sk_matrix_rows(ctypes.byref(self.struct), ids.ctypes.data, y.ctypes.data, len(ids)):
+            raise UsageError(f"Rows {ids.min()}..{ids.max()} do not all lie in a matrix of {self.rows} rows")
+        return y
+
+
+def make(
+    format: str,
+    rows: int,
+    cols: int,
+    source: np.ndarray,
+    *,
+    group: int = 32,
+    scales: np.ndarray | None = None,
+    order: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    threads: int = 1,
+) -> Matrix:
+    """A matrix from weights as a file holds them.
+
+    Args:
+        source: the stored bytes in any shape and type, contiguous: GGUF blocks, or int8 / int4 codes, or the elements
+            of fp32 and bf16, which are used where they stand.
+        group: columns that share a scale; 32 for GGUF's formats, without meaning for fp32 and bf16.
+        scales: of int8 and int4: bfloat16 bits, uint16 [rows, groups].
+        order: stored row of each row of the matrix, [rows]; makes a copy of fp32 and bf16 too.
+        bias: [rows], in the matrix's order of rows.
+
+    Raises:
+        UsageError: an unknown format, or sizes that do not belong together.
+        DoesNotFit: no memory.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"{format} names no weight format", remedy=nearest(format, FORMATS))
+    number = FORMATS.index(format)
+    stored = _bytes(source)
+    size = library().sk_packed_size(number, rows, cols, group)
+    if size < 0:
+        raise UsageError(f"A matrix of {rows} x {cols} in groups of {group} cannot be {format}")
+    if bias is not None:
+        bias = np.ascontiguousarray(bias, dtype=np.float32)
+        if bias.shape != (rows,):
+            raise UsageError(f"A bias of shape {list(bias.shape)} does not fit {rows} rows")
+    if order is not None:
+        order = np.ascontiguousarray(order, dtype=np.int64)
+        if order.shape != (rows,) or (rows and not 0 <= int(order.min()) <= int(order.max()) < rows):
+            raise UsageError(f"An order of shape {list(order.shape)} does not name rows of a matrix of {rows} rows")
+    if format in AS_STORED:
+        if stored.nbytes != rows * cols * AS_STORED[format]:
+            raise _wrong_size(format, rows, cols, stored.nbytes)
+        if order is not None:
+            stored = _bytes(stored.reshape(rows, -1)[order])
+        return Matrix(format, rows, cols, group, stored, bias)
+    if format in ("int8", "int4"):
+        if scales is None or scales.dtype.itemsize != 2 or scales.shape != (rows, -(-cols // group)):
+            shape = None if scales is None else list(scales.shape)
+            raise UsageError(
+                f"Scales of shape {shape} are not bfloat16 [{rows}, {-(-cols // group)}], as {format} needs"
+            )
+        scales = np.ascontiguousarray(scales)
+    else:
+        scales = None
+    data = _memory(size)
+    failed = library().sk_pack(
+        number, rows, cols, group, stored.ctypes.data, stored.nbytes, None if scales is None else scales.ctypes.data,
+        None if order is None else order.ctypes.data, data.ctypes.data, size, threads,
+    )  # fmt: skip
+    if failed:
+        raise _wrong_size(format, rows, cols, stored.nbytes)
+    return Matrix(format, rows, cols, group, data, bias)
+
+
+def _wrong_size(format: str, rows: int, cols: int, size: int) -> UsageError:
+    return UsageError(
+        f"{size} bytes are not a {format} matrix of {rows} x {cols}", remedy="The file may be truncated: fetch it again"
+    )
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    if not array.flags.c_contiguous:
+        raise UsageError(f"A stored weight of shape {list(array.shape)} and strides {list(array.strides)} has gaps")
+    return array.reshape(-1).view(np.uint8)
+
+
+def _memory(size: int) -> np.ndarray:
+    """Fresh memory, in large pages where the system has them."""
+    if size == 0:
+        return np.empty(0, np.uint8)
+    try:
+        block = mmap.mmap(-1, size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise DoesNotFit(f"{size} bytes for a packed matrix are not to be had", str(error)) from error
+    if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8)

@@ -198,11 +198,11 @@ def test_bad_gguf_header(tmp_path: Path, name: str) -> None:
 
 
 def test_sound_gguf(tmp_path: Path, gguf_file: Path) -> None:
-    found = check_gguf(gguf_file)
+    found = check_gguf(gguf_file).tensors
     assert found["token_embd.weight"].dims == (50, 32) and found["token_embd.weight"].size == 6400
     path = tmp_path / "made.gguf"
     path.write_bytes(_gguf(kv=(_nested(2),), infos=(_info(), _info("b", offset=32))))
-    assert list(check_gguf(path)) == ["a", "b"]
+    assert list(check_gguf(path).tensors) == ["a", "b"]
 
 
 def test_mutated_gguf_headers_are_refused_or_sound(tmp_path: Path, gguf_file: Path) -> None:
@@ -222,7 +222,7 @@ def test_mutated_gguf_headers_are_refused_or_sound(tmp_path: Path, gguf_file: Pa
                 raw[at : at + 8] = struct.pack("<Q", chance.choice((0, 1, 2**31, 2**32, 2**40, 2**63, 2**64 - 1)))
         path.write_bytes(raw)
         try:
-            found = check_gguf(path)
+            found = check_gguf(path).tensors
         except UsageError:
             refused += 1
         else:

@@ -13,13 +13,14 @@ import numpy as np
 
 from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.engine.blocks import BlockPool
+from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
 from shoestring.engine.hooks import Hooks
 from shoestring.engine.open import open_model
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
 from shoestring.engine.runner import BLOCK, Runner
-from shoestring.engine.sampler import Choice, Sampler, SampleState, check_sampling
+from shoestring.engine.sampler import Choice, Sampler, SampleState
 from shoestring.engine.scheduler import Plan, Scheduler
 from shoestring.engine.sequence import Sequence as Answer
 from shoestring.engine.stopping import TextStop

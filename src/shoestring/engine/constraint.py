@@ -1,0 +1,198 @@
+"""Answers that must match a JSON schema, a regular expression or a grammar: which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoestring.core.errors import ShoestringError
+from shoestring.engine.request import Constraint, RequestError
+
+MAX_TEXT = 65_536  # characters of a schema, expression or grammar
+MAX_DEPTH = 64  # of nested JSON in a schema
+_REMEMBERED = 32
+# Work units of the library; about 10 ms of one core for a step, and 20 MB for what a grammar may build up.
+_LIMITS: dict[str, Any] = dict(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+# Without a bound a small model may write line breaks for ever, all of them allowed.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{0,16}"}
+
+
+class Described(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def eos(self) -> Any: ...
+
+    @property
+    def json(self) -> str: ...
+
+
+class Matcher:
+    """How far one answer has come in its constraint. Made by `Constraints.matcher`."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def mask(self, row: np.ndarray) -> None:
+        """Set the logits of all tokens that may not come next to -inf, in place. row: float32 [vocab].
+
+        An end token may come only where the answer so far is a whole match.
+
+        Raises:
+            ShoestringError: the constraint became too complex to follow, or a token that it forbids was accepted.
+        """
+        np.copyto(row, -np.inf, where=self.blocked(len(row)))
+
+    def blocked(self, vocab: int) -> np.ndarray:
+        """bool [vocab], true where a token may not come next. Raises as `mask`."""
+        try:
+            bits = self._inner.compute_bitmask()
+        except ValueError as error:
+            raise ShoestringError("The constraint cannot be followed any further", _reason(str(error))) from None
+        return np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab, bitorder="little") == 0
+
+    def accept(self, token: int) -> None:
+        """Go on behind a token. After one that the constraint forbids, `mask` raises until it is rolled back."""
+        self._inner.consume_token(token)
+
+    def rollback(self, count: int) -> None:
+        """Take back the latest `count` tokens."""
+        self._inner.rollback(count)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer so far is a whole match; it may end here."""
+        return bool(self._inner.is_accepting())
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end token can follow."""
+        return bool(self._inner.is_stopped())
+
+
+class Constraints:
+    """Compiles constraints for one tokenizer and remembers the latest. May be used from several threads.
+
+    Args:
+        tokenizer: its `json` (as the `tokenizers` library writes it) and its end tokens.
+        vocab: width of the model's logits; ids that the tokenizer does not know are never allowed.
+    """
+
+    def __init__(self, tokenizer: Described, vocab: int) -> None:
+        self._described, self._vocab = tokenizer, vocab
+        self._tokenizer: Any = None
+        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """A matcher at its beginning.
+
+        Raises:
+            RequestError: the constraint is malformed, too large, not supported, or matches nothing.
+        """
+        with self._lock:
+            if constraint not in self._compiled:
+                self._compiled[constraint] = self._compile(constraint)
+                if len(self._compiled) > _REMEMBERED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(constraint)
+            return Matcher(self._compiled[constraint].deep_copy())
+
+    def _compile(self, constraint: Constraint) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        grammar = _grammar(constraint)
+        inner = LLMatcher(self._opened(), grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        if inner.is_error():
+            raise _refused(constraint, _reason(inner.get_error()))
+        try:
+            nothing = Matcher(inner).blocked(self._vocab).all()
+        except ShoestringError as error:
+            raise _refused(constraint, str(error)) from None
+        if nothing:
+            raise _refused(constraint, "Nothing matches it")
+        return inner
+
+    def _opened(self) -> Any:
+        if self._tokenizer is None:
+            from llguidance import LLTokenizer
+
+            eos = [token for token in self._described.eos if token < self._vocab]
+            if not eos:
+                raise RequestError(
+                    "This model has no end token", "A constrained answer could not end", param="response_format"
+                )
+            try:
+                self._tokenizer = LLTokenizer(self._described.json, n_vocab=self._vocab, eos_token=eos)
+            except (ValueError, RuntimeError) as error:
+                raise RequestError(
+                    "This model's tokenizer cannot follow a constraint", _reason(str(error)), param="response_format"
+                ) from None
+        return self._tokenizer
+
+
+def _grammar(constraint: Constraint) -> str:
+    from llguidance import LLMatcher
+
+    kind, text = constraint.kind, constraint.text
+    if len(text) > MAX_TEXT:
+        raise _refused(constraint, f"It has {len(text)} characters; at most {MAX_TEXT} are allowed")
+    grammar: str
+    if kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(text)
+    elif kind == "grammar":
+        grammar = LLMatcher.grammar_from_lark(text)
+    else:
+        schema = _schema(constraint) if kind == "json_schema" else {"type": "object"}
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    return grammar
+
+
+def _schema(constraint: Constraint) -> dict[str, Any]:
+    try:
+        schema = json.loads(constraint.text)
+    except (ValueError, RecursionError) as error:
+        raise _refused(constraint, f"It is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise _refused(constraint, f"It is a JSON {type(schema).__name__}, not an object")
+    level: list[Any] = [schema]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return schema
+    raise _refused(constraint, f"It is nested deeper than {MAX_DEPTH} levels")
+
+
+_NAMES = {
+    "json_schema": "JSON schema",
+    "json_object": "JSON object",
+    "regex": "regular expression",
+    "grammar": "grammar",
+}
+
+
+def _refused(constraint: Constraint, why: str) -> RequestError:
+    return RequestError(
+        f"The {_NAMES[constraint.kind]} cannot be used", why, param="response_format", code="invalid_constraint"
+    )
+
+
+def _reason(message: str) -> str:
+    """The library's reason, without the state it dumps behind it."""
+    return message.split("<state>")[0].split("<non-verbose/>")[0].strip()[:400]

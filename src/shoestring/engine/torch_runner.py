@@ -1,0 +1,390 @@
+"""Any causal model of transformers as a runner: its own forward, with attention over pages, on CPU or CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoestring.core import catalog
+from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
+from shoestring.core.text import show_bytes
+from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
+from shoestring.engine.torch_adapters import Adapters
+from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Through, flat_slots
+from shoestring.models.anatomy import inspect, is_projection
+from shoestring.models.folder import read_json
+from shoestring.models.load import Loaded, load, quiet, resolve
+
+_CACHE_TYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8,
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+}  # fmt: skip
+
+
+@dataclass
+class _Span:
+    """The blocks that compute during one call of the model, what enters the first of them, and what left the last."""
+
+    first: int
+    last: int
+    entering: torch.Tensor | None = None  # [tokens, hidden]; None: what the embeddings give
+    left: torch.Tensor | None = None
+
+
+class TorchRunner:
+    """See `Runner`. The model is used as it is, without copies, and given back by `close`.
+
+    Args:
+        model: what `models.load` takes, or what it returned.
+        dtype, device, trust_remote_code, offline: as for `models.load`.
+        cache_dtype: "bf16", "fp16", "fp32", "int8", or "auto" for the model's own.
+        threads: of torch, for the whole process; None leaves them as they are.
+
+    Raises:
+        UsageError: as `models.load`; a model that is not causal, or whose attention does not pass through transformers'
+            attention interface.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Loaded,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        cache_dtype: str = "bf16",
+        threads: int | None = None,
+        trust_remote_code: bool = False,
+        offline: bool | None = None,
+    ) -> None:
+        if cache_dtype not in _CACHE_TYPES and cache_dtype != "auto":
+            raise UsageError(f"Unknown cache type {cache_dtype!r}", remedy=f"Use auto, {', '.join(_CACHE_TYPES)}")
+        if threads:
+            torch.set_num_threads(threads)
+        if isinstance(model, Loaded):
+            loaded = model
+        else:
+            path = resolve(model, offline=offline)
+            _know_format(path)
+            loaded = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        if loaded.kind != "causal":
+            raise UsageError(
+                f"{loaded.ref} is a {loaded.kind} model", "the engine continues text", "Use a causal language model"
+            )
+        self.model = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+        self._name = type(self.model).__name__
+        anatomy = inspect(self.model)
+        self._blocks = [block.module for block in anatomy.blocks]
+        self._body = self.model.base_model
+        first = next(self.model.parameters())
+        self._device, self._embedding = first.device, self.model.get_input_embeddings()
+        self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self._pages_dtype = _CACHE_TYPES.get(cache_dtype, self._dtype)
+        self._identity: list[Callable[[torch.Tensor], Any]] = []
+        self._span: _Span | None = None
+        self._attention = Attention(
+            {id(part): i for i, block in enumerate(self._blocks) for part in block.modules()}, []
+        )
+        projections = {
+            name: self.model.get_submodule(name)
+            for block in anatomy.blocks
+            for key, name in block.projections.items()
+            if key != "router" and not key.startswith("expert") and is_projection(self.model.get_submodule(name))
+        }
+        self._adapters = Adapters(projections, self._dtype, self._device)
+        self._restore: list[Callable[[], Any]] = []
+        try:
+            self._take_over()
+            heads = self._look()
+        except BaseException:
+            self.close()
+            raise
+        self._heads = heads
+        self.facts = _facts(self.model, heads, self._pages_dtype, self._dtype, self._attention.windows)
+
+    # ---- the runner ----
+
+    @property
+    def attention(self) -> AttentionWorker | None:
+        return self._attention.worker
+
+    @attention.setter
+    def attention(self, worker: AttentionWorker | None) -> None:
+        self._attention.worker = worker
+
+    def reserve(self, blocks: int) -> None:
+        try:
+            if self._attention.windows:
+                self._attention.positions = torch.zeros(blocks, BLOCK, dtype=torch.int32, device=self._device)
+            self._attention.stores = [
+                (
+                    Store(blocks, head.kv_heads, head.key_dim, self._pages_dtype, self._device),
+                    Store(blocks, head.kv_heads, head.value_dim, self._pages_dtype, self._device),
+                )
+                for head in self._heads
+            ]
+        except (RuntimeError, MemoryError) as error:
+            self._attention.stores = []
+            raise DoesNotFit(
+                f"{show_bytes(blocks * self.facts.block_bytes)} for keys and values are not to be had",
+                str(error).splitlines()[0][:200],
+                "Give less memory to the cache, or a shorter context",
+            ) from error
+        self._reserved = blocks
+
+    def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> torch.Tensor:
+        last = self.facts.layers if last is None else last
+        self._check(batch, first, last, hidden)
+        if hidden is not None and first == last:
+            return hidden
+        span = _Span(first, last, hidden)
+        self._attention.begin(batch, self._device)
+        self._adapters.use(batch)
+        ids, positions = (torch.from_numpy(a).to(self._device, torch.long)[None] for a in (batch.ids, batch.positions))
+        self._call(self._body, ids, positions, span)
+        assert span.left is not None
+        return span.left
+
+    def logits(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
+        # The whole model with every block passed over: its own code normalises, scales and caps.
+        return self._after(self.model, hidden, rows).logits[0].float().cpu().numpy()
+
+    def normed(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
+        return self._after(self._body, hidden, rows)[0][0].float().cpu().numpy()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._check_blocks([block for pair in pairs for block in pair])
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, device=self._device).T
+        for part in self._attention.parts():
+            part[target] = part[source]
+
+    def move_slots(self, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        self._check_blocks(list(table))
+        ends = [slot for move in moves for slot in move]
+        if ends and not 0 <= min(ends) <= max(ends) < len(table) * BLOCK:
+            raise UsageError(f"Slots {min(ends)} to {max(ends)} are outside a table of {len(table)} blocks")
+        flat = flat_slots(table, ends)
+        for source, target in zip(flat[::2], flat[1::2]):
+            for part in self._attention.parts():
+                part.flatten(0, 1)[target] = part.flatten(0, 1)[source]
+
+    def add_adapter(self, folder: str) -> int:
+        return self._adapters.add(Path(folder))
+
+    def drop_adapter(self, number: int) -> None:
+        self._adapters.drop(number)
+
+    def to_host(self, hidden: Any) -> np.ndarray:
+        return hidden.float().cpu().numpy()
+
+    def from_host(self, hidden: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(hidden, np.float32)).to(self._device, self._dtype)
+
+    def close(self) -> None:
+        """Give the model back as it was: its attention, its blocks, no adapters."""
+        self._adapters.close()
+        self._attention.stores = []
+        while self._restore:
+            self._restore.pop()()
+
+    # ---- the model's own forward, some blocks of it ----
+
+    def _take_over(self) -> None:
+        before = self.model.config._attn_implementation
+        training = self.model.training
+        self.model.eval()
+        with quiet():
+            self.model.set_attn_implementation(NAME)
+        self._restore += [lambda: self.model.set_attn_implementation(before), lambda: self.model.train(training)]
+        if self.model.config._attn_implementation != NAME:
+            self._refuse("its attention does not pass through transformers' attention interface")
+        for index, block in enumerate(self._blocks):
+            own = vars(block).get("forward")
+            block.forward = self._passing(index, block.forward)
+            self._restore.append(partial(_put_back, block, own))
+
+    def _passing(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward that computes only when the span holds it, and hands the residual stream on otherwise."""
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            span = self._span
+            if span is None:
+                return plain(*inputs, **named)
+            x = inputs[0] if inputs else named["hidden_states"]
+            if span.entering is not None and index == min(span.first, len(self._blocks) - 1):
+                # The stream enters here and not with the embeddings: some models add positions to those.
+                x = span.entering[None]
+                inputs, named = ((x, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": x})
+            if span.last == 0 and index == 0:
+                span.left = x[0]
+            if not span.first <= index < span.last:
+                return self._identity[index](x)
+            out = plain(*inputs, **named)
+            if index == span.last - 1:
+                span.left = (out[0] if isinstance(out, tuple) else out)[0]
+            if len(self._identity) == index:
+                size = len(out) if isinstance(out, tuple) else 0
+                self._identity.append((lambda x: (x, *[None] * (size - 1))) if size else lambda x: x)
+            return out
+
+        return forward
+
+    def _call(self, part: nn.Module, ids: torch.Tensor, positions: torch.Tensor, span: _Span) -> Any:
+        self._span = span
+        try:
+            with torch.inference_mode(), self._attention.at_work():
+                return part(input_ids=ids, position_ids=positions, past_key_values=Through(), use_cache=False)
+        finally:
+            self._span = None
+
+    def _after(self, part: nn.Module, hidden: torch.Tensor, rows: np.ndarray) -> Any:
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(hidden):
+            raise UsageError(f"Rows {rows.min()} to {rows.max()} are outside {len(hidden)} hidden states")
+        some = hidden[torch.from_numpy(rows).to(self._device)]
+        end = self.facts.layers
+        zeros = torch.zeros(1, len(rows), dtype=torch.long, device=self._device)
+        return self._call(part, zeros, zeros, _Span(end, end, some))
+
+    def _look(self) -> list[Head]:
+        """Pass one token, to see that all attention comes here and how large keys and values are."""
+        zero, count = torch.zeros(1, 1, dtype=torch.long, device=self._device), len(self._blocks)
+        self._attention.batch_pass = None
+        try:
+            self._call(self._body, zero, zero, _Span(0, count))
+        except KeyError as error:
+            self._refuse(f"it has attention outside its blocks ({error})")
+        except (TypeError, ValueError, AttributeError) as error:
+            self._refuse(f"it cannot be called with positions and a cache ({str(error)[:200]})")
+        without = [i for i in range(count) if i not in self._attention.seen]
+        if without:
+            self._refuse(f"layers {without[:5]} remember in another way than keys and values")
+        return [self._attention.seen[i] for i in range(count)]
+
+    def _refuse(self, why: str) -> None:
+        raise UsageError(f"{self._name} cannot run in the engine", why, "Use another model, or `transformers` itself")
+
+    # ---- checks ----
+
+    def _check(self, batch: Batch, first: int, last: int, hidden: torch.Tensor | None) -> None:
+        if not self._attention.stores:
+            raise ShoestringError("The cache has not been made", remedy="Call `reserve` first")
+        facts = self.facts
+        if not 0 <= first <= last <= facts.layers:
+            raise UsageError(f"Layers {first} to {last} are outside the model's {facts.layers}")
+        if hidden is None and first > 0:
+            raise UsageError(f"Layer {first} needs the hidden states that enter it")
+        if hidden is not None and tuple(hidden.shape) != (batch.tokens, facts.hidden):
+            raise UsageError(f"hidden is {tuple(hidden.shape)}, the batch needs {(batch.tokens, facts.hidden)}")
+        _check_batch(batch, self._reserved, facts, self._adapters.numbers)
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        if blocks and not 0 <= min(blocks) <= max(blocks) < self._reserved:
+            raise UsageError(f"Blocks {min(blocks)} to {max(blocks)} are outside the {self._reserved} of the cache")
+
+
+def _check_batch(batch: Batch, blocks: int, facts: Facts, adapters: set[int]) -> None:
+    """Raises UsageError for anything that would read or write where it must not."""
+    counts, totals = np.diff(batch.starts), batch.contexts + np.diff(batch.starts)
+    if (
+        len(batch.starts) != batch.sequences + 1
+        or len(batch.tables) != batch.sequences
+        or len(batch.positions) != batch.tokens
+        or batch.starts[0] != 0
+        or batch.starts[-1] != batch.tokens
+        or counts.min(initial=0) < 0
+        or batch.contexts.min(initial=0) < 0
+    ):
+        raise UsageError("The arrays of the batch do not belong together")
+    if not batch.tokens:
+        raise UsageError("The batch has no tokens")
+    _check_range("Token id", batch.ids, facts.vocab)
+    _check_range("Position", batch.positions, facts.context)
+    _check_range("Slot", totals, batch.tables.shape[1] * BLOCK + 1)
+    for s in range(batch.sequences):
+        _check_range("Block", batch.tables[s, : -(-int(totals[s]) // BLOCK)], blocks)
+        if batch.parents is not None:
+            mine = batch.parents[batch.starts[s] : batch.starts[s + 1]]
+            if mine.size and (mine.min() < -1 or (mine >= np.arange(len(mine))).any()):
+                raise UsageError("A token's parent must come before it in its own chunk")
+    if batch.adapters is not None:
+        unknown = set(batch.adapters.tolist()) - adapters - {-1}
+        if unknown:
+            raise UsageError(f"There is no adapter with the number {min(unknown)}", remedy="Add it first")
+
+
+def _check_range(what: str, values: np.ndarray, end: int) -> None:
+    if values.size and not 0 <= values.min() <= values.max() < end:
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise UsageError(f"{what} {wrong} is outside 0 to {end - 1}")
+
+
+def _know_format(path: Path) -> None:
+    """Make transformers know the formats of the quantizers when a folder is packed in one of them."""
+    file = path / "config.json"
+    packed = (read_json(file).get("quantization_config") or {}) if file.is_file() else {}
+    if str(packed.get("quant_method", "")).startswith("shoestring"):
+        catalog.adopt_room("quantizers")
+
+
+def _put_back(block: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
+
+
+def _facts(model: Any, heads: list[Head], pages: torch.dtype, dtype: torch.dtype, windows: bool) -> Facts:
+    config = model.config.get_text_config(decoder=True)
+    scale = 4 if pages == torch.int8 else 0
+    token = sum(h.kv_heads * ((h.key_dim + h.value_dim) * pages.itemsize + 2 * scale) for h in heads)
+    token += 4 if windows else 0
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    packed = str(getattr(method, "value", method)).removeprefix("shoestring_") if method else ""
+    name = str(dtype).removeprefix("torch.")
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(model)}
+    embedding = model.get_input_embeddings()
+    return Facts(
+        family=str(config.model_type),
+        layers=len(heads),
+        hidden=int(getattr(config, "hidden_size", 0) or embedding.embedding_dim),
+        vocab=int(getattr(config, "vocab_size", 0) or embedding.num_embeddings),
+        heads=int(getattr(config, "num_attention_heads", 0) or heads[0].kv_heads),
+        kv_heads=heads[0].kv_heads,
+        head_dim=heads[0].key_dim,
+        context=_context(config),
+        weight_bytes=sum(storages.values()),
+        block_bytes=BLOCK * token,
+        precision=f"{packed} + {name}" if packed else name,
+        backend="torch",
+        eos=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
+    )
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _context(config: Any) -> int:
+    length = next(
+        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), 1 << 20
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            # Beyond its first length such a model turns all positions otherwise, those in the cache and those of other
+            # requests included.
+            length = min(length, kind.get("original_max_position_embeddings") or length)
+    return int(length)

@@ -12,7 +12,8 @@ import pytest
 from shoestring.cli._request import build, fields, pairs
 
 REQUESTS = [("jobs.fit", "FitRequest"), ("jobs.train", "TrainRequest"), ("jobs.compress", "CompressRequest"),
-            ("training.options", "TrainOptions")]  # fmt: skip
+            ("training.options", "TrainOptions"), ("jobs.bench", "ServeRequest"),
+            ("jobs.bench_engine", "LatencyRequest"), ("jobs.bench_engine", "ThroughputRequest")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "name"), REQUESTS)

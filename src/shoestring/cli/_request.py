@@ -31,7 +31,10 @@ _HELP = {
     "max_length": "Longest example in tokens; default: the model's context.",
     "on_long": "What to do with a longer one: error, truncate or drop.",
 }
-_ALIASES = {"skip_bad": ["--skip-bad-lines"], "data": ["-d"], "options": ["--option"], "eval_examples": ["--limit"]}
+_ALIASES = {
+    "skip_bad": ["--skip-bad-lines"], "data": ["-d"], "options": ["--option"], "eval_examples": ["--limit"],
+    "url": ["--base-url"],
+}  # fmt: skip
 _TRAINING = ("training.options", "TrainOptions")
 _OF_ENCODING = ("max_length", "on_long")
 
@@ -79,8 +82,7 @@ def build(request: Any, given: Mapping[str, Any]) -> Any:
     said = {name: value for name, value in given.items() if value not in (None, ())}
     training = {name: value for name, value in said.items() if name not in known}
     said = {name: value for name, value in said.items() if name in known}
-    if "options" in said:
-        said["options"] = pairs(said["options"])
+    said = {name: pairs(value) if isinstance(value, tuple) else value for name, value in said.items()}
     return request(**said, **({"training": training} if training else {}))
 
 

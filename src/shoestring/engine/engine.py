@@ -139,9 +139,13 @@ class Engine:
         self.pool = BlockPool(blocks, BLOCK)
         self.prefix_cache = prefix_cache and hooks.attention is None
         self.scheduler = Scheduler(
-            self.pool, max_tokens=max_step_tokens, max_sequences=max_sequences, context=self.context,
-            **({"policy": policy} if policy else {}),
-        )  # fmt: skip
+            self.pool,
+            max_tokens=max(max_step_tokens, max_sequences),
+            max_sequences=max_sequences,
+            context=self.context,
+            policy=policy,
+        )
+        self.context = self.scheduler.context
         self.sampler = Sampler(facts.vocab, self.tokenizer)
         self._decoder = Decoder(self.runner, self.sampler, hooks)
         self.adapters: dict[str, int] = {}

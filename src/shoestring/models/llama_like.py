@@ -1,0 +1,484 @@
+"""What the native kernels must know of a Llama-like model, from config.json or GGUF metadata: plain data, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shoestring.core.errors import UsageError, nearest
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_MAX, _MAX_LAYERS = 1 << 31, 1 << 14  # beyond it no size of a model is meant
+_REMEDY = "The torch runner takes it (runner=torch)"
+
+# Family -> what transformers assumes where config.json is silent.
+_COMMON: dict[str, Any] = {
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10_000.0,
+    "num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "use_sliding_window": False, "layer_types": None, "max_position_embeddings": 32768,
+}  # fmt: skip
+_QWEN: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "max_position_embeddings": 2048},
+    "mistral": {**_COMMON, "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": {**_COMMON, **_QWEN},
+    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
+    "smollm3": {
+        **_COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
+        "no_rope_layers": None, "no_rope_layer_interval": 4,
+    },
+    "granite": {
+        **_COMMON, "max_position_embeddings": 2048, "embedding_multiplier": 1.0, "logits_scaling": 1.0,
+        "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+    },
+}  # fmt: skip
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
+}  # fmt: skip
+_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1}
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+
+_FOLDER_NAMES = {
+    "embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
+    "attention_norm": "model.layers.{}.input_layernorm", "mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "q_norm": "model.layers.{}.self_attn.q_norm", "k_norm": "model.layers.{}.self_attn.k_norm",
+    **{role: f"model.layers.{{}}.self_attn.{role}_proj" for role in _ATTENTION},
+    **{role: f"model.layers.{{}}.mlp.{role}_proj" for role in _MLP},
+}  # fmt: skip
+_GGUF_NAMES = {
+    "embedding": "token_embd", "final_norm": "output_norm", "head": "output",
+    "attention_norm": "blk.{}.attn_norm", "mlp_norm": "blk.{}.ffn_norm",
+    "q_norm": "blk.{}.attn_q_norm", "k_norm": "blk.{}.attn_k_norm",
+    "q": "blk.{}.attn_q", "k": "blk.{}.attn_k", "v": "blk.{}.attn_v", "o": "blk.{}.attn_output",
+    **{role: f"blk.{{}}.ffn_{role}" for role in _MLP},
+}  # fmt: skip
+_GGUF_FREQUENCIES = "rope_freqs.weight"
+
+
+class NotNative(UsageError):
+    """A sound model that the native kernels do not compute; the torch runner may."""
+
+    def __init__(self, what: str, why: str = "") -> None:
+        super().__init__(what, why, _REMEDY)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: pair i turns by position * inverse[i]; cosines and sines are multiplied by `factor`."""
+
+    inverse: np.ndarray  # float32 [rotated dimensions / 2]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LlamaLike:
+    """The shape of a model and where its tensors are.
+
+    Attributes:
+        family: as in `FAMILIES`.
+        activation: of the gate: 0 silu, 1 gelu by tanh.
+        rotates, windows: of each layer; a window of 0 sees everything.
+        biased: roles of PROJECTIONS that have a bias.
+        head_norms: queries and keys are normalised head by head.
+        tied: the head is the token table.
+        interleaved: rows of q and k are stored in pairs and not in halves, as GGUF has them for some families.
+        names: role -> name of its tensors without `.weight`, with {} for the layer.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    context: int
+    epsilon: float
+    activation: int
+    rotary: Rotary
+    rotates: tuple[bool, ...]
+    windows: tuple[int, ...]
+    biased: frozenset[str]
+    head_norms: bool
+    tied: bool
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    interleaved: bool = False
+    names: Mapping[str, str] = field(default_factory=lambda: _FOLDER_NAMES)
+
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """Dimensions of the weight of a role, rows first."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (wide, self.hidden), "k": (narrow, self.hidden), "v": (narrow, self.hidden), "o": (self.hidden, wide),
+            "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate), "embedding": (self.vocab, self.hidden),
+            "head": (self.vocab, self.hidden), "attention_norm": (self.hidden,), "mlp_norm": (self.hidden,),
+            "final_norm": (self.hidden,), "q_norm": (self.head_dim,), "k_norm": (self.head_dim,),
+        }[role]  # fmt: skip
+
+    def name(self, role: str, layer: int = 0) -> str:
+        """Full name of a role's tensors without the last word."""
+        return self.names[role].format(layer)
+
+    def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines, float32 [positions, rotated dimensions / 2]."""
+        angles = np.arange(positions, dtype=np.float32)[:, None] * self.rotary.inverse[None]
+        factor = np.float32(self.rotary.factor)
+        return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+def check_family(config: Mapping[str, Any]) -> str:
+    """The family of a config.json. Raises NotNative when the kernels do not know it."""
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    family = _ARCHITECTURES.get(name) if name else str(config.get("model_type", ""))
+    if family not in FAMILIES:
+        raise NotNative(
+            f"The native runner does not know the family {name or family or 'of this model'}",
+            f"it runs {', '.join(_ARCHITECTURES)}",
+        )
+    return family
+
+
+def from_config(config: Mapping[str, Any]) -> LlamaLike:
+    """The model that a config.json of transformers describes.
+
+    Raises:
+        NotNative: a family or a setting that the native kernels do not compute.
+        UsageError: a value that no model can have.
+    """
+    family = check_family(config)
+    known: dict[str, Any] = {**FAMILIES[family], **config}
+    layers, hidden = _size(known, "num_hidden_layers", _MAX_LAYERS), _size(known, "hidden_size")
+    heads = _size(known, "num_attention_heads")
+    kv_heads = heads if known["num_key_value_heads"] is None else _size(known, "num_key_value_heads")
+    head_dim = hidden // heads if known["head_dim"] is None else _size(known, "head_dim")
+    context = _size(known, "max_position_embeddings")
+    activation = str(known["hidden_act"])
+    if activation not in _ACTIVATIONS:
+        raise NotNative(f"The native runner does not know the activation {activation[:40]!r}")
+    rotates = _rotates(known, family, layers)
+    biased = {"q", "k", "v"} if family == "qwen2" else set(_ATTENTION) if _flag(known, "attention_bias") else set()
+    biased |= set(_MLP) if _flag(known, "mlp_bias") else set()
+    if family == "mistral":
+        biased = set()
+    granite = family == "granite"
+    return _checked(
+        LlamaLike(
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=_size(known, "intermediate_size"),
+            vocab=_size(known, "vocab_size"),
+            context=context,
+            epsilon=_number(known, "rms_norm_eps"),
+            activation=_ACTIVATIONS[activation],
+            rotary=_rotary(known, head_dim, context),
+            rotates=rotates,
+            windows=_windows(known, family, rotates),
+            biased=frozenset(biased),
+            head_norms=family == "qwen3",
+            tied=_flag(known, "tie_word_embeddings"),
+            attention_scale=_number(known, "attention_multiplier") if granite else head_dim**-0.5,
+            embedding_scale=_number(known, "embedding_multiplier") if granite else 1.0,
+            residual_scale=_number(known, "residual_multiplier") if granite else 1.0,
+            logit_scale=1.0 / _number(known, "logits_scaling") if granite else 1.0,
+        )
+    )
+
+
+# GGUF architecture -> whether its q and k rows lie in pairs.
+_GGUF_FAMILIES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
+
+
+def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies: np.ndarray | None) -> LlamaLike:
+    """The model that a GGUF file's metadata describes.
+
+    Args:
+        tensors: name -> anything with `dims`; what the metadata leaves open is seen from them.
+        frequencies: the float32 tensor `rope_freqs.weight`, which divides the inverse frequencies, or None.
+
+    Raises:
+        NotNative: an architecture or a setting that the native kernels do not compute.
+        UsageError: a value that no model can have.
+    """
+    family = str(values.get("general.architecture", ""))
+    if family not in _GGUF_FAMILIES:
+        raise NotNative(
+            f"The native runner does not know GGUF files of the architecture {family[:40]!r}",
+            f"it runs {', '.join(_GGUF_FAMILIES)}",
+        )
+    own = {key.removeprefix(f"{family}."): value for key, value in values.items() if key.startswith(f"{family}.")}
+    if own.get("expert_count"):
+        raise NotNative("The native runner does not compute mixtures of experts")
+    if "token_embd.weight" not in tensors:
+        raise UsageError("The GGUF file has no token table", "token_embd.weight is missing", "Get an intact file")
+    layers, hidden = _size(own, "block_count", _MAX_LAYERS), _size(own, "embedding_length")
+    heads = _size(own, "attention.head_count")
+    kv_heads = _size(own, "attention.head_count_kv") if "attention.head_count_kv" in own else heads
+    head_dim = _size(own, "attention.key_length") if "attention.key_length" in own else hidden // heads
+    if own.get("attention.value_length", head_dim) != head_dim:
+        raise NotNative("The native runner wants keys and values of one width")
+    rotated = _size(own, "rope.dimension_count") if "rope.dimension_count" in own else head_dim
+    interleaved = _GGUF_FAMILIES[family]
+    if interleaved and rotated != head_dim:
+        raise NotNative(f"The native runner does not rotate {rotated} of {head_dim} dimensions that lie in pairs")
+    context = _size(own, "context_length")
+    window = own.get("attention.sliding_window") or 0
+    if window and window < context:
+        raise NotNative("The native runner does not know which layers of this GGUF file have a sliding window")
+    # GGUF writes no list of layers without rotation: the family's own step is what it means.
+    step = FAMILIES[family].get("no_rope_layer_interval")
+    rotates = tuple(not step or (layer + 1) % step != 0 for layer in range(layers))
+    biased = frozenset(r for r in PROJECTIONS if _GGUF_NAMES[r].format(0) + ".bias" in tensors)
+    return _checked(
+        LlamaLike(
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=_size(own, "feed_forward_length"),
+            vocab=tensors["token_embd.weight"].dims[0],
+            context=context,
+            epsilon=_number(own, "attention.layer_norm_rms_epsilon"),
+            activation=0,
+            rotary=_gguf_rotary(own, rotated, context, frequencies),
+            rotates=rotates,
+            windows=(0,) * layers,
+            biased=biased,
+            head_norms="blk.0.attn_q_norm.weight" in tensors,
+            tied="output.weight" not in tensors,
+            attention_scale=_number(own, "attention.scale") if own.get("attention.scale") else head_dim**-0.5,
+            interleaved=interleaved,
+            names=_GGUF_NAMES,
+        )
+    )
+
+
+def check_names(model: LlamaLike, tensors: Mapping[str, Any]) -> None:
+    """Hold the tensors of a file against the model: all must be there, and none beside them that could matter.
+
+    Raises:
+        UsageError: one is missing. NotNative: one is there that the family does not have.
+    """
+    block = [*PROJECTIONS, "attention_norm", "mlp_norm", *(("q_norm", "k_norm") if model.head_norms else ())]
+    wanted = [model.name(role) + ".weight" for role in ("embedding", "final_norm")]
+    wanted += [] if model.tied else [model.name("head") + ".weight"]
+    for layer in range(model.layers):
+        wanted += [model.name(role, layer) + ".weight" for role in block]
+        wanted += [model.name(role, layer) + ".bias" for role in block if role in model.biased]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise UsageError(
+            f"The weights lack {len(missing)} tensors of {len(wanted)}, the first is {missing[0]}",
+            "they would be random",
+            "Check that configuration and weights belong together",
+        )
+    ignored = {_GGUF_FREQUENCIES, model.name("head") + ".weight"}
+    expected = set(wanted) | ignored
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".")
+        packed = leaf == "scales" and f"{owner}.weight" in expected
+        if name not in expected and not packed and not name.endswith(("rotary_emb.inv_freq", ".attn_rot_embd.weight")):
+            raise NotNative(f"The native runner does not know what {name[:120]} is for in a {model.family} model")
+
+
+# ---- what config.json says ----
+
+
+def _rotates(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool, ...]:
+    if family != "smollm3":
+        return (True,) * layers
+    given = config["no_rope_layers"]
+    if given is None:
+        step = _size(config, "no_rope_layer_interval")
+        return tuple((layer + 1) % step != 0 for layer in range(layers))
+    if not isinstance(given, list) or len(given) < layers:
+        raise UsageError(f"config.json has no_rope_layers for other than {layers} layers", remedy="Get an intact model")
+    return tuple(bool(item) for item in given[:layers])
+
+
+def _windows(config: Mapping[str, Any], family: str, rotates: tuple[bool, ...]) -> tuple[int, ...]:
+    layers = len(rotates)
+    window = config["sliding_window"]
+    if family in ("llama", "granite") or window is None:
+        return (0,) * layers
+    window = _size(config, "sliding_window")
+    if family == "mistral":
+        return (window,) * layers
+    if not _flag(config, "use_sliding_window"):
+        return (0,) * layers
+    types = config["layer_types"]
+    if types is None and family == "smollm3":
+        return tuple(0 if turns else window for turns in rotates)
+    if types is None:
+        full = config["max_window_layers"]
+        if not isinstance(full, int):
+            raise UsageError(f"config.json has max_window_layers={str(full)[:40]}", remedy="Get an intact model")
+        return tuple(window if layer >= full else 0 for layer in range(layers))
+    if not isinstance(types, list):
+        raise UsageError("config.json has layer_types that are no list", remedy="Get an intact model")
+    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+    if unknown or len(types) < layers:
+        raise NotNative(f"The native runner does not know the layer types {', '.join(unknown) or 'of some layers'}")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types[:layers])
+
+
+def _rotary(config: Mapping[str, Any], head_dim: int, context: int) -> Rotary:
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise UsageError("config.json has rotary settings that are no table", remedy="Get an intact model")
+    if given and all(isinstance(value, dict) for value in given.values()):
+        # One table for each type of layer; families here turn all layers alike.
+        if len({repr(sorted(value.items())) for value in given.values()}) > 1:
+            raise NotNative("The native runner turns all layers alike, and here each type of layer has its own angles")
+        given = next(iter(given.values()))
+    kind = str(given.get("rope_type", given.get("type", "default")))
+    theta = _number({"rope_theta": config["rope_theta"], **given}, "rope_theta")
+    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    rotated = int(
+        head_dim * (1.0 if share is None else _number({"partial_rotary_factor": share}, "partial_rotary_factor"))
+    )
+    original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings", context))
+    settings = {**given, "original_max_position_embeddings": original}
+    if kind == "default":
+        return Rotary(_plain(theta, rotated))
+    if kind == "linear":
+        return Rotary(_plain(theta, rotated) / np.float32(_number(settings, "factor")))
+    if kind == "llama3":
+        return Rotary(_llama3(_plain(theta, rotated), settings))
+    if kind == "yarn":
+        return _yarn(theta, rotated, context, settings)
+    raise NotNative(
+        f"The native runner does not know the rotary scaling {kind[:40]!r}", "it knows default, linear, llama3 and yarn"
+    )
+
+
+def _plain(theta: float, rotated: int) -> np.ndarray:
+    # float32 throughout, as the models were trained.
+    powers = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    return np.float32(1.0) / np.power(np.float32(theta), powers)
+
+
+def _llama3(inverse: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    """Long waves are slowed by `factor`, short ones are not, those between are blended."""
+    factor, original = _number(settings, "factor"), _number(settings, "original_max_position_embeddings")
+    low, high = _number(settings, "low_freq_factor"), _number(settings, "high_freq_factor")
+    if high == low:
+        raise UsageError("config.json has high_freq_factor = low_freq_factor", remedy="Get an intact model")
+    waves = np.float32(2 * math.pi) / inverse
+    blend = (np.float32(original) / waves - np.float32(low)) / np.float32(high - low)
+    mixed = (1 - blend) * inverse / np.float32(factor) + blend * inverse
+    long, short = waves > original / low, waves < original / high
+    return np.where(long, inverse / np.float32(factor), np.where(short, inverse, mixed)).astype(np.float32)
+
+
+def _yarn(theta: float, rotated: int, context: int, settings: Mapping[str, Any]) -> Rotary:
+    """Dimensions that turn often keep their angles, those that turn rarely are slowed by `factor`."""
+    original = _number(settings, "original_max_position_embeddings")
+    factor = context / original if settings.get("factor") is None else _number(settings, "factor")
+    fast = _number(settings, "beta_fast") if settings.get("beta_fast") else 32.0
+    slow = _number(settings, "beta_slow") if settings.get("beta_slow") else 1.0
+
+    def dimension(turns: float) -> float:
+        return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(fast), dimension(slow)
+    if settings.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(rotated // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = np.float32(1) - np.clip(ramp, 0, 1)
+    powers = np.power(np.float32(theta), np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated))
+    inverse = (1 / (np.float32(factor) * powers)) * (1 - kept) + (1 / powers) * kept
+    return Rotary(inverse.astype(np.float32), _yarn_factor(factor, settings))
+
+
+def _yarn_factor(factor: float, settings: Mapping[str, Any]) -> float:
+    def grown(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if settings.get("attention_factor") is not None:
+        return _number(settings, "attention_factor")
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        return grown(_number(settings, "mscale")) / grown(_number(settings, "mscale_all_dim"))
+    return grown(1.0)
+
+
+def _gguf_rotary(own: Mapping[str, Any], rotated: int, context: int, frequencies: np.ndarray | None) -> Rotary:
+    theta = _number(own, "rope.freq_base") if "rope.freq_base" in own else 10_000.0
+    kind = str(own.get("rope.scaling.type", "none"))
+    settings = {
+        "factor": own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)),
+        "original_max_position_embeddings": own.get("rope.scaling.original_context_length", context),
+        "attention_factor": own.get("rope.scaling.attn_factor"),
+    }
+    if kind == "yarn":
+        found = _yarn(theta, rotated, context, settings)
+    elif kind in ("none", "linear"):
+        found = Rotary(_plain(theta, rotated) / np.float32(_number(settings, "factor") if kind == "linear" else 1.0))
+    else:
+        raise NotNative(f"The native runner does not know the rotary scaling {kind[:40]!r}")
+    if frequencies is None:
+        return found
+    if frequencies.shape != found.inverse.shape or not (frequencies > 0).all():
+        raise UsageError(
+            f"{_GGUF_FREQUENCIES} of shape {frequencies.shape} cannot be right", remedy="Get an intact file"
+        )
+    return Rotary(found.inverse / frequencies, found.factor)
+
+
+# ---- values that a file may lie about ----
+
+
+def _checked(model: LlamaLike) -> LlamaLike:
+    if model.heads % model.kv_heads:
+        raise UsageError(
+            f"{model.heads} heads cannot share {model.kv_heads} heads of keys and values", remedy="Get an intact model"
+        )
+    if not np.isfinite(model.rotary.inverse).all():
+        raise UsageError("The model's rotary frequencies are not finite", remedy="Get an intact model")
+    return model
+
+
+def _size(table: Mapping[str, Any], key: str, limit: int = _MAX) -> int:
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+        raise UsageError(
+            f"The model's configuration has no usable {key} ({str(value)[:40]})",
+            "" if key in table else nearest(key, table)[:200],
+            "Get an intact model",
+        )
+    return value
+
+
+def _number(table: Mapping[str, Any], key: str) -> float:
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UsageError(
+            f"The model's configuration has no usable {key} ({str(value)[:40]})", remedy="Get an intact model"
+        )
+    return float(value)
+
+
+def _flag(table: Mapping[str, Any], key: str) -> bool:
+    value = table.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(f"The model's configuration has {key}={str(value)[:40]}", "it must be true or false")
+    return bool(value)

@@ -1,13 +1,16 @@
 # Every kernel source is compiled once per instruction set, into its own namespace; dispatch.cpp chooses at load time.
 set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp
-    prepare.cpp fp32.cpp bf16.cpp int8.cpp int4.cpp q8_0.cpp q4_0.cpp q4_1.cpp)
+    prepare.cpp fp32.cpp bf16.cpp int8.cpp int4.cpp q8_0.cpp q4_0.cpp q4_1.cpp
+    elementwise.cpp attention.cpp)
 list(TRANSFORM SK_KERNELS PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+# Scores never become codes, so there products may join sums.
+set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attention.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=fast)
 
 function(sk_isa name)
   add_library(sk_${name} OBJECT ${SK_KERNELS})
   target_compile_definitions(sk_${name} PRIVATE ISA=${name})
   # No contraction: a product and a sum round the same way at every level, so activations get the same codes everywhere.
-  target_compile_options(sk_${name} PRIVATE -O3 -ffp-contract=off -fno-exceptions -fno-rtti ${ARGN})
+  target_compile_options(sk_${name} PRIVATE -O3 -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti ${ARGN})
   target_sources(_kernels PRIVATE $<TARGET_OBJECTS:sk_${name}>)
 endfunction()
 

@@ -161,6 +161,30 @@ struct SkOutput {
   int32_t type;
 };
 
+struct SkPageLayout {  // bytes; a page holds one block a kv head, then, where a layer has a window, its tokens' positions
+  int64_t type, head_dim;
+  int64_t value_width;  // head_dim rounded up to whole registers
+  // Of a block: keys [head_dim / 2][SK_PAGE][2] bfloat16 or [head_dim / 4][SK_PAGE][4] int8 come first, then at `values`
+  // [SK_PAGE][value_width], then at `scales`, for int8, float32 [2][SK_PAGE] of keys and values.
+  int64_t values, scales, head_bytes;
+  int64_t positions;  // int32 [SK_PAGE] in a page
+  int64_t bytes;      // of a page, a multiple of 64
+};
+
+struct SkAttention {  // queries of one kv head of one sequence
+  const SkPageLayout* layout;
+  const float* q;  // [count][stride], the heads of the group side by side
+  float* out;      // like q, and may be q
+  int64_t count, stride, group;
+  const uint8_t* head;          // the kv head's block in page 0 of the layer
+  int64_t positions_from_head;  // from a block to the positions of its page
+  const int32_t* table;
+  int64_t context, first;               // slots before the chunk; which of its tokens is the first query
+  const int32_t *parents, *positions;   // of the chunk; parents null: a chain
+  int64_t window;
+  float scale;
+};
+
 #define SK_DECLARE_FORMAT(isa, name) extern const SkFormat name;
 #define SK_DECLARE(isa)                                                                                                      \
   namespace isa {                                                                                                            \
@@ -173,6 +197,17 @@ struct SkOutput {
   /* Tokens begin..end-1 of x [count][x_stride] float32 into `in`, which was laid out for the same kind, cols and group. */  \
   void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_t group, const SkInput& in, int64_t begin, \
                int64_t end);                                                                                                 \
+  void normalize(const float* x, const float* weight, double epsilon, int64_t width, float* y);                              \
+  void rotate(float* head, const float* cosines, const float* sines, int64_t rotary);                                        \
+  /* g = activation(g) * up */                                                                                               \
+  void gate(float* g, const float* up, int64_t width, int64_t activation);                                                   \
+  void scale_add(float* y, const float* x, float scale, int64_t width);                                                      \
+  /* h[begin..end-1] = a @ x; y[begin..end-1] += scale * h @ b */                                                            \
+  void low_rank_in(const SkLowRank& m, int64_t cols, const float* x, float* h, int64_t begin, int64_t end);                  \
+  void low_rank_out(const SkLowRank& m, int64_t rows, const float* h, float scale, float* y, int64_t begin, int64_t end);    \
+  /* Key and value of one token into its slot of a kv head's block. */                                                       \
+  void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v);                       \
+  void attend(const SkAttention& a);                                                                                         \
   }
 SK_DECLARE(base)
 SK_DECLARE(avx2)
@@ -191,6 +226,14 @@ struct SkTable {
   decltype(&base::product_many) product_many;
   decltype(&base::decode_row) decode_row;
   decltype(&base::prepare) prepare;
+  decltype(&base::normalize) normalize;
+  decltype(&base::rotate) rotate;
+  decltype(&base::gate) gate;
+  decltype(&base::scale_add) scale_add;
+  decltype(&base::low_rank_in) low_rank_in;
+  decltype(&base::low_rank_out) low_rank_out;
+  decltype(&base::store) store;
+  decltype(&base::attend) attend;
   const SkFormat* formats[SK_FORMAT_COUNT];
 };
 const SkTable* sk_table();

@@ -1,0 +1,285 @@
+// Attention over pages of keys and values. A register holds the same dimension of many keys, so that scores need no sums
+// across lanes. Keys are taken in spans of SPAN slots counted from slot 0, softmax is exact inside a span, and spans are
+// merged in order: a token's result does not depend on what is computed beside it.
+#include "kernels.h"
+#include "lanes.h"
+#include "number.h"
+
+namespace {
+
+constexpr int64_t SPAN = 256, SPAN_PAGES = SPAN / SK_PAGE;
+constexpr int ROWS = LANES == 16 ? 6 : 4;  // queries together: keys and values are widened once for all of them
+constexpr int KEYS = 2;                    // registers of keys together
+constexpr int WIDE = LANES == 16 ? 4 : 16 / LANES;  // registers of a value together
+constexpr float LOWEST = -1e30f;                    // a maximum of no scores; finite, so that differences are numbers
+constexpr int64_t MOST_DIM = 512;
+
+struct Rows {  // some queries while they pass over the spans
+  alignas(64) float q[(MOST_DIM + 2) * ROWS];  // [head_dim][rows], times scale and log2(e)
+  alignas(64) float score[ROWS][SPAN];     // then the weight of each value
+  alignas(64) int32_t seen[ROWS][SPAN];    // -1 where a key is visible, else 0; filled where slots alone do not tell
+  alignas(64) float sum[ROWS][MOST_DIM];   // of weighted values
+  float highest[ROWS], total[ROWS];
+  int64_t limit[ROWS];  // slots before this one may be visible
+};
+
+struct Span {
+  const uint8_t* heads[SPAN_PAGES];
+  int64_t first, keys;  // slots
+};
+
+template <int R, bool INT8>
+void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
+  const int64_t dims = layout.head_dim;
+  for (int64_t key = 0; key < span.keys; key += KEYS * LANES) {
+    const uint8_t* k[KEYS];
+    for (int v = 0; v < KEYS; ++v) {
+      const int64_t at = key + v * LANES, page = at / SK_PAGE, last = (span.keys - 1) / SK_PAGE;
+      k[v] = span.heads[page < last ? page : last] + at % SK_PAGE * 4;
+    }
+    Floats dot[R][KEYS] = {};
+    const float* q = rows.q;
+    if (!INT8) {
+      for (int64_t d = 0; d < dims; d += 2, q += 2 * R) {
+        Floats even[KEYS], odd[KEYS];
+        for (int v = 0; v < KEYS; ++v) {
+          Words pair;
+          read(k[v] + d * (SK_PAGE * 2), pair);
+          even[v] = Floats(pair << 16);
+          odd[v] = Floats(pair & 0xffff0000u);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < KEYS; ++v) {
+            dot[r][v] += even[v] * q[r];
+            dot[r][v] += odd[v] * q[R + r];
+          }
+      }
+    } else {
+      for (int64_t d = 0; d < dims; d += 4, q += 4 * R) {
+        Floats part[4][KEYS];
+        for (int v = 0; v < KEYS; ++v) {
+          Words four;
+          read(k[v] + d * SK_PAGE, four);
+          for (int i = 0; i < 4; ++i) part[i][v] = __builtin_convertvector(Ints(four << (24 - 8 * i)) >> 24, Floats);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < KEYS; ++v)
+            for (int i = 0; i < 4; ++i) dot[r][v] += part[i][v] * q[i * R + r];
+      }
+      for (int v = 0; v < KEYS; ++v) {
+        Floats scale;
+        read(k[v] + layout.scales, scale);
+        for (int r = 0; r < R; ++r) dot[r][v] *= scale;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < KEYS; ++v) write(rows.score[r] + key + v * LANES, dot[r][v]);
+  }
+}
+
+// Scores of one query become weights relative to the span's highest score; the span joins the running maximum and total.
+// Gives what the earlier sum and this span's values are multiplied with.
+void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool masked, float& before, float& now) {
+  float* score = rows.score[r];
+  const int32_t left = int32_t(rows.limit[r] - span.first < SPAN ? rows.limit[r] - span.first : SPAN);
+  Ints lane;
+  for (int64_t i = 0; i < LANES; ++i) lane[i] = int32_t(i);
+  Floats highest = Floats{} + LOWEST;
+  for (int64_t key = 0; key < span.keys; key += LANES) {
+    Ints visible = lane + int32_t(key) < left, seen;
+    if (masked) {
+      read(rows.seen[r] + key, seen);
+      visible &= seen;
+    }
+    Floats s;
+    read(score + key, s);
+    s = visible ? s : Floats{} - __builtin_inff();
+    highest = s > highest ? s : highest;
+    write(score + key, s);
+  }
+  float top = highest[0];
+  for (int64_t i = 1; i < LANES; ++i) top = highest[i] > top ? highest[i] : top;
+  Floats total[16 / LANES] = {};  // sixteen lanes on every level
+  for (int64_t key = 0; key < span.keys; key += LANES) {
+    Floats s;
+    read(score + key, s);
+    Floats weight = s - top;
+    power_of_two(weight);
+    weight = s == -__builtin_inff() ? Floats{} : weight;
+    total[key / LANES % (16 / LANES)] += weight;
+    if (layout.type) {
+      Floats scale;
+      read(span.heads[key / SK_PAGE] + layout.scales + SK_PAGE * 4 + key % SK_PAGE * 4, scale);
+      weight *= scale;
+    }
+    write(score + key, weight);
+  }
+  float lanes[16], sum = 0;
+  for (int64_t i = 0; i < 16 / LANES; ++i) write(lanes + i * LANES, total[i]);
+  for (int i = 0; i < 16; ++i) sum += lanes[i];
+  const float old = rows.highest[r], joint = top > old ? top : old;
+  Floats both{};
+  both[0] = old - joint;
+  both[1] = top - joint;
+  power_of_two(both);
+  before = both[0];
+  now = both[1];
+  rows.highest[r] = joint;
+  rows.total[r] = rows.total[r] * before + sum * now;
+}
+
+template <int R, int D, bool INT8>
+void values(const SkPageLayout& layout, const Span& span, Rows& rows, int64_t dim, const float* before, const float* now) {
+  Floats sum[R][D] = {};
+  constexpr int64_t size = INT8 ? 1 : 2;
+  const int64_t stride = layout.value_width * size;
+  const int64_t keys = span.keys;
+  for (int64_t first = 0; first < keys; first += SK_PAGE) {
+    const uint8_t* v = span.heads[first / SK_PAGE] + layout.values + dim * size;
+    const int64_t here = keys - first < SK_PAGE ? keys - first : SK_PAGE;
+    const float* weight = rows.score[0] + first;
+    for (int64_t key = 0; key < here; ++key, v += stride, ++weight) {
+      Floats x[D];
+      for (int d = 0; d < D; ++d) {
+        if (!INT8) {
+          read_bfloat16(reinterpret_cast<const uint16_t*>(v) + d * LANES, x[d]);
+        } else {
+          Bytes bytes;
+          read(v + d * LANES, bytes);
+          x[d] = __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        for (int d = 0; d < D; ++d) sum[r][d] += x[d] * weight[r * SPAN];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int d = 0; d < D; ++d) {
+      Floats old;
+      read(rows.sum[r] + dim + d * LANES, old);
+      write(rows.sum[r] + dim + d * LANES, old * before[r] + sum[r][d] * now[r]);
+    }
+}
+
+// Which keys of the span a token sees, for token trees and windows. False when it sees none.
+bool look(const SkAttention& a, const Span& span, int64_t token, int32_t* seen) {
+  const int64_t end = span.first + span.keys, rounded = (span.keys + KEYS * LANES - 1) / (KEYS * LANES) * (KEYS * LANES);
+  for (int64_t key = 0; key < rounded; ++key)
+    seen[key] = span.first + key < (a.parents ? a.context : a.context + token + 1) ? -1 : 0;
+  if (a.parents)
+    for (int64_t at = token; at >= 0; at = a.parents[at]) {
+      const int64_t slot = a.context + at;
+      if (slot >= span.first && slot < end) seen[slot - span.first] = -1;
+    }
+  if (a.window > 0)
+    for (int64_t key = 0; key < span.keys; ++key) {
+      const uint8_t* page = span.heads[key / SK_PAGE] + a.positions_from_head;
+      const int64_t position = reinterpret_cast<const int32_t*>(page)[key % SK_PAGE];
+      if (int64_t(a.positions[token]) - position >= a.window) seen[key] = 0;
+    }
+  int32_t any = 0;
+  for (int64_t key = 0; key < span.keys; ++key) any |= seen[key];
+  return any != 0;
+}
+
+template <int R, bool INT8>
+void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
+  const SkPageLayout& layout = *a.layout;
+  const int64_t dims = layout.head_dim, width = layout.value_width, group = a.group;
+  const bool masked = a.parents || a.window > 0;
+  const float scale = a.scale * 1.44269504f;
+  int64_t most = 0;
+  for (int r = 0; r < R; ++r) {
+    const int64_t token = (row + r) / group;
+    const float* q = a.q + token * a.stride + (row + r) % group * dims;
+    for (int64_t d = 0; d < dims; ++d) rows.q[d * R + r] = q[d] * scale;
+    for (int64_t d = dims; d < dims + 2; ++d) rows.q[d * R + r] = 0;  // int8 keys come in fours
+    for (int64_t d = 0; d < width; ++d) rows.sum[r][d] = 0;
+    rows.highest[r] = LOWEST;
+    rows.total[r] = 0;
+    rows.limit[r] = a.context + a.first + token + 1;
+    most = rows.limit[r] > most ? rows.limit[r] : most;
+  }
+  for (int64_t first = 0; first < most; first += SPAN) {
+    Span span;
+    span.first = first;
+    span.keys = most - first < SPAN ? most - first : SPAN;
+    for (int64_t p = 0; p * SK_PAGE < span.keys; ++p)
+      span.heads[p] = a.head + int64_t(a.table[first / SK_PAGE + p]) * layout.bytes;
+    if (masked) {
+      bool any = false;
+      for (int r = 0; r < R; ++r) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
+      if (!any) continue;
+    }
+    scores<R, INT8>(layout, span, rows);
+    float before[R], now[R];
+    for (int r = 0; r < R; ++r) weigh(layout, span, rows, r, masked, before[r], now[r]);
+    int64_t dim = 0;
+    for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, INT8>(layout, span, rows, dim, before, now);
+    for (; dim < width; dim += LANES) values<R, 1, INT8>(layout, span, rows, dim, before, now);
+  }
+  for (int r = 0; r < R; ++r) {
+    float* out = a.out + (row + r) / group * a.stride + (row + r) % group * dims;
+    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d] / rows.total[r];
+  }
+}
+
+template <bool INT8>
+void all_rows(const SkAttention& a) {
+  Rows rows;
+  const int64_t count = a.count * a.group;
+  for (int64_t row = 0; row < count; row += ROWS) {
+    switch (count - row) {
+      case 1: some_rows<1, INT8>(a, row, rows); break;
+      case 2: some_rows<2, INT8>(a, row, rows); break;
+      case 3: some_rows<3, INT8>(a, row, rows); break;
+      case 4: some_rows<4, INT8>(a, row, rows); break;
+      case 5: some_rows<ROWS < 5 ? ROWS : 5, INT8>(a, row, rows); break;
+      default: some_rows<ROWS, INT8>(a, row, rows);
+    }
+  }
+}
+
+}  // namespace
+
+namespace ISA {
+
+void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v) {
+  const int64_t dims = layout.head_dim, width = layout.value_width;
+  if (layout.type == 0) {
+    uint16_t* keys = reinterpret_cast<uint16_t*>(head) + slot * 2;
+    for (int64_t d = 0; d < dims; ++d) keys[d / 2 * (SK_PAGE * 2) + d % 2] = to_bfloat16(k[d]);
+    uint16_t* value = reinterpret_cast<uint16_t*>(head + layout.values) + slot * width;
+    for (int64_t d = 0; d < width; ++d) value[d] = d < dims ? to_bfloat16(v[d]) : 0;
+    return;
+  }
+  const float* from[2] = {k, v};
+  for (int which = 0; which < 2; ++which) {
+    uint32_t top = 0;  // bits of |x| are ordered like |x|, with infinity and NaN on top
+    for (int64_t d = 0; d < dims; ++d) {
+      const uint32_t bits = as_bits(from[which][d]) & 0x7fffffff;
+      top = bits > top ? bits : top;
+    }
+    const bool usual = top >= 0x03800000 && top < 0x7f800000;  // below 2^-120 the reciprocal overflows: counts as zero
+    const float inverse = usual ? 127.f / as_float(top) : 0.f;
+    const float scale = usual ? as_float(top) / 127.f : top < 0x03800000 ? 0.f : as_float(0x7fc00000);
+    reinterpret_cast<float*>(head + layout.scales)[which * SK_PAGE + slot] = scale;
+    for (int64_t d = 0; d < (which ? width : (dims + 3) / 4 * 4); ++d) {
+      const float x = d < dims && usual ? from[which][d] * inverse + 12582912.f : 0.f;  // the integer in the low bits
+      const int8_t code = int8_t(as_bits(x));
+      if (which)
+        reinterpret_cast<int8_t*>(head + layout.values)[slot * width + d] = code;
+      else
+        reinterpret_cast<int8_t*>(head)[d / 4 * (SK_PAGE * 4) + slot * 4 + d % 4] = code;
+    }
+  }
+}
+
+void attend(const SkAttention& a) { a.layout->type ? all_rows<true>(a) : all_rows<false>(a); }
+
+}  // namespace ISA

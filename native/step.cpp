@@ -1,0 +1,668 @@
+// Layers of a Llama-like model over a ragged batch. A layer is five parallel phases when tokens are few: q, k and v; attention;
+// o; gate and up; down. What lies between them (norms, int8 codes) is then too short to share and the caller does it alone.
+// Every phase splits rows or tokens, never a sum, so results do not depend on the number of threads.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int64_t PART = 256;        // tokens that pass a matrix together; bounds the scratch memory
+constexpr int64_t FEW = 8;           // tokens below which the caller norms and quantizes alone
+constexpr int64_t TOKENS_EACH = 8;   // of a chunk, where tokens are split
+constexpr int64_t QUERIES_EACH = 24; // heads times tokens of an attention chunk
+constexpr int64_t RUN = 32;          // most tokens of a low-rank chunk
+constexpr int64_t MOST_DIM = 512;
+enum Projection { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
+
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(memory); }
+  char* at_least(size_t wanted) {
+    if (wanted > size) {
+      std::free(memory);
+      memory = std::aligned_alloc(64, (wanted + 63) / 64 * 64);
+      size = memory ? wanted : 0;
+    }
+    return static_cast<char*>(memory);
+  }
+};
+thread_local Scratch scratch;
+
+// Hands out pieces of a block of memory; asked twice, first without a block to learn the size.
+struct Pieces {
+  char* memory;
+  size_t used = 0;
+  template <class T>
+  void take(T*& piece, int64_t count) {
+    piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+  }
+};
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct Run {  // neighbouring tokens of one adapter
+  const SkLowRank* adapter;
+  int64_t begin, end;
+};
+
+struct Tile {  // queries of one sequence
+  int64_t sequence, first, count;
+};
+
+struct Job {  // matrices that are multiplied with the same tokens, in one space of rows
+  const SkMatrix* matrix[3];
+  float* y[3];
+  int64_t stride[3];
+  int32_t projection[3];
+  int32_t count;
+  bool add;        // into the residual stream
+  bool gated;      // two matrices whose rows belong together
+  const float* x;  // [tokens][cols]
+  int64_t x_stride;
+  const float* norm;  // applied to x first, or null
+  const SkFormat* format[3];
+  SkInput input[3];
+  int64_t tiles_each;
+};
+
+struct Step {
+  const SkModel* model;
+  const SkCache* cache;
+  const SkBatch* batch;
+  const SkTable* table;
+  int32_t threads;
+  SkPageLayout layout;
+  int64_t q_width, kv_width, rank;  // rank: the highest of the adapters in use, 0 for none
+
+  const SkBlock* block;
+  int64_t layer, begin, count;  // tokens of the present part
+  Job job;
+  int64_t tokens_each;
+  const Tile* first_tile;
+
+  float *q, *k, *v, *out, *normed, *gate, *up, *added, *low;
+  char* input;
+  int32_t* sequence_of;  // [tokens]
+  Run* runs;
+  Tile* tiles;
+  int64_t run_count;
+};
+
+int64_t input_bound(int64_t cols, int64_t count) {
+  const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8, cols, 32, count);
+  return rounded_up(larger(plain, codes), 64);
+}
+
+void lay_out(Step& s, Pieces& pieces) {
+  const SkModel& m = *s.model;
+  const int64_t tokens = s.batch->tokens, part = smaller(tokens, PART), elsewhere = s.batch->attend ? tokens : part;
+  pieces.take(s.q, tokens * s.q_width);
+  pieces.take(s.k, elsewhere * s.kv_width);
+  pieces.take(s.v, elsewhere * s.kv_width);
+  pieces.take(s.out, s.batch->attend ? tokens * s.q_width : 0);
+  pieces.take(s.normed, part * m.hidden);
+  pieces.take(s.gate, part * m.intermediate);
+  pieces.take(s.up, part * m.intermediate);
+  pieces.take(s.added, m.residual_scale == 1 ? 0 : part * m.hidden);
+  pieces.take(s.low, 3 * part * s.rank);
+  pieces.take(s.input, larger(3 * input_bound(m.hidden, part), input_bound(larger(s.q_width, m.intermediate), part)));
+  pieces.take(s.sequence_of, tokens);
+  pieces.take(s.runs, s.rank ? tokens : 0);
+  pieces.take(s.tiles, tokens);
+}
+
+// ---- checks ----
+
+const SkFormat* format_of(const SkTable* table, const SkMatrix& m) {
+  return m.format < 0 || m.format >= SK_FORMAT_COUNT ? nullptr : table->formats[m.format];
+}
+
+bool fits(const SkTable* table, const SkMatrix& m, int64_t rows, int64_t cols) {
+  const SkFormat* f = format_of(table, m);
+  return f && m.data && m.rows == rows && m.cols == cols && f->packed_size(rows, cols, m.group) >= 0;
+}
+
+bool page_layout(const SkModel& m, int64_t type, SkPageLayout& out) {
+  if (type < 0 || type > 1 || m.layers < 1 || !m.blocks) return false;
+  if (m.head_dim < 2 || m.head_dim > MOST_DIM || m.head_dim % 2 || m.kv_heads < 1 || m.kv_heads > 65536) return false;
+  bool window = false;
+  for (int64_t l = 0; l < m.layers; ++l) window |= m.blocks[l].window > 0;
+  out.type = type;
+  out.head_dim = m.head_dim;
+  out.value_width = rounded_up(m.head_dim, 16);
+  out.values = type ? rounded_up(m.head_dim, 4) * SK_PAGE : m.head_dim * SK_PAGE * 2;
+  out.scales = out.values + out.value_width * SK_PAGE * (type ? 1 : 2);
+  out.head_bytes = out.scales + (type ? 2 * SK_PAGE * 4 : 0);
+  out.positions = out.head_bytes * m.kv_heads;
+  out.bytes = out.positions + (window ? SK_PAGE * 4 : 0);
+  return true;
+}
+
+bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t last) {
+  if (m.hidden < 1 || m.intermediate < 1 || m.vocab < 1 || m.heads < 1 || m.heads > 65536 || m.heads % m.kv_heads) return false;
+  if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_dim || (m.rotary && (!m.cosines || !m.sines))) return false;
+  if (m.activation < 0 || m.activation > 1) return false;
+  const int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  for (int64_t l = first; l < last; ++l) {
+    const SkBlock& b = m.blocks[l];
+    if (!b.attention_norm || !b.mlp_norm) return false;
+    if (!fits(table, b.q, q, m.hidden) || !fits(table, b.k, kv, m.hidden) || !fits(table, b.v, kv, m.hidden)) return false;
+    if (!fits(table, b.gate, m.intermediate, m.hidden) || !fits(table, b.up, m.intermediate, m.hidden)) return false;
+    if (!fits(table, b.o, m.hidden, q) || !fits(table, b.down, m.hidden, m.intermediate)) return false;
+  }
+  return true;
+}
+
+bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, int64_t page_bytes) {
+  if (b.tokens < 0 || b.sequences < 0 || b.tokens > INT32_MAX || !b.hidden) return false;
+  if (b.starts[0] != 0 || b.starts[b.sequences] != b.tokens) return false;
+  const bool from_ids = b.first_layer == 0 && !b.from_hidden;
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    if (from_ids && (b.ids[t] < 0 || b.ids[t] >= m.vocab)) return false;
+    if (b.positions[t] < 0 || (m.rotary && b.positions[t] >= m.positions)) return false;
+  }
+  for (int64_t s = 0; s < b.sequences; ++s) {
+    const int64_t begin = b.starts[s], end = b.starts[s + 1];
+    if (begin < 0 || end < begin || end > b.tokens) return false;
+    if (b.parents)
+      for (int64_t t = begin; t < end; ++t)
+        if (b.parents[t] < -1 || b.parents[t] >= t - begin) return false;
+    if (b.attend || end == begin) continue;
+    if (b.contexts[s] < 0) return false;
+    const int64_t pages = (int64_t(b.contexts[s]) + end - begin + SK_PAGE - 1) / SK_PAGE;
+    if (pages > b.table_stride) return false;
+    for (int64_t p = 0; p < pages; ++p) {
+      const int32_t page = b.tables[s * b.table_stride + p];
+      if (page < 0 || page >= cache->pages) return false;
+    }
+  }
+  return b.attend || (cache && cache->data && cache->page_bytes == page_bytes);
+}
+
+// The highest rank of the adapters in use, -1 when one of them does not exist.
+int64_t highest_rank(const SkBatch& b) {
+  int64_t rank = 0;
+  if (!b.adapters) return 0;
+  int32_t known = -1;
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    const int32_t adapter = b.adapters[t];
+    if (adapter == -1 || adapter == known) continue;
+    if (adapter < 0 || adapter >= b.adapter_count || !b.low_rank || !b.low_rank[adapter]) return -1;
+    const SkLowRank* parts = b.low_rank[adapter];
+    for (int64_t i = b.first_layer * PROJECTIONS; i < b.last_layer * PROJECTIONS; ++i) {
+      if (parts[i].rank < 0 || parts[i].rank > 65536 || (parts[i].rank && (!parts[i].a || !parts[i].b))) return -1;
+      rank = larger(rank, parts[i].rank);
+    }
+    known = adapter;
+  }
+  return rank;
+}
+
+// ---- matrices ----
+
+// Part of a token range that a chunk of the present phase takes.
+bool chunk_tokens(const Step& s, int64_t chunk, int64_t& begin, int64_t& end) {
+  begin = chunk * s.tokens_each;
+  end = smaller(begin + s.tokens_each, s.count);
+  return begin < end;
+}
+
+void prepare_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const Job& j = s.job;
+  int64_t begin, end;
+  chunk_tokens(s, chunk, begin, end);
+  const float* x = j.x;
+  int64_t stride = j.x_stride;
+  if (j.norm) {
+    for (int64_t t = begin; t < end; ++t)
+      s.table->normalize(x + t * stride, j.norm, s.model->epsilon, j.matrix[0]->cols, s.normed + t * j.matrix[0]->cols);
+    x = s.normed;
+    stride = j.matrix[0]->cols;
+  }
+  for (int32_t i = 0; i < j.count; ++i) {
+    bool known = false;
+    for (int32_t before = 0; before < i; ++before) known |= j.input[before].rows == j.input[i].rows;
+    if (!known) s.table->prepare(x, stride, j.matrix[i]->cols, j.format[i]->kind, j.matrix[i]->group, j.input[i], begin, end);
+  }
+}
+
+const SkLowRank& low_rank(const Step& s, const Run& run, int32_t projection) {
+  return run.adapter[s.layer * PROJECTIONS + projection];
+}
+
+float* low_row(const Step& s, int32_t matrix, int64_t token) {
+  return s.low + (matrix * smaller(s.batch->tokens, PART) + token) * s.rank;
+}
+
+// The tokens of a run that lie in the present part, counted from its beginning.
+bool clip(const Step& s, const Run& run, int64_t& begin, int64_t& end) {
+  begin = larger(run.begin, s.begin) - s.begin;
+  end = smaller(run.end, s.begin + s.count) - s.begin;
+  return begin < end;
+}
+
+void low_rank_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const Job& j = s.job;
+  const int32_t i = int32_t(chunk % j.count);
+  const Run& run = s.runs[chunk / j.count];
+  const SkLowRank& m = low_rank(s, run, j.projection[i]);
+  const int64_t cols = j.matrix[i]->cols;
+  const float* x = j.norm ? s.normed : j.x;
+  const int64_t stride = j.norm ? cols : j.x_stride;
+  int64_t begin, end;
+  if (m.rank == 0 || !clip(s, run, begin, end)) return;
+  for (int64_t t = begin; t < end; ++t) s.table->low_rank_in(m, cols, x + t * stride, low_row(s, i, t), 0, m.rank);
+}
+
+void multiply(const Step& s, int32_t i, int64_t begin, int64_t end) {
+  const Job& j = s.job;
+  const SkMatrix& m = *j.matrix[i];
+  const float scale = float(s.model->residual_scale);
+  const bool aside = j.add && s.added;
+  float* y = aside ? s.added : j.y[i];
+  j.format[i]->product(m, j.input[i], y, j.stride[i], j.add && !aside, begin, end);
+  if (aside)
+    for (int64_t t = 0; t < s.count; ++t)
+      s.table->scale_add(j.y[i] + t * j.stride[i] + begin, y + t * j.stride[i] + begin, scale, end - begin);
+  for (int64_t r = 0; r < s.run_count; ++r) {
+    const SkLowRank& low = low_rank(s, s.runs[r], j.projection[i]);
+    int64_t first, last;
+    if (low.rank == 0 || !clip(s, s.runs[r], first, last)) continue;
+    for (int64_t t = first; t < last; ++t)
+      s.table->low_rank_out(low, m.rows, low_row(s, i, t), j.add ? scale : 1.f, j.y[i] + t * j.stride[i], begin, end);
+  }
+}
+
+void product_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const Job& j = s.job;
+  int64_t begin = chunk * j.tiles_each * SK_TILE, end = begin + j.tiles_each * SK_TILE;
+  if (j.gated) {
+    end = smaller(end, j.matrix[0]->rows);
+    multiply(s, 0, begin, end);
+    multiply(s, 1, begin, end);
+    for (int64_t t = 0; t < s.count; ++t)
+      s.table->gate(j.y[0] + t * j.stride[0] + begin, j.y[1] + t * j.stride[1] + begin, end - begin, s.model->activation);
+    return;
+  }
+  for (int32_t i = 0; i < j.count && end > 0; ++i) {
+    const int64_t rows = j.matrix[i]->rows, padded = rounded_up(rows, SK_TILE);
+    if (begin < rows) multiply(s, i, larger(begin, 0), smaller(end, rows));
+    begin -= padded;
+    end -= padded;
+  }
+}
+
+void run_job(Step& s) {
+  Job& j = s.job;
+  char* memory = s.input;
+  int64_t tiles = 0;
+  for (int32_t i = 0; i < j.count; ++i) {
+    const SkMatrix& m = *j.matrix[i];
+    j.format[i] = format_of(s.table, m);
+    if (!j.gated || i == 0) tiles += (m.rows + SK_TILE - 1) / SK_TILE;
+    bool known = false;
+    for (int32_t before = 0; before < i && !known; ++before) {
+      known = j.format[before]->kind == j.format[i]->kind && (j.format[i]->kind != SK_Q8 || j.matrix[before]->group == m.group);
+      if (known) j.input[i] = j.input[before];
+    }
+    if (known) continue;
+    j.input[i] = sk_input(memory, j.format[i]->kind, m.cols, m.group, s.count);
+    memory += rounded_up(sk_input_size(j.format[i]->kind, m.cols, m.group, s.count), 64);
+  }
+  s.tokens_each = s.count <= FEW || s.threads <= 1 ? s.count : TOKENS_EACH;
+  sk_parallel(prepare_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
+  if (s.run_count) sk_parallel(low_rank_chunk, &s, s.run_count * j.count, s.threads);
+  // Several chunks a thread, so that one which is held up does not hold up the step.
+  const int64_t wanted = s.threads > 1 ? int64_t(s.threads) * 4 : 1;
+  j.tiles_each = (tiles + wanted - 1) / wanted;
+  sk_parallel(product_chunk, &s, (tiles + j.tiles_each - 1) / j.tiles_each, s.threads);
+}
+
+// ---- attention ----
+
+uint8_t* block_of(const Step& s, int64_t page, int64_t head) {
+  return static_cast<uint8_t*>(s.cache->data) + (s.layer * s.cache->pages + page) * s.layout.bytes + head * s.layout.head_bytes;
+}
+
+// Norms, rotates and stores heads of one token of the part: those of kv heads begin..end-1.
+void place(const Step& s, int64_t token, int64_t begin, int64_t end) {
+  const SkModel& m = *s.model;
+  const SkBatch& b = *s.batch;
+  const int64_t at = s.begin + token, group = m.heads / m.kv_heads, dim = m.head_dim;
+  const int64_t own = b.attend ? at : token;  // k and v are kept for all tokens only where attention is computed elsewhere
+  const int64_t sequence = s.sequence_of[at], slot = b.attend ? 0 : b.contexts[sequence] + at - b.starts[sequence];
+  const int64_t page = b.attend ? 0 : b.tables[sequence * b.table_stride + slot / SK_PAGE];
+  const bool rotated = s.block->rotate && m.rotary;
+  const float* cosines = rotated ? m.cosines + b.positions[at] * (m.rotary / 2) : nullptr;
+  const float* sines = rotated ? m.sines + b.positions[at] * (m.rotary / 2) : nullptr;
+  for (int64_t h = begin * group; h < end * group; ++h) {
+    float* q = s.q + at * s.q_width + h * dim;
+    if (s.block->q_norm) s.table->normalize(q, s.block->q_norm, m.epsilon, dim, q);
+    if (rotated) s.table->rotate(q, cosines, sines, m.rotary);
+  }
+  for (int64_t h = begin; h < end; ++h) {
+    float* k = s.k + own * s.kv_width + h * dim;
+    if (s.block->k_norm) s.table->normalize(k, s.block->k_norm, m.epsilon, dim, k);
+    if (rotated) s.table->rotate(k, cosines, sines, m.rotary);
+    if (b.attend) continue;
+    s.table->store(s.layout, block_of(s, page, h), slot % SK_PAGE, k, s.v + own * s.kv_width + h * dim);
+  }
+  if (begin == 0 && !b.attend && s.layout.bytes > s.layout.positions)
+    reinterpret_cast<int32_t*>(block_of(s, page, 0) + s.layout.positions)[slot % SK_PAGE] = b.positions[at];
+}
+
+void place_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  int64_t begin, end;
+  chunk_tokens(s, chunk, begin, end);
+  for (int64_t t = begin; t < end; ++t) place(s, t, 0, s.model->kv_heads);
+}
+
+void attend_tile(const Step& s, const Tile& tile, int64_t head) {
+  const SkModel& m = *s.model;
+  const SkBatch& b = *s.batch;
+  const int64_t start = b.starts[tile.sequence], group = m.heads / m.kv_heads;
+  float* q = s.q + (start + tile.first) * s.q_width + head * group * m.head_dim;
+  SkAttention a;
+  a.layout = &s.layout;
+  a.q = q;
+  a.out = q;
+  a.count = tile.count;
+  a.stride = s.q_width;
+  a.group = group;
+  a.head = block_of(s, 0, head);
+  a.positions_from_head = s.layout.positions - head * s.layout.head_bytes;
+  a.table = b.tables + tile.sequence * b.table_stride;
+  a.context = b.contexts[tile.sequence];
+  a.first = tile.first;
+  a.parents = b.parents ? b.parents + start : nullptr;
+  a.positions = b.positions + start;
+  a.window = s.block->window;
+  a.scale = float(m.attention_scale);
+  s.table->attend(a);
+}
+
+void attend_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  attend_tile(s, s.first_tile[chunk / s.model->kv_heads], chunk % s.model->kv_heads);
+}
+
+// A single short sequence: each kv head is placed and attended by one chunk. Other batches may share pages between
+// sequences, so there everything is placed first.
+void whole_head_chunk(void* context, int64_t head) {
+  const Step& s = *static_cast<Step*>(context);
+  for (int64_t t = 0; t < s.count; ++t) place(s, t, head, head + 1);
+  const Tile tile{s.sequence_of[0], 0, s.count};
+  attend_tile(s, tile, head);
+}
+
+// ---- a layer ----
+
+void project(Step& s) {
+  const SkBlock& b = *s.block;
+  const int64_t own = s.batch->attend ? s.begin : 0;
+  s.job = Job{};
+  s.job.count = 3;
+  const SkMatrix* matrices[3] = {&b.q, &b.k, &b.v};
+  float* y[3] = {s.q + s.begin * s.q_width, s.k + own * s.kv_width, s.v + own * s.kv_width};
+  for (int32_t i = 0; i < 3; ++i) {
+    s.job.matrix[i] = matrices[i];
+    s.job.y[i] = y[i];
+    s.job.stride[i] = matrices[i]->rows;
+    s.job.projection[i] = Q + i;
+  }
+  s.job.x = s.batch->hidden + s.begin * s.model->hidden;
+  s.job.x_stride = s.model->hidden;
+  s.job.norm = b.attention_norm;
+  run_job(s);
+}
+
+void add_to_hidden(Step& s, const SkMatrix& matrix, Projection projection, const float* x) {
+  s.job = Job{};
+  s.job.count = 1;
+  s.job.matrix[0] = &matrix;
+  s.job.y[0] = s.batch->hidden + s.begin * s.model->hidden;
+  s.job.stride[0] = s.model->hidden;
+  s.job.projection[0] = projection;
+  s.job.add = true;
+  s.job.x = x;
+  s.job.x_stride = matrix.cols;
+  run_job(s);
+}
+
+void feed_forward(Step& s) {
+  const SkBlock& b = *s.block;
+  s.job = Job{};
+  s.job.count = 2;
+  s.job.gated = true;
+  const SkMatrix* matrices[2] = {&b.gate, &b.up};
+  float* y[2] = {s.gate, s.up};
+  for (int32_t i = 0; i < 2; ++i) {
+    s.job.matrix[i] = matrices[i];
+    s.job.y[i] = y[i];
+    s.job.stride[i] = s.model->intermediate;
+    s.job.projection[i] = GATE + i;
+  }
+  s.job.x = s.batch->hidden + s.begin * s.model->hidden;
+  s.job.x_stride = s.model->hidden;
+  s.job.norm = b.mlp_norm;
+  run_job(s);
+  add_to_hidden(s, b.down, DOWN, s.gate);
+}
+
+template <class Work>
+void each_part(Step& s, Work work) {
+  for (s.begin = 0; s.begin < s.batch->tokens; s.begin += PART) {
+    s.count = smaller(s.batch->tokens - s.begin, PART);
+    work();
+  }
+}
+
+void run_layer(Step& s) {
+  const SkBatch& b = *s.batch;
+  const int64_t kv_heads = s.model->kv_heads;
+  const bool single = b.tokens <= FEW && s.sequence_of[0] == s.sequence_of[b.tokens - 1] && !b.attend;
+  each_part(s, [&] {
+    project(s);
+    if (single) return;
+    s.tokens_each = s.threads <= 1 ? s.count : smaller(TOKENS_EACH, (s.count + s.threads - 1) / s.threads);
+    sk_parallel(place_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
+  });
+  if (b.attend) b.attend(s.layer, s.q, s.k, s.v, s.out);
+  const Tile* tile = s.tiles;
+  each_part(s, [&] {
+    if (single) {
+      sk_parallel(whole_head_chunk, &s, kv_heads, s.threads);
+    } else if (!b.attend) {
+      s.first_tile = tile;
+      int64_t tokens = 0;
+      for (; tokens < s.count; ++tile) tokens += tile->count;
+      sk_parallel(attend_chunk, &s, (tile - s.first_tile) * kv_heads, s.threads);
+    }
+    add_to_hidden(s, s.block->o, O, (b.attend ? s.out : s.q) + s.begin * s.q_width);
+    feed_forward(s);
+  });
+}
+
+void embed_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const SkModel& m = *s.model;
+  const SkFormat* f = format_of(s.table, *m.embedding);
+  const int64_t begin = chunk * s.tokens_each, end = smaller(begin + s.tokens_each, s.batch->tokens);
+  const float scale = float(m.embedding_scale);
+  for (int64_t t = begin; t < end; ++t) {
+    float* row = s.batch->hidden + t * m.hidden;
+    f->row(*m.embedding, s.batch->ids[t], row);
+    if (scale != 1)
+      for (int64_t i = 0; i < m.hidden; ++i) row[i] *= scale;
+  }
+}
+
+// Which sequence a token belongs to, runs of adapters, and queries that are attended together, none across two parts.
+void divide(Step& s) {
+  const SkBatch& b = *s.batch;
+  const int64_t most = larger(1, QUERIES_EACH / (s.model->heads / s.model->kv_heads));
+  Tile* tile = s.tiles;
+  for (int64_t q = 0; q < b.sequences; ++q) {
+    for (int64_t t = b.starts[q]; t < b.starts[q + 1]; ++t) s.sequence_of[t] = int32_t(q);
+    for (int64_t t = b.starts[q]; t < b.starts[q + 1];) {
+      const int64_t end = smaller(smaller(t + most, b.starts[q + 1]), (t / PART + 1) * PART);
+      *tile++ = {q, t - b.starts[q], end - t};
+      t = end;
+    }
+  }
+  s.run_count = 0;
+  if (!s.rank) return;
+  for (int64_t t = 0; t < b.tokens;) {
+    int64_t end = t + 1;
+    while (end < b.tokens && end < t + RUN && b.adapters[end] == b.adapters[t]) ++end;
+    if (b.adapters[t] >= 0) s.runs[s.run_count++] = {b.low_rank[b.adapters[t]], t, end};
+    t = end;
+  }
+}
+
+struct Head {
+  const SkModel* model;
+  const SkTable* table;
+  const SkFormat* format;
+  const float* hidden;
+  const int32_t* rows;
+  float *normed, *logits;
+  SkInput input;
+  int64_t first, tokens_each, tiles_each;
+};
+
+void head_prepare_chunk(void* context, int64_t chunk) {
+  const Head& h = *static_cast<Head*>(context);
+  const SkModel& m = *h.model;
+  const int64_t begin = chunk * h.tokens_each, end = smaller(begin + h.tokens_each, h.input.count);
+  for (int64_t t = begin; t < end; ++t)
+    h.table->normalize(h.hidden + h.rows[h.first + t] * m.hidden, m.final_norm, m.epsilon, m.hidden, h.normed + t * m.hidden);
+  if (h.format) h.table->prepare(h.normed, m.hidden, m.hidden, h.format->kind, m.head->group, h.input, begin, end);
+}
+
+void head_product_chunk(void* context, int64_t chunk) {
+  const Head& h = *static_cast<Head*>(context);
+  const int64_t vocab = h.model->vocab, begin = chunk * h.tiles_each * SK_TILE;
+  const int64_t end = smaller(begin + h.tiles_each * SK_TILE, vocab);
+  h.format->product(*h.model->head, h.input, h.logits, vocab, false, begin, end);
+  const float scale = float(h.model->logit_scale);
+  if (scale != 1)
+    for (int64_t t = 0; t < h.input.count; ++t)
+      for (int64_t r = begin; r < end; ++r) h.logits[t * vocab + r] *= scale;
+}
+
+}  // namespace
+
+int64_t sk_page_bytes(const SkModel* model, int64_t type) {
+  SkPageLayout layout;
+  return page_layout(*model, type, layout) ? layout.bytes : -1;
+}
+
+int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch, int32_t threads) {
+  Step s{};
+  s.model = model;
+  s.cache = cache;
+  s.batch = batch;
+  s.table = sk_table();
+  s.threads = threads;
+  if (!page_layout(*model, cache ? cache->type : 0, s.layout)) return 1;
+  if (batch->first_layer < 0 || batch->last_layer > model->layers || batch->first_layer > batch->last_layer) return 1;
+  if (!model_holds(s.table, *model, batch->first_layer, batch->last_layer)) return 1;
+  if (batch->first_layer == 0 && !batch->from_hidden &&
+      (!model->embedding || !fits(s.table, *model->embedding, model->vocab, model->hidden)))
+    return 1;
+  if (!batch_holds(*model, cache, *batch, s.layout.bytes)) return 1;
+  s.rank = highest_rank(*batch);
+  if (s.rank < 0) return 1;
+  if (batch->tokens == 0) return 0;
+  s.q_width = model->heads * model->head_dim;
+  s.kv_width = model->kv_heads * model->head_dim;
+  Pieces sizes{nullptr};
+  lay_out(s, sizes);
+  char* memory = scratch.at_least(sizes.used);
+  if (!memory) return 2;
+  Pieces pieces{memory};
+  lay_out(s, pieces);
+  if (model->residual_scale == 1) s.added = nullptr;
+  divide(s);
+  if (batch->first_layer == 0 && !batch->from_hidden) {
+    s.tokens_each = batch->tokens <= FEW ? batch->tokens : TOKENS_EACH;
+    sk_parallel(embed_chunk, &s, (batch->tokens + s.tokens_each - 1) / s.tokens_each, threads);
+  }
+  for (s.layer = batch->first_layer; s.layer < batch->last_layer; ++s.layer) {
+    s.block = model->blocks + s.layer;
+    run_layer(s);
+  }
+  return 0;
+}
+
+int32_t sk_logits(const SkModel* model, const void* hidden, const int32_t* rows, int64_t count, void* logits, void* normed, int32_t threads) {
+  const SkTable* table = sk_table();
+  if (count < 0 || model->hidden < 1 || model->vocab < 1 || !model->final_norm || !hidden) return 1;
+  if (logits && (!model->head || !fits(table, *model->head, model->vocab, model->hidden))) return 1;
+  for (int64_t i = 0; i < count; ++i)
+    if (rows[i] < 0) return 1;
+  Head h{};
+  h.model = model;
+  h.table = table;
+  h.format = logits ? format_of(table, *model->head) : nullptr;
+  h.hidden = static_cast<const float*>(hidden);
+  h.rows = rows;
+  const int64_t part = smaller(count, PART), input_bytes = input_bound(model->hidden, part);
+  char* memory = scratch.at_least(size_t(input_bytes + part * model->hidden * 4));
+  if (!memory) return 2;
+  float* own = reinterpret_cast<float*>(memory + input_bytes);
+  for (h.first = 0; h.first < count; h.first += PART) {
+    const int64_t here = smaller(count - h.first, PART);
+    h.normed = normed ? static_cast<float*>(normed) + h.first * model->hidden : own;
+    h.input.count = here;
+    if (logits) h.input = sk_input(memory, h.format->kind, model->hidden, model->head->group, here);
+    h.tokens_each = here <= FEW || threads <= 1 ? here : TOKENS_EACH;
+    sk_parallel(head_prepare_chunk, &h, (here + h.tokens_each - 1) / h.tokens_each, threads);
+    if (!logits) continue;
+    h.logits = static_cast<float*>(logits) + h.first * model->vocab;
+    const int64_t tiles = (model->vocab + SK_TILE - 1) / SK_TILE, wanted = threads > 1 ? int64_t(threads) * 8 : 1;
+    h.tiles_each = (tiles + wanted - 1) / wanted;
+    sk_parallel(head_product_chunk, &h, (tiles + h.tiles_each - 1) / h.tiles_each, threads);
+  }
+  return 0;
+}
+
+int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table, const int32_t* from, const int32_t* to, int64_t count) {
+  SkPageLayout layout;
+  if (!page_layout(*model, cache->type, layout) || cache->page_bytes != layout.bytes || !cache->data) return 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (from[i] < 0 || to[i] < 0) return 1;
+    const int32_t source = table[from[i] / SK_PAGE], target = table[to[i] / SK_PAGE];
+    if (source < 0 || source >= cache->pages || target < 0 || target >= cache->pages) return 1;
+  }
+  const int64_t size = layout.type ? 1 : 2, pieces = layout.type ? rounded_up(layout.head_dim, 4) / 4 : layout.head_dim / 2;
+  for (int64_t l = 0; l < model->layers; ++l)
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t* pages = static_cast<uint8_t*>(cache->data) + l * cache->pages * layout.bytes;
+      uint8_t* source = pages + table[from[i] / SK_PAGE] * layout.bytes;
+      uint8_t* target = pages + table[to[i] / SK_PAGE] * layout.bytes;
+      const int64_t a = from[i] % SK_PAGE, b = to[i] % SK_PAGE, width = layout.value_width * size;
+      for (int64_t h = 0; h < model->kv_heads; ++h) {
+        uint8_t *x = source + h * layout.head_bytes, *y = target + h * layout.head_bytes;
+        for (int64_t p = 0; p < pieces; ++p) std::memmove(y + p * 64 + b * 4, x + p * 64 + a * 4, 4);
+        std::memmove(y + layout.values + b * width, x + layout.values + a * width, size_t(width));
+        if (layout.type)
+          for (int64_t which = 0; which < 2; ++which)
+            std::memmove(y + layout.scales + (which * SK_PAGE + b) * 4, x + layout.scales + (which * SK_PAGE + a) * 4, 4);
+      }
+      if (layout.bytes > layout.positions)
+        std::memmove(target + layout.positions + b * 4, source + layout.positions + a * 4, 4);
+    }
+  return 0;
+}

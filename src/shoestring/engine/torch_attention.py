@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class _Group:
     slots: torch.Tensor
     allowed: torch.Tensor
     own: torch.Tensor
-    masks: dict[Any, torch.Tensor | None]
+    masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, init=False)
 
     def mask(self, law: Callable[..., Any] | None, repeat: int, positions: torch.Tensor | None) -> torch.Tensor | None:
         """[sequences, 1, repeat * new, length] under a layer's law, or None where everything is seen.
@@ -137,7 +137,7 @@ class Pass:
             parents = None if batch.parents is None else batch.parents[rows[i, 0] : rows[i, 0] + count]
             allowed[i, :, context : context + count] = _ancestors(parents, count)
         own = contexts[:, None] + np.arange(count)
-        return _Group(*(torch.from_numpy(array).to(device) for array in (rows, slots, allowed, own)), masks={})
+        return _Group(*(torch.from_numpy(array).to(device) for array in (rows, slots, allowed, own)))
 
 
 class Attention:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shoestring.core.errors import ShoestringError, UsageError, nearest
+from shoestring.core.ledger import Stage
 from shoestring.engine.blocks import BlockPool
 from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
@@ -152,7 +153,7 @@ class Engine:
         self._works: dict[Answer, _Work] = {}
         self._requests: dict[str, list[Answer]] = {}
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
-        self._ended: deque[Delta] = deque()
+        self._deltas: deque[Delta] = deque()
         self._totals: dict[str, Any] = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "draft_tokens",
              "accepted_draft_tokens", "preemptions", "filler_tokens", "steps", "cache_bytes_peak"), 0
@@ -229,7 +230,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to compute and nothing to report."""
-        return not (self._works or self._ended)
+        return not (self._works or self._deltas)
 
     # ---- the step ----
 
@@ -241,8 +242,8 @@ class Engine:
         outcomes = self._run(plan, began)
         self._settle(outcomes)
         self._fill(plan)
-        deltas = list(self._ended)
-        self._ended.clear()
+        deltas = list(self._deltas)
+        self._deltas.clear()
         return deltas
 
     def _run(self, plan: Plan, began: float) -> list[Outcome]:
@@ -281,7 +282,7 @@ class Engine:
             if not outcome.choices:
                 self.scheduler.settle(outcome.chunk, [], 0)
                 if outcome.prompt:
-                    self._ended.append(self._delta(work, (), "", prompt_logprobs=outcome.prompt))
+                    self._deltas.append(self._delta(work, (), "", prompt_logprobs=outcome.prompt))
                 continue
             self.scheduler.settle(outcome.chunk, [c.token for c in outcome.choices], outcome.accepted)
             self._siblings(work, outcome, now)
@@ -309,7 +310,7 @@ class Engine:
         if stopped.finished:
             self._end(work, stopped.finished, delta, stop_reason=stopped.stop_reason)
         else:
-            self._ended.append(delta)
+            self._deltas.append(delta)
 
     def _siblings(self, work: _Work, outcome: Outcome, now: float) -> None:
         """Begin the request's further answers: they share the pages of the prompt that has just been computed."""
@@ -351,7 +352,7 @@ class Engine:
             del self._requests[sequence.request.id]
         self._finished[reason] = self._finished.get(reason, 0) + 1
         delta = delta or self._delta(work, (), work.stop.flush())
-        self._ended.append(replace(delta, finish_reason=reason, error=error, stop_reason=stop_reason))
+        self._deltas.append(replace(delta, finish_reason=reason, error=error, stop_reason=stop_reason))
         for name in [n for n in self._leaving if not self._uses(n)]:
             self._forget(name)
 
@@ -509,6 +510,16 @@ class Engine:
             finished=dict(self._finished),
             **self._totals,
         )
+
+    def account(self, stage: Stage) -> None:
+        """Record in a ledger's stage what this engine has computed and holds. Bytes are exact, of pages and weights."""
+        counts = self.counts()
+        stage.record("tokens", counts.generation_tokens, "token", "counted", "answers")
+        stage.record("prompt_tokens", counts.prompt_tokens, "token", "counted", "prompts")
+        stage.record("steps", counts.steps, "step", "counted")
+        stage.record("weight_bytes", counts.weight_bytes, "B", "counted", "weights as they are computed with")
+        stage.record("cache_bytes", counts.cache_bytes_peak, "B", "counted", "most pages of keys and values in use")
+        stage.record("cache_bytes_limit", counts.cache_bytes_limit, "B", "counted", "pages there are")
 
     def close(self) -> None:
         """Free the model. The engine cannot be used any more."""

@@ -7,12 +7,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shoestring.core.errors import ShoestringError, UsageError, nearest
-from shoestring.core.ledger import Stage
 from shoestring.engine.blocks import BlockPool
 from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
@@ -26,6 +25,9 @@ from shoestring.engine.scheduler import Plan, Scheduler
 from shoestring.engine.sequence import Sequence as Answer
 from shoestring.engine.stopping import TextStop
 from shoestring.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from shoestring.core.ledger import Stage
 
 Prompt = str | list[int] | list[dict[str, Any]]
 _DRAFT = 16  # nodes a drafter may propose at most

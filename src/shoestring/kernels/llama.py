@@ -1,0 +1,463 @@
+"""The fused step of a Llama-like model on the native kernels: numpy arrays in and out, no torch.
+
+`Llama` holds the weights, `Cache` the pages, `Adapter` low-rank additions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoestring.core.errors import DoesNotFit, UsageError
+from shoestring.kernels.matrix import Matrix, SkMatrix, library
+
+PAGE = 16  # tokens; SK_PAGE of native/kernels.h
+CACHE_TYPES = ("bf16", "int8")
+ACTIVATIONS = ("silu", "gelu_tanh")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+MOST_HEAD_DIM = 512
+
+# (layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]) -> [tokens, heads, head_dim], all float32.
+Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class Batch(Protocol):
+    """What a step reads of a ragged batch; `engine.runner.Batch` says what it means. Arrays are contiguous int32."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def starts(self) -> np.ndarray: ...
+    @property
+    def contexts(self) -> np.ndarray: ...
+    @property
+    def tables(self) -> np.ndarray: ...
+    @property
+    def parents(self) -> np.ndarray | None: ...
+    @property
+    def adapters(self) -> np.ndarray | None: ...
+
+
+_Address, _Count, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class _SkBlock(ctypes.Structure):
+    _fields_ = [
+        *((name, SkMatrix) for name in PROJECTIONS),
+        *((name, _Address) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("rotate", _Count),
+        ("window", _Count),
+    ]
+
+
+class _SkModel(ctypes.Structure):
+    _fields_ = [
+        *((n, _Count) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")),
+        *((name, _Count) for name in ("rotary", "positions", "activation")),
+        *((n, _Real) for n in ("epsilon", "attention_scale", "embedding_scale", "residual_scale", "logit_scale")),
+        *((name, _Address) for name in ("blocks", "embedding", "head", "final_norm", "cosines", "sines")),
+    ]
+
+
+class _SkCache(ctypes.Structure):
+    _fields_ = [("data", _Address), ("pages", _Count), ("page_bytes", _Count), ("type", _Count)]
+
+
+class _SkLowRank(ctypes.Structure):
+    _fields_ = [("a", _Address), ("b", _Address), ("rank", _Count)]
+
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+_SkAttend = ctypes.CFUNCTYPE(None, ctypes.c_int64, _FLOATS, _FLOATS, _FLOATS, _FLOATS)
+
+
+class _SkBatch(ctypes.Structure):
+    _fields_ = [
+        *((name, _Count) for name in ("tokens", "sequences", "table_stride", "first_layer", "last_layer")),
+        *(
+            (n, _Address)
+            for n in ("ids", "positions", "starts", "contexts", "tables", "parents", "adapters", "low_rank")
+        ),
+        ("adapter_count", _Count),
+        ("from_hidden", _Count),
+        ("hidden", _Address),
+        ("attend", _Address),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The weights of one layer.
+
+    Attributes:
+        attention_norm, mlp_norm: float32 [hidden].
+        q_norm, k_norm: float32 [head_dim], applied to each head before rotation, or None.
+        rotate: whether queries and keys are rotated.
+        window: positions a token looks back on, itself included; 0 for all.
+    """
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    attention_norm: np.ndarray
+    mlp_norm: np.ndarray
+    q_norm: np.ndarray | None = None
+    k_norm: np.ndarray | None = None
+    rotate: bool = True
+    window: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Pages of keys and values: uint8 [layers, pages, page_bytes], aligned to 64 bytes."""
+
+    data: np.ndarray
+    type: str
+
+    @property
+    def pages(self) -> int:
+        return self.data.shape[1]
+
+    @functools.cached_property
+    def struct(self) -> _SkCache:
+        return _SkCache(self.data.ctypes.data, self.pages, self.data.shape[2], CACHE_TYPES.index(self.type))
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (from, to) in every layer, in order."""
+        for source, target in pairs:
+            if not (0 <= source < self.pages and 0 <= target < self.pages):
+                raise UsageError(f"Page {source} cannot be copied to {target}: the cache has pages 0..{self.pages - 1}")
+            self.data[:, target] = self.data[:, source]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Low-rank additions y += (a x) b to a model's projections.
+
+    Attributes:
+        parts: (layer, projection) -> a [rank, in], b [rank, out], bfloat16 as uint16; the adapter's scale is in b.
+    """
+
+    parts: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Llama:
+    """A Llama-like model: norm, attention, norm, gated feed-forward in every block.
+
+    Attributes:
+        embedding, head: [vocab, hidden]; the same matrix when tied.
+        final_norm: float32 [hidden].
+        cosines, sines: float32 [positions, rotary / 2]; a head's leading `rotary` dimensions are turned in halves.
+        attention_scale: of scores; None for 1 / sqrt(head_dim).
+
+    Raises:
+        UsageError: shapes that do not belong together, or a head_dim the kernels do not have.
+    """
+
+    blocks: tuple[Block, ...]
+    embedding: Matrix
+    head: Matrix
+    final_norm: np.ndarray
+    cosines: np.ndarray
+    sines: np.ndarray
+    heads: int
+    kv_heads: int
+    epsilon: float
+    activation: str = "silu"
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    _kept: list[Any] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @property
+    def hidden(self) -> int:
+        return self.embedding.cols
+
+    @property
+    def vocab(self) -> int:
+        return self.embedding.rows
+
+    @property
+    def head_dim(self) -> int:
+        return self.blocks[0].q.rows // self.heads
+
+    @property
+    def intermediate(self) -> int:
+        return self.blocks[0].gate.rows
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a step of one token reads, an embedding of its own not counted."""
+        return sum(getattr(b, name).size for b in self.blocks for name in PROJECTIONS) + self.head.size
+
+    def page_bytes(self, cache_type: str = "bf16") -> int:
+        """Bytes of a page of one layer."""
+        return int(library().sk_page_bytes(ctypes.byref(self._struct), CACHE_TYPES.index(cache_type)))
+
+    def cache(self, pages: int, cache_type: str = "bf16") -> Cache:
+        """Fresh pages. The memory is taken from the system page by page as it is first written.
+
+        Raises:
+            DoesNotFit: it is not to be had.
+        """
+        shape = (len(self.blocks), pages, self.page_bytes(cache_type))
+        size = shape[0] * shape[1] * shape[2]
+        try:
+            block = mmap.mmap(-1, max(size, 1))
+        except (OSError, ValueError, OverflowError) as error:
+            raise DoesNotFit(f"A cache of {size} bytes is not to be had", str(error)) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        return Cache(np.frombuffer(block, np.uint8, size).reshape(shape), cache_type)
+
+    def run(
+        self,
+        cache: Cache | None,
+        batch: Batch,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        hidden: np.ndarray | None = None,
+        adapters: Sequence[Adapter | None] = (),
+        attend: Attend | None = None,
+        threads: int = 1,
+    ) -> np.ndarray:
+        """Layers first..last-1 (None: all) over a batch: the residual stream, float32 [tokens, hidden].
+
+        Args:
+            hidden: the stream to start from, changed in place; None starts from the batch's ids (with first = 0).
+            adapters: what `batch.adapters` counts in; None for one that was dropped.
+            attend: computes attention instead of the kernels; then nothing is cached and cache may be None.
+
+        Raises:
+            UsageError: an index in the batch outside its range; nothing was written.
+            DoesNotFit: no memory for what a step needs beside the cache.
+        """
+        given = hidden is not None
+        if not given and first != 0:
+            raise UsageError(f"Layers from {first} on need the stream of the layers before them")
+        if hidden is None:
+            hidden = np.empty((len(batch.ids), self.hidden), np.float32)
+        elif (
+            hidden.shape != (len(batch.ids), self.hidden) or hidden.dtype != np.float32 or not hidden.flags.c_contiguous
+        ):
+            raise UsageError(
+                f"A stream {list(hidden.shape)} {hidden.dtype} is not float32 [{len(batch.ids)}, {self.hidden}]"
+            )
+        failure: list[BaseException] = []
+        low_rank = self._low_rank(adapters)
+        worker = _worker(self, attend, len(batch.ids), failure) if attend else None
+        arrays = [batch.ids, batch.positions, batch.starts, batch.contexts, batch.tables, batch.parents, batch.adapters]
+        _fits(batch)
+        struct = _SkBatch(
+            len(batch.ids),
+            len(batch.contexts),
+            batch.tables.shape[1],
+            first,
+            len(self.blocks) if last is None else last,
+            *(None if array is None else array.ctypes.data for array in arrays),
+            ctypes.addressof(low_rank) if low_rank is not None else None,
+            len(adapters),
+            int(given),
+            hidden.ctypes.data,
+            ctypes.cast(worker, _Address) if worker else None,
+        )
+        pages = None if cache is None else ctypes.byref(cache.struct)
+        code = library().sk_run(ctypes.byref(self._struct), pages, ctypes.byref(struct), threads)
+        if failure:
+            raise failure[0]
+        if code == 2:
+            raise DoesNotFit(f"Memory for a step of {len(batch.ids)} tokens is not to be had")
+        if code:
+            raise UsageError("The batch does not fit the model or the cache: an index lies outside its range")
+        return hidden
+
+    def logits(self, hidden: np.ndarray, rows: np.ndarray, threads: int = 1) -> np.ndarray:
+        """Final norm and head on rows of the stream: float32 [len(rows), vocab]."""
+        out = np.empty((len(rows), self.vocab), np.float32)
+        self._finish(hidden, rows, out, None, threads)
+        return out
+
+    def normed(self, hidden: np.ndarray, rows: np.ndarray, threads: int = 1) -> np.ndarray:
+        """Final norm on rows of the stream: float32 [len(rows), hidden]."""
+        out = np.empty((len(rows), self.hidden), np.float32)
+        self._finish(hidden, rows, None, out, threads)
+        return out
+
+    def move(self, cache: Cache, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        """Copy slots (from, to) of the sequence with this table, in order, in every layer.
+
+        Raises:
+            UsageError: a slot or page that is not there.
+        """
+        pages, pairs = _int32(table), np.asarray(moves, np.int32).reshape(-1, 2)
+        source, target = _int32(pairs[:, 0]), _int32(pairs[:, 1])
+        slots = len(pages) * PAGE
+        outside = len(pairs) and not (0 <= int(pairs.min()) <= int(pairs.max()) < slots)
+        if outside or library().sk_move(
+            ctypes.byref(self._struct), ctypes.byref(cache.struct), pages.ctypes.data, source.ctypes.data,
+            target.ctypes.data, len(pairs),
+        ):  # fmt: skip
+            raise UsageError(f"Moves {list(moves)} do not all lie in the {slots} slots of {len(pages)} pages")
+
+    def _finish(
+        self, hidden: np.ndarray, rows: np.ndarray, logits: np.ndarray | None, normed: np.ndarray | None, threads: int
+    ) -> None:
+        chosen = _int32(rows)
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden or hidden.dtype != np.float32:
+            raise UsageError(f"A stream {list(hidden.shape)} {hidden.dtype} is not float32 [tokens, {self.hidden}]")
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(hidden):
+            raise UsageError(f"Rows {chosen.min()}..{chosen.max()} do not all lie in a stream of {len(hidden)} tokens")
+        stream = np.ascontiguousarray(hidden)
+        code = library().sk_logits(
+            ctypes.byref(self._struct), stream.ctypes.data, chosen.ctypes.data, len(chosen),
+            None if logits is None else logits.ctypes.data, None if normed is None else normed.ctypes.data, threads,
+        )  # fmt: skip
+        if code:
+            raise DoesNotFit(f"Memory for the logits of {len(chosen)} tokens is not to be had")
+
+    def _check(self) -> None:
+        if not self.blocks:
+            raise UsageError("A model without layers cannot run")
+        if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values")
+        dim, q, kv = self.head_dim, self.blocks[0].q.rows, self.kv_heads * self.head_dim
+        if q % self.heads or dim % 2 or not 2 <= dim <= MOST_HEAD_DIM:
+            raise UsageError(f"Heads of {q / self.heads:g} dimensions", f"must be even and at most {MOST_HEAD_DIM}")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"The kernels have no activation {self.activation}", remedy=f"it is one of {ACTIVATIONS}")
+        rotary = self.cosines.shape[-1] * 2
+        if self.cosines.ndim != 2 or self.cosines.shape != self.sines.shape or rotary > dim:
+            raise UsageError(f"Cosines {self.cosines.shape} and sines {self.sines.shape} do not fit heads of {dim}")
+        shapes = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
+        wide = (self.intermediate, self.hidden)
+        shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
+        for number, block in enumerate(self.blocks):
+            for name, shape in shapes.items():
+                matrix: Matrix = getattr(block, name)
+                if (matrix.rows, matrix.cols) != shape:
+                    raise UsageError(f"Layer {number}: {name} is {matrix.rows} x {matrix.cols}, not {shape}")
+            for name, width in (
+                ("attention_norm", self.hidden),
+                ("mlp_norm", self.hidden),
+                ("q_norm", dim),
+                ("k_norm", dim),
+            ):
+                norm: np.ndarray | None = getattr(block, name)
+                if norm is not None and norm.shape != (width,):
+                    raise UsageError(f"Layer {number}: {name} is {list(norm.shape)}, not [{width}]")
+        if (self.head.rows, self.head.cols) != (self.vocab, self.hidden) or self.final_norm.shape != (self.hidden,):
+            raise UsageError(
+                f"The head or the final norm does not fit {self.vocab} tokens and a stream of {self.hidden}"
+            )
+
+    @functools.cached_property
+    def _struct(self) -> _SkModel:
+        blocks = (_SkBlock * len(self.blocks))()
+        for struct, block in zip(blocks, self.blocks, strict=True):
+            for name in PROJECTIONS:
+                setattr(struct, name, getattr(block, name).struct)
+            for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+                setattr(struct, name, self._address(getattr(block, name)))
+            struct.rotate, struct.window = int(block.rotate), block.window
+        self._kept.append(blocks)
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return _SkModel(
+            len(self.blocks), self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate, self.vocab,
+            self.cosines.shape[1] * 2, len(self.cosines), ACTIVATIONS.index(self.activation),
+            self.epsilon, scale, self.embedding_scale, self.residual_scale, self.logit_scale,
+            ctypes.addressof(blocks), ctypes.addressof(self.embedding.struct), ctypes.addressof(self.head.struct),
+            self._address(self.final_norm), self._address(self.cosines), self._address(self.sines),
+        )  # fmt: skip
+
+    def _address(self, values: np.ndarray | None) -> int | None:
+        if values is None:
+            return None
+        kept = np.ascontiguousarray(values, np.float32)
+        self._kept.append(kept)
+        return int(kept.ctypes.data)
+
+    def _low_rank(self, adapters: Sequence[Adapter | None]) -> Any:
+        if not adapters:
+            return None
+        table = (_Address * len(adapters))()
+        for number, adapter in enumerate(adapters):
+            if adapter is not None:
+                table[number] = ctypes.addressof(self._laid_out(adapter))
+        return table
+
+    def _laid_out(self, adapter: Adapter) -> Any:
+        known = adapter.__dict__.get("_laid_out")  # as long as the adapter lives
+        if known is not None and known[0] is self:
+            return known[1]
+        structs = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))()
+        for (layer, name), (a, b) in adapter.parts.items():
+            if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
+                raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
+            matrix: Matrix = getattr(self.blocks[layer], name)
+            rank = len(a)
+            if a.shape != (rank, matrix.cols) or b.shape != (rank, matrix.rows):
+                raise UsageError(
+                    f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
+                    f"the model's is {matrix.rows} x {matrix.cols}",
+                )
+            if any(m.dtype.itemsize != 2 or not m.flags.c_contiguous for m in (a, b)):
+                raise UsageError(f"The adapter's {name} of layer {layer} is not contiguous bfloat16")
+            structs[layer * len(PROJECTIONS) + PROJECTIONS.index(name)] = _SkLowRank(a.ctypes.data, b.ctypes.data, rank)
+        adapter.__dict__["_laid_out"] = (self, structs)
+        return structs
+
+
+def _worker(model: Llama, attend: Attend, tokens: int, failure: list[BaseException]) -> Any:
+    q_shape, kv_shape = (tokens, model.heads, model.head_dim), (tokens, model.kv_heads, model.head_dim)
+
+    def call(layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
+        result = np.ctypeslib.as_array(out, q_shape)
+        try:
+            if failure:
+                raise failure[0]
+            given = (np.ctypeslib.as_array(p, s) for p, s in ((q, q_shape), (k, kv_shape), (v, kv_shape)))
+            result[...] = attend(layer, *given)
+        except BaseException as error:  # cannot pass through the native code: it is raised when that has returned
+            failure[:1] = [error]
+            result[...] = 0
+
+    return _SkAttend(call)
+
+
+def _fits(batch: Batch) -> None:
+    arrays = {
+        "ids": (batch.ids, (len(batch.ids),)),
+        "positions": (batch.positions, (len(batch.ids),)),
+        "starts": (batch.starts, (len(batch.contexts) + 1,)),
+        "tables": (batch.tables, (len(batch.contexts), batch.tables.shape[-1])),
+        "parents": (batch.parents, (len(batch.ids),)),
+        "adapters": (batch.adapters, (len(batch.ids),)),
+        "contexts": (batch.contexts, (len(batch.contexts),)),
+    }
+    for name, (array, shape) in arrays.items():
+        if array is not None and (array.dtype != np.int32 or array.shape != shape or not array.flags.c_contiguous):
+            raise UsageError(
+                f"The batch's {name} is {array.dtype} {list(array.shape)}, not contiguous int32 {list(shape)}"
+            )
+
+
+def _int32(values: Any) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.int32)

@@ -1,0 +1,330 @@
+"""/v1/chat/completions: messages through the model's own template, answers with text or calls of tools."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from shoestring.engine.aio import AsyncEngine
+from shoestring.engine.request import Constraint, Request, RequestError, Sampling
+from shoestring.engine.tokenizer import Tokenizer
+from shoestring.server.errors import ApiError, bad
+from shoestring.server.logprobs import of_chat
+from shoestring.server.sampling import checked, compiled, of_logprobs, of_schema, of_structured, sampling
+from shoestring.server.schema import ChatRequest, Message, NamedTool, Tool
+from shoestring.server.service import Service
+from shoestring.server.settings import Settings
+from shoestring.server.stream import event, quoted
+from shoestring.server.tools import Call, Finder, call_schema, described, either
+from shoestring.server.work import Answer, Work
+
+_LONG = 4096  # characters from which tokenising is not done between two answers of others
+_PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
+_knows_tools: dict[int, bool] = {}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, ready to be answered.
+
+    Attributes:
+        known: names of the tools that answers are searched for; empty: not at all.
+        whole: an answer may be a call only as a whole, since it is constrained to be JSON.
+    """
+
+    id: str
+    model: str
+    prompt: list[int]
+    sampling: Sampling
+    created: int
+    fingerprint: str
+    known: tuple[str, ...] = ()
+    whole: bool = False
+    most: int = 128
+    usage_in_stream: bool = False
+
+    def finder(self) -> Finder | None:
+        return Finder(self.known, self.whole, self.most) if self.known else None
+
+
+async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, request_id: str) -> Chat:
+    """Everything but the computing.
+
+    Raises:
+        ApiError: what cannot be served, with the field at fault.
+    """
+    limits, inner = service.settings, engine.engine
+    if len(given.messages) > limits.max_messages:
+        raise bad("messages", f"There are {len(given.messages)} messages; at most {limits.max_messages} are read")
+    if given.top_logprobs is not None and not given.logprobs:
+        raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
+    if given.max_tokens and given.max_completion_tokens and given.max_tokens != given.max_completion_tokens:
+        raise bad("max_tokens", "max_tokens and max_completion_tokens differ; give one")
+    offered, forced = _offered(given, limits)
+    constraint, param = _constraint(given, offered, forced, limits)
+    await compiled(engine, constraint, param)
+    settings = sampling(
+        given,
+        limits,
+        inner.facts.vocab,
+        max_tokens=given.max_completion_tokens or given.max_tokens,
+        logprobs=of_logprobs("top_logprobs", given.top_logprobs or 0, limits) if given.logprobs else None,
+        constraint=constraint,
+    )
+    if not inner.tokenizer.has_template:
+        raise bad("messages", "This model has no chat template; use /v1/completions", "no_chat_template")
+    told = [tool.model_dump(exclude_none=True, exclude=None) for tool in offered]
+    prompt = await tokens_of(inner.tokenizer, given.messages, told, given.chat_template_kwargs or {})
+    return Chat(
+        id=f"chatcmpl-{request_id}",
+        model=given.model,
+        prompt=prompt,
+        sampling=settings,
+        created=int(time.time()),
+        fingerprint=service.fingerprint,
+        known=tuple(tool.function.name for tool in offered),
+        whole=constraint is not None,
+        most=1 if given.parallel_tool_calls is False else 128,
+        usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
+    )
+
+
+def requests(chat: Chat, adapter: str, client: str, isolation: str) -> list[Request]:
+    return [Request(chat.prompt, chat.sampling, adapter=adapter, client=client, isolation=isolation)]
+
+
+# ---------------------------------------------------------------- the question
+
+
+async def tokens_of(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+    variables: dict[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation. A template that knows no tools is told of them in the system message.
+
+    Raises:
+        ApiError: messages that the template refuses, or a variable that it must not have.
+    """
+    for name in variables or ():
+        if not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt", "self"):
+            raise bad(f"chat_template_kwargs.{name}", "A template's variable cannot have this name")
+    plain = [_plain(message, i) for i, message in enumerate(messages)]
+    if not _template_knows_tools(tokenizer) and (tools or any("tool_calls" in m or m["role"] == "tool" for m in plain)):
+        plain, tools = _as_text(plain, tools), ()
+
+    def render() -> list[int]:
+        return tokenizer.chat(
+            plain, list(tools) or None, add_generation_prompt=add_generation_prompt, **(variables or {})
+        )
+
+    size = sum(len(message["content"]) for message in plain)
+    try:
+        return await asyncio.to_thread(render) if size > _LONG or tools or variables else render()
+    except RequestError as error:
+        raise ApiError(400, str(error), param=error.param or "messages", code=error.code or None) from None
+
+
+def _plain(message: Message, at: int) -> dict[str, Any]:
+    """A message as templates expect it: text, and arguments of calls as objects."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text if part.type == "text" else part.refusal for part in content)
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": content if content is not None else message.refusal or ""}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    calls = []
+    for j, call in enumerate(message.tool_calls or ()):
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            path = f"messages[{at}].tool_calls[{j}].function.arguments"
+            raise bad(path, "The arguments of a call are JSON text") from None
+        function = {"name": call.function.name, "arguments": arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    if calls:
+        found["tool_calls"] = calls
+    return found
+
+
+def _template_knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the template's output depends on the tools it is given."""
+    key = id(tokenizer)
+    if key not in _knows_tools:
+        hello = [{"role": "user", "content": "x"}]
+        try:
+            _knows_tools[key] = tokenizer.chat(hello, [_PROBE]) != tokenizer.chat(hello)
+        except RequestError:
+            _knows_tools[key] = False
+    return _knows_tools[key]
+
+
+def _as_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools, calls and results as text of messages."""
+    found = []
+    for message in messages:
+        text = message["content"]
+        for call in message.get("tool_calls", ()):
+            text += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
+        if message["role"] == "tool":
+            message = {"role": "user"}
+            text = f"<tool_response>\n{text}\n</tool_response>"
+        found.append({"role": message["role"], "content": text.strip("\n") if text != message.get("content") else text})
+    if tools:
+        if not found or found[0]["role"] != "system":
+            found.insert(0, {"role": "system", "content": ""})
+        found[0]["content"] = f"{found[0]['content']}\n\n{described(tools)}".strip()
+    return found
+
+
+def _offered(given: ChatRequest, limits: Settings) -> tuple[list[Tool], bool]:
+    """The tools that may be called, and whether one must be."""
+    tools, choice = given.tools or [], given.tool_choice
+    if choice is not None and choice != "none" and not tools:
+        raise bad("tool_choice", "tool_choice needs tools")
+    if given.parallel_tool_calls is not None and not tools:
+        raise bad("parallel_tool_calls", "parallel_tool_calls needs tools")
+    checked(json.dumps([tool.model_dump() for tool in tools]), limits, "tools")
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) != len(names):
+        raise bad("tools", "Two tools have the same name")
+    if choice == "none":
+        return [], False
+    if isinstance(choice, NamedTool):
+        named = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not named:
+            raise bad("tool_choice.function.name", "There is no tool of that name among tools")
+        return named, True
+    return tools, choice == "required"
+
+
+def _constraint(
+    given: ChatRequest, offered: Sequence[Tool], forced: bool, limits: Settings
+) -> tuple[Constraint | None, str]:
+    """What the answer must match, and the field that says so."""
+    structured, form = of_structured(given.structured_outputs, limits), given.response_format
+    schema: dict[str, Any] | None = None
+    if form is not None and form.type == "json_object":
+        schema = {"type": "object"}
+    elif form is not None and form.type == "json_schema":
+        schema = form.json_schema.schema_ if form.json_schema.schema_ is not None else {"type": "object"}
+    if structured is not None:
+        if schema is not None or offered:
+            raise bad("structured_outputs", "It cannot be combined with response_format or tools")
+        return structured, "structured_outputs"
+    if forced:
+        if schema is not None:
+            raise bad("response_format", "It cannot be combined with a tool_choice that requires a call")
+        return of_schema(call_schema(offered), limits, "tools"), "tools"
+    if schema is None:
+        return None, ""
+    schema = either(schema, call_schema(offered)) if offered else schema
+    return of_schema(schema, limits, "response_format"), "response_format"
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def answer(chat: Chat, tokenizer: Tokenizer, found: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+    """A whole `chat.completion`."""
+    return {
+        "id": chat.id,
+        "object": "chat.completion",
+        "created": chat.created,
+        "model": chat.model,
+        "system_fingerprint": chat.fingerprint,
+        "choices": [_choice(chat, tokenizer, i, one) for i, one in enumerate(found)],
+        "usage": usage,
+    }
+
+
+def _choice(chat: Chat, tokenizer: Tokenizer, index: int, found: Answer) -> dict[str, Any]:
+    text, calls = found.text, []
+    finder = chat.finder()
+    if finder:
+        parts = [*finder.push(text), *finder.finish()]
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [part for part in parts if isinstance(part, Call)]
+    message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+    if calls:
+        message["tool_calls"] = [call.to_json() for call in calls]
+    wanted = chat.sampling.logprobs is not None
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": {"content": of_chat(tokenizer, found.logprobs), "refusal": None} if wanted else None,
+        "finish_reason": _reason(found.finish_reason, bool(calls)),
+        "stop_reason": found.stop_reason,
+    }
+
+
+def _reason(reason: str | None, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason or "stop"
+
+
+async def events(chat: Chat, tokenizer: Tokenizer, work: Work) -> AsyncIterator[bytes]:
+    """The same as server-sent events. Everything that does not change is written once."""
+    head = json.dumps(
+        {
+            "id": chat.id,
+            "object": "chat.completion.chunk",
+            "created": chat.created,
+            "model": chat.model,
+            "system_fingerprint": chat.fingerprint,
+        },
+        separators=(",", ":"),
+    )[:-1]
+    tail = ',"usage":null}\n\n' if chat.usage_in_stream else "}\n\n"
+    opening = [f'data: {head},"choices":[{{"index":{i},"delta":{{' for i in range(chat.sampling.n)]
+    plain = f'}},"logprobs":null,"finish_reason":null}}]{tail}'
+    finders = [chat.finder() for _ in range(chat.sampling.n)]
+    wanted = chat.sampling.logprobs is not None
+
+    def chunk(at: int, delta: str, logprobs: str = "null", reason: str = "null", more: str = "") -> str:
+        return f'{opening[at]}{delta}}},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'
+
+    def piece(at: int, part: str | Call, number: int) -> str:
+        if isinstance(part, str):
+            return f'"content":{quoted(part)}'
+        return f'"tool_calls":[{json.dumps({"index": number, **part.to_json()})}]'
+
+    for at in range(chat.sampling.n):
+        yield (opening[at] + '"role":"assistant","content":"","refusal":null' + plain).encode()
+    async with aclosing(work.deltas()) as deltas:
+        async for at, delta in deltas:
+            finder = finders[at]
+            if finder is None and not wanted and delta.finish_reason is None:
+                if delta.text:
+                    yield (opening[at] + '"content":' + quoted(delta.text) + plain).encode()
+                continue
+            parts: list[str | Call] = [delta.text] if delta.text else []
+            if finder:
+                parts = [*finder.push(delta.text), *(finder.finish() if delta.finish_reason else ())]
+            logprobs = "null"
+            if wanted and delta.logprobs:
+                logprobs = json.dumps({"content": of_chat(tokenizer, delta.logprobs), "refusal": None})
+                parts = parts or [""]
+            lines = []
+            number = (finder.calls if finder else 0) - sum(isinstance(part, Call) for part in parts)
+            for part in parts:
+                lines.append(chunk(at, piece(at, part, number), logprobs))
+                number += isinstance(part, Call)
+                logprobs = "null"
+            if delta.finish_reason:
+                reason = _reason(delta.finish_reason, bool(finder and finder.calls))
+                why = f',"stop_reason":{json.dumps(delta.stop_reason)}'
+                lines.append(chunk(at, "", reason=f'"{reason}"', more=why))
+            if lines:
+                yield "".join(lines).encode()
+    if chat.usage_in_stream:
+        yield event({**json.loads(head + "}"), "choices": [], "usage": work.usage()})

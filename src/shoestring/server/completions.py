@@ -1,0 +1,189 @@
+"""/v1/completions: text or token ids continued as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from shoestring.engine.aio import AsyncEngine
+from shoestring.engine.request import Request, Sampling, TokenLogprob
+from shoestring.engine.tokenizer import Tokenizer
+from shoestring.server.errors import bad
+from shoestring.server.logprobs import of_completion
+from shoestring.server.sampling import compiled, of_logprobs, of_structured, sampling
+from shoestring.server.schema import CompletionRequest
+from shoestring.server.service import Service
+from shoestring.server.stream import event, quoted
+from shoestring.server.work import Answer, Work
+
+_LONG = 4096  # characters from which tokenising is not done between two answers of others
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Prompts, ready to be continued.
+
+    Attributes:
+        echo: what stands before each answer; empty without `echo`.
+        silent: only the prompt is wanted, nothing of what follows.
+    """
+
+    id: str
+    model: str
+    prompts: list[list[int]]
+    sampling: Sampling
+    created: int
+    fingerprint: str
+    echo: list[str]
+    silent: bool = False
+    usage_in_stream: bool = False
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+async def ids_of(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Token ids of texts; ids are left as they are. Text that looks like a special token is text."""
+
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await asyncio.to_thread(encode) if size > _LONG else encode()
+
+
+async def prepare(service: Service, engine: AsyncEngine, given: CompletionRequest, request_id: str) -> Continuation:
+    """Everything but the computing.
+
+    Raises:
+        ApiError: what cannot be served, with the field at fault.
+    """
+    limits, inner = service.settings, engine.engine
+    if len(given.prompt) > limits.max_prompts:
+        raise bad("prompt", f"There are {len(given.prompt)} prompts; at most {limits.max_prompts} are read")
+    if given.best_of not in (None, given.n or 1):
+        raise bad("best_of", "best_of is only supported where it equals n", "unsupported_parameter")
+    if given.max_tokens == 0 and not given.echo:
+        raise bad("max_tokens", "max_tokens can be 0 only with echo")
+    if given.add_special_tokens is False:
+        raise bad("add_special_tokens", "only true is supported; token ids leave them out", "unsupported_parameter")
+    constraint = of_structured(given.structured_outputs, limits)
+    await compiled(engine, constraint, "structured_outputs")
+    logprobs = of_logprobs("logprobs", given.logprobs, limits)
+    silent = given.max_tokens == 0
+    settings = sampling(
+        given,
+        limits,
+        inner.facts.vocab,
+        max_tokens=1 if silent else 16 if given.max_tokens is None else given.max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if given.echo else None,
+        constraint=constraint,
+    )
+    prompts = await ids_of(inner.tokenizer, given.prompt)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise bad("prompt" if len(prompts) == 1 else f"prompt[{i}]", "The prompt is empty")
+        if max(prompt) >= inner.facts.vocab:
+            raise bad("prompt", f"Token ids end at {inner.facts.vocab - 1}")
+    texts = [""] * len(prompts)
+    if given.echo:
+        texts = [
+            text if isinstance(text, str) else inner.tokenizer.decode(ids, skip_special=False)
+            for text, ids in zip(given.prompt, prompts)
+        ]
+    return Continuation(
+        id=f"cmpl-{request_id}",
+        model=given.model,
+        prompts=prompts,
+        sampling=settings,
+        created=int(time.time()),
+        fingerprint=service.fingerprint,
+        echo=texts,
+        silent=silent,
+        usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
+    )
+
+
+def requests(made: Continuation, adapter: str, client: str, isolation: str) -> list[Request]:
+    return [Request(p, made.sampling, adapter=adapter, client=client, isolation=isolation) for p in made.prompts]
+
+
+def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+    """A whole `text_completion`. All answers to a prompt share the log-probabilities of the prompt."""
+    choices = []
+    n = made.sampling.n
+    for at, one in enumerate(found):
+        prompt, echo = made.prompts[at // n], made.echo[at // n]
+        of_prompt = found[at // n * n].prompt_logprobs
+        tokens, judged = [*prompt, *one.tokens], [*of_prompt, *one.logprobs]
+        if made.silent:
+            tokens, judged = prompt, of_prompt
+        elif not echo:
+            tokens, judged = one.tokens, list(one.logprobs)
+        wanted = made.sampling.logprobs
+        choices.append(
+            {
+                "index": at,
+                "text": echo if made.silent else echo + one.text,
+                "logprobs": None if wanted is None else of_completion(tokenizer, tokens, judged, wanted, 0),
+                "finish_reason": one.finish_reason,
+                "stop_reason": one.stop_reason,
+            }
+        )
+    return {**made.head, "choices": choices, "usage": usage}
+
+
+async def events(made: Continuation, tokenizer: Tokenizer, work: Work) -> AsyncIterator[bytes]:
+    """The same as server-sent events."""
+    head = json.dumps(made.head, separators=(",", ":"))[:-1]
+    tail = ',"usage":null}\n\n' if made.usage_in_stream else "}\n\n"
+    n, wanted = made.sampling.n, made.sampling.logprobs
+    total = n * len(made.prompts)
+    opening = [f'data: {head},"choices":[{{"index":{at},"text":' for at in range(total)]
+    plain = f',"logprobs":null,"finish_reason":null}}]{tail}'
+    waiting = set(range(total)) if any(made.echo) else set()
+    of_prompt: dict[int, list[TokenLogprob | None]] = {i: [] for i in range(len(made.prompts))}
+    offsets = [len(made.echo[at // n]) for at in range(total)]
+    async with aclosing(work.deltas()) as deltas:
+        async for at, delta in deltas:
+            if wanted is None and delta.finish_reason is None and at not in waiting:
+                if delta.text:
+                    yield (opening[at] + quoted(delta.text) + plain).encode()
+                continue
+            i = at // n
+            of_prompt[i] += delta.prompt_logprobs
+            if not (delta.tokens or delta.text or delta.finish_reason):
+                continue  # a part of the prompt has been computed
+            text, tokens = delta.text, list(delta.tokens)
+            judged: list[TokenLogprob | None] = list(delta.logprobs)
+            offset = offsets[at]
+            if made.silent:
+                text, tokens, judged = "", [], []
+            if at in waiting:
+                waiting.discard(at)
+                text, tokens, judged, offset = made.echo[i] + text, made.prompts[i] + tokens, of_prompt[i] + judged, 0
+            logprobs = "null"
+            if wanted is not None and tokens:
+                shown = of_completion(tokenizer, tokens, judged, wanted, offset)
+                offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
+                logprobs = json.dumps(shown)
+            reason, more = "null", ""
+            if delta.finish_reason:
+                reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'
+            body = f'{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'
+            yield (opening[at] + body).encode()
+    if made.usage_in_stream:
+        yield event({**made.head, "choices": [], "usage": work.usage()})

@@ -1,0 +1,169 @@
+"""What `shoestring serve` can be told. Each field is a flag and the environment variable SHOESTRING_<FIELD>."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+
+from shoestring.core.errors import UsageError
+from shoestring.core.text import BYTES, quantity
+
+_CHOICES = {
+    "runner": ("auto", "native", "torch"),
+    "kv_dtype": ("bf16", "int8"),
+}
+_ZERO_MEANS_NONE = ("key_concurrency", "key_requests_per_minute", "max_queue", "port")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about one server.
+
+    Attributes:
+        model: hub id, folder, GGUF file, or smollm2.
+        host: address to listen on. Another than loopback needs a key, or --no-auth.
+        port: to listen on; 0 takes a free one.
+        adapter: a LoRA folder to serve beside the model, as NAME=PATH; repeat for more.
+        served_model_name: what clients call the model; several names with commas; default is the model's own.
+        api_key_file: file with one key a line; SHOESTRING_API_KEY holds a single key.
+        no_auth: listen on other addresses than loopback without any key.
+        allowed_origins: web pages that may call from a browser, with commas; none by default.
+        allowed_hosts: names that a request's Host header may have, with commas; default on loopback is loopback's own.
+        allow_runtime_adapters: folder below which clients may load LoRA adapters; off by default.
+        max_num_seqs: answers computed at the same time.
+        max_queue: answers that may wait; default is 16 for each that is computed.
+        max_model_len: longest prompt and answer together, in tokens; default is the model's own.
+        max_step_tokens: tokens of one step of the engine; longer prompts are computed in chunks.
+        kv_memory: memory for keys and values, such as 1GB.
+        kv_dtype: how keys and values are kept, bf16 or int8.
+        threads: of the arithmetic; default is one for each core.
+        runner: native, torch, or auto.
+        dtype: of the arithmetic; auto computes on the weights as they are stored.
+        no_prefix_cache: compute every prompt from its beginning.
+        trust_remote_code: let the model's repository run its own Python code here.
+        key_concurrency: requests that one key may have open at the same time; 0 for no limit.
+        key_requests_per_minute: requests that one key may begin in a minute; 0 for no limit.
+        max_body_bytes: longest request body.
+        max_header_bytes: longest request line and headers together.
+        max_json_depth: deepest nesting of a request body.
+        max_connections: open connections at the same time.
+        max_messages: messages of one conversation.
+        max_prompts: prompts or inputs of one request.
+        max_n: answers to one prompt.
+        max_stop: stop strings, and stop token ids sixteen times as many.
+        max_stop_chars: longest stop string.
+        max_logprobs: alternatives reported with each token.
+        max_logit_bias: tokens with a bias.
+        max_schema_bytes: longest JSON schema, grammar, or list of tools.
+        max_schema_depth: deepest nesting of a JSON schema.
+        request_seconds: longest time from a request to the end of its answer.
+        idle_seconds: longest time that a client may not read its stream.
+        header_seconds: longest time for a request to arrive.
+        ping_seconds: silence after which a stream gets a comment, to keep it open.
+        stall_seconds: time without a step after which /health says that the engine is stalled.
+        drain_seconds: time that running requests get to finish after SIGTERM or Ctrl+C.
+        metrics_prefix: beginning of the names at /metrics; vllm for dashboards made for vLLM.
+    """
+
+    model: str = "smollm2"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    adapter: tuple[str, ...] = ()
+    served_model_name: str = ""
+    api_key_file: str = ""
+    no_auth: bool = False
+    allowed_origins: str = ""
+    allowed_hosts: str = ""
+    allow_runtime_adapters: str = ""
+    max_num_seqs: int = 16
+    max_queue: int | None = None
+    max_model_len: int | None = None
+    max_step_tokens: int = 256
+    kv_memory: str = ""
+    kv_dtype: str = "bf16"
+    threads: int | None = None
+    runner: str = "auto"
+    dtype: str = "auto"
+    no_prefix_cache: bool = False
+    trust_remote_code: bool = False
+    key_concurrency: int = 0
+    key_requests_per_minute: int = 0
+    max_body_bytes: int = 4194304
+    max_header_bytes: int = 65536
+    max_json_depth: int = 64
+    max_connections: int = 1024
+    max_messages: int = 1024
+    max_prompts: int = 128
+    max_n: int = 8
+    max_stop: int = 4
+    max_stop_chars: int = 64
+    max_logprobs: int = 20
+    max_logit_bias: int = 300
+    max_schema_bytes: int = 32768
+    max_schema_depth: int = 32
+    request_seconds: float = 600.0
+    idle_seconds: float = 60.0
+    header_seconds: float = 15.0
+    ping_seconds: float = 15.0
+    stall_seconds: float = 30.0
+    drain_seconds: float = 30.0
+    metrics_prefix: str = "shoestring"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                least = 0 if field.name in _ZERO_MEANS_NONE else 1 if isinstance(value, int) else 0.01
+                if not least <= value < float("inf"):
+                    raise UsageError(f"--{_flag(field.name)} {value} is too small", remedy=f"The least is {least}")
+        if self.port > 65535:
+            raise UsageError(f"--port {self.port} is no port", "Ports end at 65535")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"--{_flag(name)} {getattr(self, name)} is unknown", remedy="Known: " + ", ".join(known)
+                )
+        if not self.metrics_prefix.isidentifier():
+            raise UsageError(f"--metrics-prefix {self.metrics_prefix} is not a name of letters, digits and _")
+        for name in (*names(self.served_model_name), *self.adapters):
+            if not name.isprintable() or len(name) > 200:
+                raise UsageError(f"{name!r} cannot name a model", remedy="Use at most 200 printable characters")
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Name and folder of each `--adapter`."""
+        found: dict[str, str] = {}
+        for word in self.adapter:
+            name, equals, folder = word.partition("=")
+            if not (name and equals and folder) or name in found:
+                raise UsageError(f"--adapter {word} is not NAME=PATH with a name of its own")
+            found[name] = folder
+        return found
+
+    @property
+    def queue(self) -> int:
+        """Answers that may wait."""
+        return 16 * self.max_num_seqs if self.max_queue is None else self.max_queue
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return int(quantity(self.kv_memory, BYTES, "--kv-memory")) if self.kv_memory else None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def names(written: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [part for part in (part.strip() for part in written.split(",")) if part]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from shoestring.core.errors import UsageError, nearest
+from shoestring.models.tensors import Source, floats
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_MOST_HEAD_DIM = 512
 _MAX, _MAX_LAYERS = 1 << 31, 1 << 14  # beyond it no size of a model is meant
 _REMEDY = "The torch runner takes it (runner=torch)"
 
@@ -40,7 +42,7 @@ _ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
 }  # fmt: skip
-_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 _FOLDER_NAMES = {
@@ -81,7 +83,7 @@ class LlamaLike:
 
     Attributes:
         family: as in `FAMILIES`.
-        activation: of the gate: 0 silu, 1 gelu by tanh.
+        activation: of the gate: "silu" or "gelu_tanh".
         rotates, windows: of each layer; a window of 0 sees everything.
         biased: roles of PROJECTIONS that have a bias.
         head_norms: queries and keys are normalised head by head.
@@ -100,7 +102,7 @@ class LlamaLike:
     vocab: int
     context: int
     epsilon: float
-    activation: int
+    activation: str
     rotary: Rotary
     rotates: tuple[bool, ...]
     windows: tuple[int, ...]
@@ -134,6 +136,24 @@ class LlamaLike:
         angles = np.arange(positions, dtype=np.float32)[:, None] * self.rotary.inverse[None]
         factor = np.float32(self.rotary.factor)
         return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+def describe(source: Source) -> LlamaLike:
+    """The model that a folder or a GGUF file holds, with all its tensors there.
+
+    Raises:
+        NotNative: the native kernels do not compute it.
+        UsageError: something that no model can have, or a tensor that is missing.
+    """
+    tensors = source.tensors
+    if source.gguf:
+        dims = {name: tensors.dims(name) for name in tensors}
+        frequencies = floats(tensors[_GGUF_FREQUENCIES]) if _GGUF_FREQUENCIES in tensors else None
+        model = from_gguf(source.values, dims, frequencies)
+    else:
+        model = from_config(source.values)
+    check_names(model, tensors)
+    return model
 
 
 def check_family(config: Mapping[str, Any]) -> str:
@@ -203,11 +223,13 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
 _GGUF_FAMILIES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
 
 
-def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies: np.ndarray | None) -> LlamaLike:
+def from_gguf(
+    values: Mapping[str, Any], dims: Mapping[str, tuple[int, ...]], frequencies: np.ndarray | None
+) -> LlamaLike:
     """The model that a GGUF file's metadata describes.
 
     Args:
-        tensors: name -> anything with `dims`; what the metadata leaves open is seen from them.
+        dims: of each tensor by name; what the metadata leaves open is seen from them.
         frequencies: the float32 tensor `rope_freqs.weight`, which divides the inverse frequencies, or None.
 
     Raises:
@@ -223,7 +245,7 @@ def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies
     own = {key.removeprefix(f"{family}."): value for key, value in values.items() if key.startswith(f"{family}.")}
     if own.get("expert_count"):
         raise NotNative("The native runner does not compute mixtures of experts")
-    if "token_embd.weight" not in tensors:
+    if "token_embd.weight" not in dims:
         raise UsageError("The GGUF file has no token table", "token_embd.weight is missing", "Get an intact file")
     layers, hidden = _size(own, "block_count", _MAX_LAYERS), _size(own, "embedding_length")
     heads = _size(own, "attention.head_count")
@@ -242,7 +264,7 @@ def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies
     # GGUF writes no list of layers without rotation: the family's own step is what it means.
     step = FAMILIES[family].get("no_rope_layer_interval")
     rotates = tuple(not step or (layer + 1) % step != 0 for layer in range(layers))
-    biased = frozenset(r for r in PROJECTIONS if _GGUF_NAMES[r].format(0) + ".bias" in tensors)
+    biased = frozenset(r for r in PROJECTIONS if _GGUF_NAMES[r].format(0) + ".bias" in dims)
     return _checked(
         LlamaLike(
             family=family,
@@ -252,16 +274,16 @@ def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies
             kv_heads=kv_heads,
             head_dim=head_dim,
             intermediate=_size(own, "feed_forward_length"),
-            vocab=tensors["token_embd.weight"].dims[0],
+            vocab=dims["token_embd.weight"][0],
             context=context,
             epsilon=_number(own, "attention.layer_norm_rms_epsilon"),
-            activation=0,
+            activation="silu",
             rotary=_gguf_rotary(own, rotated, context, frequencies),
             rotates=rotates,
             windows=(0,) * layers,
             biased=biased,
-            head_norms="blk.0.attn_q_norm.weight" in tensors,
-            tied="output.weight" not in tensors,
+            head_norms="blk.0.attn_q_norm.weight" in dims,
+            tied="output.weight" not in dims,
             attention_scale=_number(own, "attention.scale") if own.get("attention.scale") else head_dim**-0.5,
             interleaved=interleaved,
             names=_GGUF_NAMES,
@@ -269,7 +291,7 @@ def from_gguf(values: Mapping[str, Any], tensors: Mapping[str, Any], frequencies
     )
 
 
-def check_names(model: LlamaLike, tensors: Mapping[str, Any]) -> None:
+def check_names(model: LlamaLike, tensors: Collection[str]) -> None:
     """Hold the tensors of a file against the model: all must be there, and none beside them that could matter.
 
     Raises:
@@ -452,6 +474,8 @@ def _checked(model: LlamaLike) -> LlamaLike:
         raise UsageError(
             f"{model.heads} heads cannot share {model.kv_heads} heads of keys and values", remedy="Get an intact model"
         )
+    if model.head_dim % 2 or model.head_dim > _MOST_HEAD_DIM or len(model.rotary.inverse) * 2 > model.head_dim:
+        raise NotNative(f"The native runner does not compute heads of {model.head_dim} dimensions")
     if not np.isfinite(model.rotary.inverse).all():
         raise UsageError("The model's rotary frequencies are not finite", remedy="Get an intact model")
     return model

@@ -51,6 +51,9 @@ class Tensors(Mapping[str, Stored]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def dims(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].dims
+
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system; its bytes stay readable, from the file."""
         tensor, page = self._tensors[name], mmap.PAGESIZE
@@ -59,25 +62,32 @@ class Tensors(Mapping[str, Stored]):
             self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def open_folder(path: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], Tensors]:
-    """The configuration and the tensors of a safetensors folder, shards too.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model as it is stored: a safetensors folder with its config.json, or a GGUF file with its metadata."""
+
+    path: Path
+    gguf: bool
+    values: dict[str, Any]
+    tensors: Tensors
+
+
+def open_source(path: Path, *, trust_remote_code: bool = False) -> Source:
+    """The model folder (shards too) or GGUF file at `path`.
 
     Raises:
-        UsageError: as `check_folder`.
+        UsageError: as `check_folder` and `check_gguf`.
     """
+    if path.is_file():
+        found = check_gguf(path)
+        return Source(path, True, found.values, Tensors(found.tensors))
     folder = check_folder(path, trust_remote_code=trust_remote_code)
-    return folder.config, Tensors(folder.tensors)
+    return Source(path, False, folder.config, Tensors(folder.tensors))
 
 
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of one safetensors file. Raises UsageError as `check_safetensors`."""
     return Tensors(check_safetensors(path))
-
-
-def open_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """The metadata and the tensors of a GGUF file. Raises UsageError as `check_gguf`."""
-    found = check_gguf(path)
-    return found.values, Tensors(found.tensors)
 
 
 def floats(stored: Stored) -> np.ndarray:

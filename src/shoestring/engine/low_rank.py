@@ -1,0 +1,138 @@
+"""PEFT's LoRA folders as low-rank matrices for the native kernels: read without torch, refused when they are more."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoestring.core.errors import UsageError
+from shoestring.kernels.llama import Adapter
+from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike
+from shoestring.models.tensors import bfloat16, floats, open_safetensors
+
+_TENSOR = re.compile(
+    r"base_model\.model\.model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+)_proj\.lora_(A|B)\.weight", re.ASCII
+)
+# Fields that change nothing about y += scale * B A x, whatever they hold; any other may only hold nothing.
+_HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
+    "ensure_weight_tying", "init_lora_weights", "bias", "runtime_config",
+}  # fmt: skip
+# Ways to begin that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ ...) change them.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_MERGE = "Merge it into its base: `shoestring merge`"
+
+
+def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
+    """The adapter in `folder` for `model`; its scale is in b. Rounded to bfloat16, 8 significant bits.
+
+    Raises:
+        UsageError: pickles or corrupt files; more than plain LoRA; tensors that the model has no place for, of other
+            shapes, or not finite. The field or tensor is named.
+    """
+    config = check_adapter(folder)
+    _refuse_more(folder, config)
+    where = folder / ADAPTER_WEIGHTS
+    tensors = open_safetensors(where)
+    halves: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    for name in tensors:
+        match = _TENSOR.fullmatch(name)
+        role = match[2] if match else ""
+        layer = int(match[1]) if match else 0
+        if match is None or role not in PROJECTIONS or layer >= model.layers:
+            raise UsageError(
+                f"{where} holds {name[:120]}",
+                f"a {model.family} model of {model.layers} layers has no low-rank matrix of that name",
+                "Use the adapter with the base it was trained on",
+            )
+        rows, cols = model.shape_of(role)
+        dims = tensors.dims(name)
+        if (
+            len(dims) != 2
+            or not 0 < dims[match[3] == "B"] <= 65_536
+            or dims[match[3] == "A"] != (cols if match[3] == "A" else rows)
+        ):
+            raise UsageError(
+                f"{name[:120]} of {where} has the dimensions {dims}",
+                f"its weight is {rows} x {cols}",
+                "Use the adapter with the base it was trained on",
+            )
+        values = floats(tensors[name])
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"{name[:120]} of {where} is not finite", remedy="Save the adapter again, or train it anew"
+            )
+        halves.setdefault((layer, role), {})[match[3]] = values
+    parts = {}
+    for (layer, role), pair in halves.items():
+        module = model_name(layer, role)
+        if len(pair) != 2:
+            raise UsageError(f"{where} has only lora_{next(iter(pair))} of {module}", remedy="Save the adapter again")
+        a, b = pair["A"], pair["B"]
+        rank = _chosen(folder, config, "rank_pattern", "r", module)
+        if not len(a) == b.shape[1] == rank:
+            raise UsageError(
+                f"{where} has ranks {len(a)} and {b.shape[1]} for {module}, and {ADAPTER_CONFIG} says {rank}",
+                remedy="Save the adapter again",
+            )
+        alpha = _chosen(folder, config, "alpha_pattern", "lora_alpha", module)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        parts[layer, role] = bfloat16(a), bfloat16(np.ascontiguousarray(b.T) * np.float32(scale))
+    return Adapter(parts)
+
+
+def model_name(layer: int, role: str) -> str:
+    """Full name of a projection as an adapter's patterns see it."""
+    return f"model.layers.{layer}.{'mlp' if role in ('gate', 'up', 'down') else 'self_attn'}.{role}_proj"
+
+
+def _refuse_more(folder: Path, config: dict[str, Any]) -> None:
+    where = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise UsageError(
+            f"{where} is of the type {str(config.get('peft_type'))[:40]!r}",
+            "only LoRA adapters run beside the weights",
+            _MERGE,
+        )
+    more = sorted(name for name, value in config.items() if value and name not in _HARMLESS)
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    more += [] if config.get("init_lora_weights") in _STARTS else ["init_lora_weights"]
+    if more:
+        raise UsageError(
+            f"{where} asks for more than low-rank products ({', '.join(more)[:200]})",
+            "this cannot be mixed with other adapters in one batch",
+            _MERGE,
+        )
+
+
+def _chosen(folder: Path, config: dict[str, Any], patterns: str, plain: str, module: str) -> float:
+    """The value of a module: that of the first pattern its name ends with, else the plain one."""
+    found = config.get(plain, 8)
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise UsageError(f"{folder / ADAPTER_CONFIG} has {patterns} that is no table", remedy="Save the adapter again")
+    for pattern, value in table.items():
+        if re.search(r"[*+?{]", pattern) or len(pattern) > 1000:
+            raise UsageError(
+                f"{folder / ADAPTER_CONFIG} has a pattern in {patterns} that could take forever to match",
+                f"{pattern[:60]!r} repeats something",
+                "List the modules' names instead",
+            )
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                found = value
+                break
+        except re.error as error:
+            raise UsageError(f"{folder / ADAPTER_CONFIG} has a broken pattern in {patterns}", str(error)) from None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < abs(found) < 1e9:
+        raise UsageError(
+            f"{folder / ADAPTER_CONFIG} has {plain}={str(found)[:40]} for {module}", remedy="Save it again"
+        )
+    return found

@@ -1,0 +1,304 @@
+"""The runner of Llama-like models on the native kernels: weights as they are stored, no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoestring.core.errors import DoesNotFit, UsageError, nearest
+from shoestring.core.text import show_bytes
+from shoestring.engine.low_rank import read_adapter
+from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
+from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
+from shoestring.kernels.matrix import Matrix, make
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe
+from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
+
+_DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
+_GGUF_FORMATS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
+_PACKED_BY = {"shoestring_int8", "shoestring_int4"}  # whose folders hold the codes that the kernels know
+_FIRST_POSITIONS = 4096  # rotary tables begin with so many and grow when a sequence does
+
+
+class NativeRunner:
+    """Runs a folder or a GGUF file of `models.llama_like.FAMILIES` on the CPU. See `Runner` for the methods.
+
+    float32 and bfloat16 matrices are read from the mapped file; float16 ones become float32, which holds them exactly.
+    Packed ones (GGUF's Q8_0, Q4_0, Q4_1; 8 and 4 bits in groups) are laid out for the kernels once and stay packed.
+
+    Args:
+        model: a model folder, a GGUF file, or either as `open_source` gives it.
+        dtype: "auto" computes on float matrices as they are stored; "bf16" or "fp32" changes them first.
+        threads: at most; None is one for each core that this process may use.
+        eos: what `facts.eos` says.
+
+    Raises:
+        NotNative: a family, a setting or a weight format that the kernels do not compute.
+        UsageError: a file that is not sound, or weights that do not belong to the configuration.
+        DoesNotFit: no memory for the weights.
+    """
+
+    attention: AttentionWorker | None = None
+
+    def __init__(
+        self,
+        model: str | Path | Source,
+        *,
+        dtype: str = "auto",
+        cache_dtype: str = "bf16",
+        threads: int | None = None,
+        eos: tuple[int, ...] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise NotNative(f"The native runner does not compute in {dtype}", f"it knows {', '.join(_DTYPES)}")
+        if cache_dtype not in CACHE_TYPES:
+            raise UsageError(f"Unknown cache type {cache_dtype!r}", remedy=nearest(cache_dtype, CACHE_TYPES))
+        source = model if isinstance(model, Source) else open_source(Path(model), trust_remote_code=trust_remote_code)
+        self.threads = threads or _cores()
+        self.model = shape = describe(source)
+        loader = _Loader(source, shape, _DTYPES[dtype], self.threads)
+        self._llama = loader.load()
+        self._cache_type = cache_dtype
+        self._cache: Cache | None = None
+        self._adapters: list[Adapter | None] = []
+        self.facts = Facts(
+            family=shape.family,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            vocab=shape.vocab,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            context=shape.context,
+            weight_bytes=loader.bytes,
+            block_bytes=self._llama.page_bytes(cache_dtype) * shape.layers,
+            precision=" + ".join(loader.formats),
+            backend="native",
+            eos=eos,
+            extra={"cache": cache_dtype, "threads": self.threads},
+        )
+
+    def reserve(self, blocks: int) -> None:
+        size, free = blocks * self.facts.block_bytes, _free_memory()
+        if free is not None and size > free:
+            raise DoesNotFit(
+                f"{show_bytes(size)} for keys and values are not to be had",
+                f"{show_bytes(free)} of memory are free",
+                "Give less memory to the cache, or a shorter context",
+            )
+        self._cache = self._llama.cache(blocks, self._cache_type)
+
+    def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> np.ndarray:
+        if batch.tokens:
+            self._reach(int(batch.positions.max()) + 1)
+        attend = self._elsewhere(batch) if self.attention else None
+        return self._llama.run(
+            self._cache, batch, first=first, last=last, hidden=hidden, adapters=self._adapters, attend=attend,
+            threads=self.threads,
+        )  # fmt: skip
+
+    def logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return self._llama.logits(hidden, rows, self.threads)
+
+    def normed(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return self._llama.normed(hidden, rows, self.threads)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._pages().copy(pairs)
+
+    def move_slots(self, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        self._llama.move(self._pages(), table, moves)
+
+    def add_adapter(self, folder: str) -> int:
+        adapter = read_adapter(Path(folder), self.model)
+        number = self._adapters.index(None) if None in self._adapters else len(self._adapters)
+        self._adapters[number : number + 1] = [adapter]
+        return number
+
+    def drop_adapter(self, number: int) -> None:
+        if not 0 <= number < len(self._adapters) or self._adapters[number] is None:
+            raise UsageError(f"There is no adapter with the number {number}", remedy="Add it first")
+        self._adapters[number] = None
+
+    def to_host(self, hidden: np.ndarray) -> np.ndarray:
+        return hidden
+
+    def from_host(self, hidden: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(hidden, np.float32)
+
+    def close(self) -> None:
+        self._cache = None
+        self._adapters = []
+        del self._llama
+
+    def _pages(self) -> Cache:
+        if self._cache is None:
+            raise UsageError("The runner has no cache yet", remedy="Call reserve(blocks) first")
+        return self._cache
+
+    def _reach(self, positions: int) -> None:
+        """Make the rotary tables hold so many positions, up to the model's context."""
+        have = len(self._llama.cosines)
+        if have < positions <= self.model.context:
+            cosines, sines = self.model.tables(min(max(positions, 2 * have), self.model.context))
+            self._llama = replace(self._llama, cosines=cosines, sines=sines)
+
+    def _elsewhere(self, batch: Batch) -> Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        worker = self.attention
+        assert worker is not None
+        return lambda layer, q, k, v: worker(layer, q, k, v, batch)
+
+
+class _Loader:
+    """Turns stored tensors into what the kernels read, one after another, so that no more than one is there twice."""
+
+    def __init__(self, source: Source, model: LlamaLike, dtype: str, threads: int) -> None:
+        self.source, self.tensors, self.model = source, source.tensors, model
+        self.dtype, self.threads = dtype, threads
+        self.bytes = 0
+        self.formats: dict[str, None] = {}
+        packed = source.values.get("quantization_config") if not source.gguf else None
+        if packed and (not isinstance(packed, dict) or packed.get("quant_method") not in _PACKED_BY):
+            method = packed.get("quant_method") if isinstance(packed, dict) else packed
+            raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
+
+    def load(self) -> Llama:
+        model = self.model
+        embedding = self.matrix("embedding")
+        head = embedding if model.tied else self.matrix("head")
+        blocks = tuple(self.block(layer) for layer in range(model.layers))
+        cosines, sines = model.tables(min(model.context, _FIRST_POSITIONS))
+        return Llama(
+            blocks=blocks,
+            embedding=embedding,
+            head=head,
+            final_norm=self.norm("final_norm"),
+            cosines=cosines,
+            sines=sines,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            epsilon=model.epsilon,
+            activation=model.activation,
+            attention_scale=model.attention_scale,
+            embedding_scale=model.embedding_scale,
+            residual_scale=model.residual_scale,
+            logit_scale=model.logit_scale,
+        )
+
+    def block(self, layer: int) -> Block:
+        model = self.model
+        parts: dict[str, Any] = {role: self.matrix(role, layer) for role in PROJECTIONS}
+        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if model.head_norms else ()))
+        parts |= {role: self.norm(role, layer) for role in norms}
+        return Block(**parts, rotate=model.rotates[layer], window=model.windows[layer])
+
+    def norm(self, role: str, layer: int = 0) -> np.ndarray:
+        stored = self.tensors[self.model.name(role, layer) + ".weight"]
+        self.check(stored, self.model.shape_of(role))
+        values = floats(stored).copy()
+        if not np.isfinite(values).all():
+            raise UsageError(f"{stored.name} of {self.source.path} is not finite", remedy="Get an intact model")
+        self.bytes += values.nbytes
+        return values
+
+    def matrix(self, role: str, layer: int = 0) -> Matrix:
+        name = self.model.name(role, layer)
+        rows, cols = self.model.shape_of(role)
+        order, bias = self.order(role), None
+        if role in self.model.biased:
+            stored = self.tensors[name + ".bias"]
+            self.check(stored, (rows,))
+            bias = floats(stored)
+            bias = bias if order is None else bias[order]
+        stored = self.tensors[name + ".weight"]
+        if f"{name}.scales" in self.tensors or stored.dtype in ("I8", "U8"):
+            made = self.packed(stored, name, rows, cols, bias)
+        else:
+            self.check(stored, (rows, cols))
+            made = self.plain(stored, rows, cols, order, bias)
+        self.bytes += made.size
+        self.formats[made.format] = None
+        return made
+
+    def plain(self, stored: Stored, rows: int, cols: int, order: np.ndarray | None, bias: np.ndarray | None) -> Matrix:
+        given: dict[str, Any] = {"order": order, "bias": bias, "threads": self.threads}
+        if stored.dtype in _GGUF_FORMATS:
+            made = make(_GGUF_FORMATS[stored.dtype], rows, cols, stored.data, **given)
+        elif stored.dtype in ("F32", "F16", "BF16"):
+            # float16 has no kernels: as float32 it loses nothing.
+            wanted = self.dtype or ("bf16" if stored.dtype == "BF16" else "fp32")
+            if wanted == "fp32":
+                values = floats(stored)
+            elif stored.dtype == "BF16":
+                values = aligned(stored.data, 2)
+            else:
+                values = bfloat16(floats(stored))
+            made = make(wanted, rows, cols, values, **given)
+            if np.shares_memory(made.data, stored.data):
+                return made
+        else:
+            raise NotNative(f"The native runner has no kernels for {stored.dtype}, as {stored.name} is stored")
+        self.tensors.release(stored.name)
+        return made
+
+    def packed(self, stored: Stored, name: str, rows: int, cols: int, bias: np.ndarray | None) -> Matrix:
+        """Codes in groups as `docs/quantized-format.md` has them."""
+        scales = self.tensors.get(f"{name}.scales")
+        dims = stored.dims
+        sound = scales is not None and scales.dtype == "BF16" and len(scales.dims) == 2 and scales.dims[0] == rows
+        groups = scales.dims[1] if scales is not None and sound else 0
+        if sound and stored.dtype == "I8" and len(dims) == 3:
+            bits, group = 8, dims[2]
+        elif sound and stored.dtype == "U8" and len(dims) == 2 and groups:
+            bits, group = 4, dims[1] * 2 // groups
+        else:
+            raise NotNative(f"The native runner does not know how {stored.name} is packed", f"{stored.dtype} {dims}")
+        whole = (rows, groups, group) if bits == 8 else (rows, groups * group // 2)
+        if dims != whole or group not in (32, 64, 128) or groups != -(-cols // group):
+            raise UsageError(
+                f"{stored.name} has the dimensions {dims} with {groups} scales a row",
+                f"they do not belong to a weight of {rows} x {cols}",
+                "Get an intact model",
+            )
+        assert scales is not None
+        bits16 = aligned(scales.data, 2).view(np.uint16).reshape(scales.dims)
+        made = make(f"int{bits}", rows, cols, stored.data, group=group, scales=bits16, bias=bias, threads=self.threads)
+        self.tensors.release(stored.name)
+        return made
+
+    def order(self, role: str) -> np.ndarray | None:
+        """Stored row of each row: GGUF interleaves the two halves of a head that rotate together."""
+        if not self.model.interleaved or role not in ("q", "k"):
+            return None
+        rows = self.model.shape_of(role)[0]
+        return np.arange(rows).reshape(-1, self.model.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def check(self, stored: Stored, dims: tuple[int, ...]) -> None:
+        if stored.dims != dims:
+            raise UsageError(
+                f"{stored.name} of {self.source.path} has the dimensions {stored.dims}",
+                f"its configuration says {dims}",
+                "Check that configuration and weights belong together",
+            )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+assert BLOCK == 16, "the kernels' pages have 16 tokens"

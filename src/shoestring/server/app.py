@@ -32,7 +32,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schema.ErrorAnswer, "description": "The request cannot be served"},
     "5XX": {"model": schema.ErrorAnswer, "description": "The server cannot answer now"},
 }
-_NOTHING_LEAVES = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
+_NOTHING_LEAVES: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
 
 
 def build(service: Service) -> ASGIApp:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -272,7 +272,7 @@ def _reason(reason: str | None, called: bool) -> str:
     return "tool_calls" if called and reason == "stop" else reason or "stop"
 
 
-async def events(chat: Chat, tokenizer: Tokenizer, work: Work) -> AsyncIterator[bytes]:
+async def events(chat: Chat, tokenizer: Tokenizer, work: Work) -> AsyncGenerator[bytes, None]:
     """The same as server-sent events. Everything that does not change is written once."""
     head = json.dumps(
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +146,7 @@ def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], us
     return {**made.head, "choices": choices, "usage": usage}
 
 
-async def events(made: Continuation, tokenizer: Tokenizer, work: Work) -> AsyncIterator[bytes]:
+async def events(made: Continuation, tokenizer: Tokenizer, work: Work) -> AsyncGenerator[bytes, None]:
     """The same as server-sent events."""
     head = json.dumps(made.head, separators=(",", ":"))[:-1]
     tail = ',"usage":null}\n\n' if made.usage_in_stream else "}\n\n"

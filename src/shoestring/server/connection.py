@@ -19,10 +19,12 @@ def limited(base: Any, settings: Settings) -> Any:
     class Limited(base):  # type: ignore[misc]
         _timer: asyncio.TimerHandle | None = None
         _head = 0
+        app: Any
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.app = partial(_with_abort, self.app, self)
+            application: Any = self.app
+            self.app = partial(_with_abort, application, self)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

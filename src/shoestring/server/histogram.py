@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 # Seconds. From a fast step on a small model to a long answer on a large one.
 TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
@@ -28,8 +29,5 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bound and how many values are not above it, as Prometheus counts."""
-        found, so_far = [], 0
-        for bound, count in zip((*self.bounds, "+Inf"), self.counts):
-            so_far += count
-            found.append((str(float(bound)) if bound != "+Inf" else "+Inf", float(so_far)))
-        return found
+        names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
+        return [(name, float(so_far)) for name, so_far in zip(names, accumulate(self.counts))]

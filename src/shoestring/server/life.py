@@ -66,10 +66,11 @@ def _run(settings: Settings, keys: Keys, listener: socket.socket, loading: _Load
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as protocol
     except ImportError:
         from uvicorn.protocols.http.h11_impl import H11Protocol as protocol  # type: ignore[assignment]
+    new_event_loop: Any = asyncio.new_event_loop
     try:
         from uvloop import new_event_loop
     except ImportError:
-        from asyncio import new_event_loop
+        pass
 
     service = Service(settings, keys)
     config = uvicorn.Config(

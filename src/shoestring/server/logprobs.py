@@ -32,7 +32,8 @@ def of_completion(
     tokenizer: Tokenizer, tokens: Sequence[int], found: Sequence[TokenLogprob | None], alternatives: int, offset: int
 ) -> dict[str, Any]:
     """Tokens with None have no probability: the first of a prompt. `offset`: where the text begins, in characters."""
-    names, values, tops, offsets = [], [], [], []
+    names, values, offsets = [], [], []
+    tops: list[dict[str, float] | None] = []
     for token, judged in zip(tokens, found):
         name = token_name(tokenizer, token)
         names.append(name)

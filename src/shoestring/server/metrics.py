@@ -75,7 +75,7 @@ class Metrics:
         for family in (*self._of_engine(), *self._of_server()):
             yield _named(family, prefix, labels)
         for name, histogram in self.histograms.items():
-            family = HistogramMetricFamily(prefix + name, _HISTOGRAMS[name][1], labels=labels)
+            family = HistogramMetricFamily(prefix + name, _HISTOGRAMS[name][1], labels=list(labels))
             family.add_metric(list(labels.values()), histogram.buckets(), histogram.total)
             yield family
 

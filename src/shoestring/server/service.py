@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shoestring import __version__
@@ -103,4 +102,4 @@ class Service:
         return f"{client.digest}:{salt or ''}"
 
 
-_LATER: Mapping[str, str] = {"retry-after": "2"}
+_LATER = {"retry-after": "2"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii as quoted  # type: ignore[attr-defined]
 from typing import Any
@@ -34,7 +34,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, work: Work, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(
+        self, service: Service, work: Work, events: AsyncGenerator[bytes, None], headers: dict[str, str]
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._service, self._work, self._events = service, work, events

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ class Work:
         self._metered = service.meter.read()
         self._computed = self._total()
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What the engine gives, with the number of its answer.
 
         Raises:
@@ -154,13 +154,13 @@ class Work:
             return bad("response_format", f"The answer cannot follow its format: {delta.error}", "constraint_failed")
         return ApiError(500, "The answer could not be finished", code="answer_failed")
 
-    async def _one(self, i: int) -> AsyncIterator[tuple[int, Delta]]:
+    async def _one(self, i: int) -> AsyncGenerator[tuple[int, Delta], None]:
         base = i * self.n
         async with aclosing(self.engine.stream(self.requests[i])) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 yield base + delta.index, delta
 
-    async def _many(self) -> AsyncIterator[tuple[int, Delta]]:
+    async def _many(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The answers to several prompts, as they come."""
         queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 

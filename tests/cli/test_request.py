@@ -13,7 +13,8 @@ from shoestring.cli._request import build, fields, pairs
 
 REQUESTS = [("jobs.fit", "FitRequest"), ("jobs.train", "TrainRequest"), ("jobs.compress", "CompressRequest"),
             ("training.options", "TrainOptions"), ("jobs.bench", "ServeRequest"),
-            ("jobs.bench_engine", "LatencyRequest"), ("jobs.bench_engine", "ThroughputRequest")]  # fmt: skip
+            ("jobs.bench_engine", "LatencyRequest"), ("jobs.bench_engine", "ThroughputRequest"),
+            ("server.settings", "Settings")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "name"), REQUESTS)
@@ -41,6 +42,14 @@ def test_only_what_was_given_is_passed_on() -> None:
         budget="storage=1MB", options={"r": 8}, training={"learning_rate": 1e-3}
     )
     assert build(FitRequest, {"options": ()}) == FitRequest()
+
+
+def test_several_words_stay_words() -> None:
+    from shoestring.jobs.bench import ServeRequest
+    from shoestring.server.settings import Settings
+
+    assert build(Settings, {"adapter": ("a=b", "c=d")}).adapter == ("a=b", "c=d")
+    assert build(ServeRequest, {"body": ("n=1",)}).body == {"n": 1}
 
 
 def test_option_values() -> None:

@@ -82,7 +82,7 @@ def build(request: Any, given: Mapping[str, Any]) -> Any:
     said = {name: value for name, value in given.items() if value not in (None, ())}
     training = {name: value for name, value in said.items() if name not in known}
     said = {name: value for name, value in said.items() if name in known}
-    said = {name: pairs(value) if isinstance(value, tuple) else value for name, value in said.items()}
+    said = {name: pairs(v) if str(known[name].type).startswith("Mapping") else v for name, v in said.items()}
     return request(**said, **({"training": training} if training else {}))
 
 
@@ -110,7 +110,7 @@ def _option(field: Field) -> Any:
     flag = "--" + field.name.replace("_", "-")
     names = [*_ALIASES.get(field.name, []), flag]
     text = (_HELP.get(field.name) or field.help or "").rstrip(".;")
-    shown = f" [default: {field.default}]" if field.default not in (None, "", False) else ""
+    shown = f" [default: {field.default}]" if field.default not in (None, "", False, ()) else ""
     help = (text[:1].upper() + text[1:] + "." if text else "") + shown
     kind = _KINDS.get(field.kind.partition(" |")[0])
     if kind is bool:
@@ -118,7 +118,8 @@ def _option(field: Field) -> Any:
             *names, field.name, type=bool, is_flag=False, flag_value=True, default=None, metavar="[BOOL]", help=help
         )
     if kind is None:
-        return click.option(*names, field.name, multiple=True, metavar="KEY=VALUE", help=help)
+        written = "TEXT" if field.kind.startswith("tuple") else "KEY=VALUE"
+        return click.option(*names, field.name, multiple=True, metavar=written, help=help)
     return click.option(*names, field.name, type=kind, default=None, help=help)
 
 

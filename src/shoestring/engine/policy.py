@@ -167,9 +167,6 @@ class Fair(Fifo):
         while order:
             entry = order[0]
             client = entry[2]
-            if self._entries.get(client) is not entry:
-                heapq.heappop(order)
-                continue
             first = self._lines[client].first()
             assert first is not None
             now = (self._accounts[client], self._places[first], client)
@@ -177,6 +174,7 @@ class Fair(Fifo):
                 return first
             self._entries[client] = now
             heapq.heapreplace(order, now)
+            self._skip()
         return None
 
     def rank(self, sequence: Sequence) -> Any:
@@ -199,6 +197,7 @@ class Fair(Fifo):
         if known is None or entry < known:
             self._entries[client] = entry
             heapq.heappush(self._order, entry)
+            self._skip()
 
     def _leave(self, sequence: Sequence) -> bool:
         client = sequence.request.client
@@ -207,7 +206,13 @@ class Fair(Fifo):
             return False
         if line.first() is None:
             del self._lines[client], self._entries[client]
+            self._skip()
         return True
+
+    def _skip(self) -> None:
+        order, entries = self._order, self._entries
+        while order and entries.get(order[0][2]) is not order[0]:
+            heapq.heappop(order)
 
     @staticmethod
     def _count(counts: dict[str, int], client: str, change: int) -> None:

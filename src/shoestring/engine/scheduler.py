@@ -176,7 +176,7 @@ class Scheduler:
             if sequence.draft:
                 drafting.append(sequence)
         room = self.max_tokens - len(chunks)
-        if room and (drafting or prompts or self.waiting):
+        if drafting or (room and (prompts or self.waiting)):
             room = min(room, self.policy.share(self.max_tokens, len(chunks)))
             if drafting:
                 room = self._draft(drafting, room)

@@ -35,7 +35,6 @@ class NativeRunner:
         model: a model folder, a GGUF file, or either as `open_source` gives it.
         dtype: "auto" computes on float matrices as they are stored; "bf16" or "fp32" changes them first.
         threads: at most; None is one for each core that this process may use.
-        eos: what `facts.eos` says.
 
     Raises:
         NotNative: a family, a setting or a weight format that the kernels do not compute.
@@ -52,7 +51,6 @@ class NativeRunner:
         dtype: str = "auto",
         cache_dtype: str = "bf16",
         threads: int | None = None,
-        eos: tuple[int, ...] = (),
         trust_remote_code: bool = False,
     ) -> None:
         if dtype not in _DTYPES:
@@ -80,7 +78,6 @@ class NativeRunner:
             block_bytes=self._llama.page_bytes(cache_dtype) * shape.layers,
             precision=" + ".join(loader.formats),
             backend="native",
-            eos=eos,
             extra={"cache": cache_dtype, "threads": self.threads},
         )
 

@@ -13,7 +13,7 @@ from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.files import atomic_folder, locked, write_text
 
 MANIFEST = ".source.json"
-_CONVERTER = 1  # raise it when a conversion's result changes, so that older ones are made again
+_CONVERTER = 2  # raise it when a conversion's result changes, so that older ones are made again
 
 
 def cache_dir() -> Path:

@@ -59,6 +59,15 @@ def resolve(ref: str | Path, *, offline: bool | None = None) -> Path:
     Raises:
         UsageError: nothing of that name, or a hub id without network.
     """
+    path = locate(ref, offline=offline)
+    if not path.is_file():
+        return path
+    check_gguf(path)
+    return convert_once(path, lambda folder: _convert_gguf(path, folder))
+
+
+def locate(ref: str | Path, *, offline: bool | None = None) -> Path:
+    """The local folder or GGUF file of `ref`, as it is; its header has yet to be checked. Raises as `resolve`."""
     text = str(ref)
     if text == DEFAULT:
         return _default_model(offline)
@@ -66,7 +75,7 @@ def resolve(ref: str | Path, *, offline: bool | None = None) -> Path:
     if text and path.is_dir():
         return path
     if text and path.is_file():
-        return _from_file(path)
+        return _file(path)
     if "://" in text:
         raise UsageError(
             f"{text} is a web address", remedy="Give a hub id such as owner/name, or download it and give the folder"
@@ -214,7 +223,7 @@ def _default_model(offline: bool | None) -> Path:
     found = importlib.util.find_spec(DEFAULT_PACKAGE)
     for place in (found.submodule_search_locations or []) if found else []:
         for file in sorted(Path(place).rglob("*.gguf")):
-            return _from_file(file)
+            return _file(file)
     try:
         return _from_hub(DEFAULT_HUB_ID, offline)
     except UsageError as error:
@@ -223,10 +232,9 @@ def _default_model(offline: bool | None) -> Path:
         ) from error
 
 
-def _from_file(path: Path) -> Path:
+def _file(path: Path) -> Path:
     if is_gguf(path):
-        check_gguf(path)
-        return convert_once(path, lambda folder: _convert_gguf(path, folder))
+        return path
     if is_pickle(path):
         raise UsageError(
             f"{path} is a pickle",
@@ -245,6 +253,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from shoestring.models import gguf_tokenizer
+
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
@@ -260,6 +270,12 @@ def _convert_gguf(source: Path, folder: Path) -> None:
             f"transformers says: {str(error)[:300]}",
             "Use the model's safetensors folder",
         ) from error
+    own = gguf_tokenizer.build(check_gguf(source).values)
+    if own is not None:
+        # transformers knows only some of the ways to cut a text that a GGUF file can name.
+        tokenizer.backend_tokenizer.pre_tokenizer = own.pre_tokenizer
+        if own.normalizer is not None:
+            tokenizer.backend_tokenizer.normalizer = own.normalizer
     context = getattr(model.config, "max_position_embeddings", None)
     if context:
         tokenizer.model_max_length = context

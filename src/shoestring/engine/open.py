@@ -1,0 +1,172 @@
+"""Open a model for the engine: the native runner where it can run it, else the torch runner, and say which and why."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from shoestring.core.errors import ShoestringError, UsageError, nearest
+from shoestring.engine import tokenizer as tokenizers
+from shoestring.engine.runner import Runner
+from shoestring.engine.tokenizer import Tokenizer
+from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
+from shoestring.models.llama_like import NotNative
+from shoestring.models.load import DEFAULT, locate, resolve
+from shoestring.models.tensors import open_source
+
+RUNNERS = ("auto", "native", "torch")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to answer.
+
+    Attributes:
+        name: what clients call it; never a path.
+        path: the folder or GGUF file that was opened.
+        adapter: number of the adapter that `ref` named, which every request without another one uses; -1 for none.
+        note: a sentence for the user on the choice of the runner; empty when there is nothing to say.
+    """
+
+    runner: Runner
+    tokenizer: Tokenizer
+    name: str
+    path: Path
+    adapter: int = -1
+    note: str = ""
+
+
+def open_model(
+    ref: str | Path = DEFAULT,
+    *,
+    runner: str = "auto",
+    dtype: str = "auto",
+    cache_dtype: str = "bf16",
+    threads: int | None = None,
+    offline: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """Open a hub id, a model folder, an adapter folder (with the base it names), a GGUF file, or `smollm2`.
+
+    A GGUF file is run as it is, in its own formats, unless `dtype` or the runner asks for floats; then it is converted
+    once into the cache.
+
+    Args:
+        runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
+        dtype: "auto" computes on the weights as they are stored.
+        cache_dtype: of keys and values, "bf16" or "int8".
+
+    Raises:
+        UsageError: nothing of that name, files that are not sound, or a runner that cannot take the model.
+        DoesNotFit: no memory for the weights.
+    """
+    if runner not in RUNNERS:
+        raise UsageError(f"Unknown runner {runner!r}", remedy=nearest(runner, RUNNERS))
+    path = locate(ref, offline=offline)
+    name = str(ref) if str(ref) == DEFAULT or not Path(ref).expanduser().exists() else path.resolve().name
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        return _with_adapter(
+            path, name, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if path.is_file() and dtype != "auto":
+        path = resolve(path, offline=offline)
+    note = ""
+    if runner != "torch":
+        try:
+            made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code)
+            return Opened(made, tokens, name, path)
+        except NotNative as error:
+            if runner == "native":
+                raise
+            note = f"{error.what}{f' ({error.why})' if error.why else ''}: the torch runner runs this model"
+        except _NoKernels as error:
+            if runner == "native":
+                raise
+            note = f"{error}; the torch runner runs this model"
+    folder = resolve(path, offline=offline)
+    from shoestring.engine.torch_runner import TorchRunner
+
+    slow = TorchRunner(
+        folder, dtype=dtype, cache_dtype=cache_dtype, threads=threads, trust_remote_code=trust_remote_code,
+        offline=offline,
+    )  # fmt: skip
+    return Opened(slow, tokenizers.from_folder(folder), name, folder, note=note)
+
+
+class _NoKernels(ShoestringError):
+    """The native library is not there."""
+
+
+def _native(
+    path: Path, dtype: str, cache_dtype: str, threads: int | None, trust_remote_code: bool
+) -> tuple[Runner, Tokenizer]:
+    from shoestring.kernels.matrix import library
+
+    try:
+        library()
+    except ShoestringError as error:
+        raise _NoKernels(error.what, error.why, error.remedy) from None
+    source = open_source(path, trust_remote_code=trust_remote_code)
+
+    def tokens() -> Tokenizer:
+        found = tokenizers.from_gguf(source.values) if source.gguf else tokenizers.from_folder(path)
+        return found or tokenizers.from_folder(resolve(path))
+
+    # The tokenizer is built while the weights are laid out, which leaves Python free.
+    waiting = _Beside(tokens)
+    from shoestring.engine.native_runner import NativeRunner
+
+    try:
+        made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
+    finally:
+        waiting.thread.join()
+    tokenizer = waiting.result()
+    made.facts = replace(made.facts, eos=tokenizer.eos)
+    return made, tokenizer
+
+
+class _Beside(Generic[T]):
+    """A function that runs in a thread of its own."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._found: list[T] = []
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found.append(self._function())
+        except BaseException as error:  # raised again where the result is wanted
+            self._error = error
+
+    def result(self) -> T:
+        self.thread.join()
+        if self._error:
+            raise self._error
+        return self._found[0]
+
+
+def _with_adapter(path: Path, name: str, **options: Any) -> Opened:
+    base_ref = check_adapter(path).get("base_model_name_or_path")
+    if not isinstance(base_ref, str) or not base_ref or base_ref == str(path):
+        raise UsageError(
+            f"{path / ADAPTER_CONFIG} names no usable base model ({str(base_ref)[:80]!r})",
+            remedy="Write the base's folder or hub id there",
+        )
+    base = open_model(base_ref, **options)
+    if base.adapter >= 0:
+        raise UsageError(f"{path} adapts {base_ref}, which is an adapter itself", remedy="Merge that one first")
+    try:
+        number = base.runner.add_adapter(str(path))
+    except BaseException:
+        base.runner.close()
+        raise
+    tokens = tokenizers.from_folder(path, base=base.tokenizer)
+    return Opened(base.runner, tokens, name, path, number, base.note)

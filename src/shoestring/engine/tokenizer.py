@@ -1,0 +1,499 @@
+"""Text to token ids and back, with the model's chat template: on the `tokenizers` library alone, no torch.
+
+Special tokens count only where the caller or the template wrote them: their text inside what a user says is plain text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoestring.core.errors import UsageError
+from shoestring.engine.request import RequestError
+from shoestring.models.folder import read_json
+from shoestring.models.gguf_tokenizer import build, byte_alphabet
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from shoestring.engine.chat_template import Template
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PRIVATE = 0x10F000  # characters that stand in for others begin here, in a plane nobody uses
+
+
+class Tokenizer:
+    """A tokenizer with its templates. Safe to use from several threads.
+
+    Args:
+        inner: of the `tokenizers` library; padding and truncation are switched off.
+        templates: name -> chat template; "default" is the usual one, "tool_use" is taken when there are tools.
+        named: text of the tokens that templates know by name, such as bos_token.
+        eos: ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        templates: Mapping[str, str] | None = None,
+        named: Mapping[str, str] | None = None,
+        eos: Collection[int] = (),
+    ) -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        self._inner, self._lock = inner, threading.Lock()
+        self._templates, self._named = dict(templates or {}), dict(named or {})
+        self._compiled: dict[str, Template] = {}
+        self.vocab: int = inner.get_vocab_size(with_added_tokens=True)
+        self.eos = tuple(dict.fromkeys(eos))
+        added = inner.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special and token.content}
+        self._special_ids = frozenset(self._special.values())
+        self._sides = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
+        self._fuzzy = [token.content for token in added.values() if token.special and token.normalized]
+
+    # ---- text to ids ----
+
+    def encode(self, text: str, *, special: bool = False, whole: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            special: text that spells a special token becomes that token; otherwise it is plain text.
+            whole: put the tokens around it that this tokenizer begins (and ends) every text with.
+
+        Raises:
+            RequestError: half of a surrogate pair in the text, which no encoding has.
+        """
+        _check_text(text, "prompt")
+        return self._ids(text, special, whole)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **template_variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation through the model's chat template, or a plain one when it has none.
+
+        Raises:
+            RequestError: the template refuses the conversation, or its text cannot be encoded.
+            UsageError: the template is at fault: not sound, or over the limits of `chat_template`.
+        """
+        return self._template_ids(*self._rendered(messages, tools, add_generation_prompt, template_variables))
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **template_variables: Any,
+    ) -> str:
+        """What `chat` encodes, as text to look at. Raises as `chat`."""
+        text, hidden = self._rendered(messages, tools, add_generation_prompt, template_variables)
+        return text.translate({ord(sign): letter for sign, letter in hidden.items()})
+
+    # ---- ids to text ----
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD. Unknown ids have no text."""
+        stream = self.stream(skip_special)
+        return stream.push(ids) + stream.finish()
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A decoder that takes ids as they come."""
+        return TextStream(self, skip_special)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token by itself; U+FFFD stands for a part of a character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for, in the middle of a text; none for an unknown id."""
+        word = self._inner.id_to_token(token) if 0 <= token < 1 << 32 else None
+        if word is None:
+            return b""
+        if self.byte_level:
+            alphabet = byte_alphabet()
+            try:
+                return bytes([alphabet[letter] for letter in word])
+            except KeyError:  # an added token is written as it reads
+                return word.encode("utf-8", "replace")
+        byte = _BYTE.fullmatch(word)
+        if byte and self._byte_fallback:
+            return bytes([int(byte[1], 16)])
+        return (word.replace("\u2581", " ") if self._underscores else word).encode("utf-8", "replace")
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._templates)
+
+    @property
+    def template(self) -> str:
+        """The chat template's text; empty without one."""
+        return self._templates.get("default") or next(iter(self._templates.values()), "")
+
+    @cached_property
+    def json(self) -> str:
+        """The tokenizer as the `tokenizers` library writes it."""
+        return str(self._inner.to_str())
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Every token is a string of bytes, so that texts are its tokens' bytes one after another."""
+        kinds = self._decoder_kinds()
+        return kinds == ["ByteLevel"]
+
+    # ---- inside ----
+
+    def _decoder_kinds(self) -> list[str]:
+        decoder = self._inner.decoder
+        if decoder is None:
+            return []
+        state = json.loads(decoder.__getstate__())
+        parts = state["decoders"] if state.get("type") == "Sequence" else [state]
+        self._parts = parts
+        return [str(part.get("type")) for part in parts]
+
+    @cached_property
+    def _byte_fallback(self) -> bool:
+        return "ByteFallback" in self._decoder_kinds()
+
+    @cached_property
+    def _underscores(self) -> bool:
+        kinds = self._decoder_kinds()
+        return "Metaspace" in kinds or "Replace" in kinds
+
+    def _ids(self, text: str, special: bool, whole: bool) -> list[int]:
+        # The library keeps this setting in the tokenizer itself.
+        with self._lock:
+            self._inner.encode_special_tokens = not special
+            return list(self._inner.encode(text, add_special_tokens=whole).ids)
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool, variables: Mapping[str, Any]
+    ) -> tuple[str, dict[str, str]]:
+        from shoestring.engine.chat_template import TemplateRefused
+
+        given = _plain({"messages": messages, "tools": tools or None, "variables": variables})
+        texts = list(_texts(given))
+        for text in texts:
+            _check_text(text, "messages")
+        hidden: dict[str, str] = {}
+        disarmed = self._disarmed(given, "".join(texts), hidden)
+        said = [_with_reasoning(message) for message in disarmed["messages"]]
+        names = {name: text for name, text in self._named.items() if text}
+        try:
+            text = self._template("tool_use" if tools else "default").render(
+                {
+                    **names,
+                    "documents": None,
+                    **disarmed["variables"],
+                    "messages": said,
+                    "tools": disarmed["tools"],
+                    "add_generation_prompt": prompt,
+                }
+            )
+        except TemplateRefused as error:
+            raise RequestError(error.what, error.why, param="messages", code="invalid_messages") from None
+        return text, hidden
+
+    def _template(self, name: str) -> Template:
+        from shoestring.engine.chat_template import Template
+
+        name = name if name in self._templates else "default" if "default" in self._templates else ""
+        if name not in self._compiled:
+            text = self._templates[name] if name else self.template
+            if not text:
+                # Models without one are trained with this, so they must be asked with it too.
+                from shoestring.data.template import PLAIN_TEMPLATE as text
+            self._compiled[name] = Template(text)
+        return self._compiled[name]
+
+    def _disarmed(self, value: Any, whole: str, hidden: dict[str, str]) -> Any:
+        """`value` with a private character for each letter at which a special token could begin.
+
+        `hidden` gets private character -> letter. A token that begins in the last letters of one string and ends in
+        the next is found too, since the letters that begin it are enough.
+        """
+        if isinstance(value, dict):
+            return {
+                self._disarmed(key, whole, hidden): self._disarmed(item, whole, hidden) for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self._disarmed(item, whole, hidden) for item in value]
+        if not isinstance(value, str) or self._starts is None or not self._starts.search(value):
+            return value
+
+        def stand_in(match: re.Match[str]) -> str:
+            known = {letter: sign for sign, letter in hidden.items()}
+            if match[0] not in known:
+                code = _PRIVATE
+                while chr(code) in hidden or chr(code) in whole or chr(code) in self.template:
+                    code += 1
+                hidden[chr(code)] = match[0]
+                return chr(code)
+            return known[match[0]]
+
+        return self._starts.sub(stand_in, value)
+
+    @cached_property
+    def _starts(self) -> re.Pattern[str] | None:
+        """Matches a letter where a special token is spelled, or where the end of the text may be its beginning."""
+        ways: dict[str, set[str]] = {}
+        for name in self._special:
+            rest = name[1:]
+            begun = [re.escape(rest[:size]) + r"\Z" for size in range(len(rest))]
+            ways.setdefault(name[0], set()).update([re.escape(rest), *begun])
+        if not ways:
+            return None
+        found = (
+            f"{re.escape(letter)}(?={'|'.join(sorted(rests, key=lambda r: (-len(r), r)))})"
+            for letter, rests in sorted(ways.items())
+        )
+        return re.compile("|".join(found))
+
+    @cached_property
+    def _whole(self) -> re.Pattern[str] | None:
+        """Matches special tokens, with the white space that those swallow which are so inclined."""
+        if not self._special:
+            return None
+        ways = []
+        for name in sorted(self._special, key=lambda name: (-len(name), name)):
+            left, right = self._sides.get(name, (False, False))
+            ways.append(rf"{r's*' if left else ''}{re.escape(name)}{r's*' if right else ''}".replace("s*", r"\s*"))
+        return re.compile("(" + "|".join(ways) + ")")
+
+    def _template_ids(self, text: str, hidden: dict[str, str]) -> list[int]:
+        if not hidden and not self._forged_by_normalizing(text):
+            return self._ids(text, special=True, whole=False)
+        ids: list[int] = []
+        letters = {ord(sign): letter for sign, letter in hidden.items()}
+        for number, piece in enumerate(self._whole.split(text) if self._whole else [text]):
+            if number % 2:
+                ids.append(self._special.get(piece, self._special.get(piece.strip(), -1)))
+            elif piece:
+                ids += self._ids(piece.translate(letters), special=False, whole=False)
+        return ids
+
+    def _forged_by_normalizing(self, text: str) -> bool:
+        """Whether normalizing makes a special token of text that does not spell one."""
+        normalizer = self._inner.normalizer
+        if not self._fuzzy or normalizer is None:
+            return False
+        normal = normalizer.normalize_str(text)
+        return any(normal.count(name) > text.count(name) for name in self._fuzzy)
+
+
+class TextStream:
+    """Decodes ids as they come; what is given out together with `finish()` is the text of all of them."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer._special_ids if skip_special else frozenset()
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
+        self._ids: list[int] = []  # of other kinds: those whose text may still depend on each other
+        self._read = 0  # how many of them have been given out
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is settled by these ids: a character whose bytes are not all there waits."""
+        kept = [token for token in ids if token not in self._skipped]
+        if self._bytes is not None:
+            return self._bytes.decode(b"".join(map(self._tokenizer.token_bytes, kept)))
+        self._ids += kept
+        before, now = self._text(self._ids[: self._read]), self._text(self._ids)
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        # The latest ids stay as context: the first of a text may be written otherwise than those that follow.
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What waited for more."""
+        if self._bytes is not None:
+            return self._bytes.decode(b"", final=True)
+        before, now = self._text(self._ids[: self._read]), self._text(self._ids)
+        self._read = len(self._ids)
+        return now[len(before) :]
+
+    def _text(self, ids: list[int]) -> str:
+        inner: Any = self._tokenizer._inner
+        return str(inner.decode(ids, skip_special_tokens=False)) if ids else ""
+
+
+# ---- where a tokenizer comes from ----
+
+
+def from_folder(folder: Path, *, base: Tokenizer | None = None) -> Tokenizer:
+    """The tokenizer of a model folder. Without a tokenizer.json transformers is asked to make one.
+
+    Args:
+        base: what an adapter's folder that brings none falls back to.
+
+    Raises:
+        UsageError: there is none, or its files are not sound.
+    """
+    import tokenizers
+
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library has no class of its own for this
+            raise UsageError(f"{file} is not sound", str(error)[:300], "Get an intact copy of the model") from None
+    elif base is not None:
+        return base
+    else:
+        inner = _converted(folder)
+    config = _json(folder / "tokenizer_config.json")
+    named = {name: _content(config.get(name)) for name in _NAMED}
+    named |= {name: _content(text) for name, text in _mapping(_json(folder / "special_tokens_map.json")).items()
+              if name in _NAMED and not named[name]}  # fmt: skip
+    ends = [_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    end: Any = next((ids for ids in ends if ids is not None), [])
+    eos = [number for number in (end if isinstance(end, list) else [end]) if type(number) is int]
+    own = inner.token_to_id(named["eos_token"]) if named["eos_token"] else None
+    templates = _templates(folder, config)
+    return _checked(Tokenizer(inner, templates=templates, named=named, eos=[*eos, *([] if own is None else [own])]))
+
+
+def from_gguf(values: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer in a GGUF file's metadata; None when it is of a kind that only transformers can convert.
+
+    Raises:
+        UsageError: it cannot be right.
+    """
+    inner = build(values)
+    if inner is None:
+        return None
+    tokens: list[str] = values["tokenizer.ggml.tokens"]
+
+    def token(key: str) -> int | None:
+        number = values.get(f"tokenizer.ggml.{key}_token_id")
+        return number if type(number) is int and 0 <= number < len(tokens) else None
+
+    numbers = {"bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"),
+               "pad_token": token("padding")}  # fmt: skip
+    named = {name: tokens[number] for name, number in numbers.items() if number is not None}
+    templates = {
+        "default" if key == "tokenizer.chat_template" else key.removeprefix("tokenizer.chat_template."): text
+        for key, text in values.items()
+        if key.startswith("tokenizer.chat_template") and isinstance(text, str)
+    }
+    eos = [number for number in map(token, ("eos", "eot", "eom")) if number is not None]
+    return _checked(Tokenizer(inner, templates=templates, named=named, eos=eos))
+
+
+def _checked(made: Tokenizer) -> Tokenizer:
+    if any(number >= 1 << 24 for number in made._special_ids):
+        raise UsageError("The tokenizer has a token with an impossible number", remedy="Get an intact model")
+    return made
+
+
+def _converted(folder: Path) -> tokenizers.Tokenizer:
+    from transformers import AutoTokenizer
+
+    from shoestring.models.load import quiet
+
+    try:
+        with quiet():
+            made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return made.backend_tokenizer
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{folder} has no tokenizer that can be read", str(error)[:300], "Add the model's tokenizer.json to it"
+        ) from error
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    given = config.get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(given, str):
+        found["default"] = given
+    elif isinstance(given, list):
+        found = {str(t.get("name")): str(t.get("template")) for t in given if isinstance(t, dict)}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8", errors="replace")
+    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[extra.stem] = extra.read_text(encoding="utf-8", errors="replace")
+    return {name: text for name, text in found.items() if text}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _content(token: Any) -> str:
+    """The text of a token that is given as text or as a table with its text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+# ---- what a conversation may hold ----
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON types all the way down: a template must meet no object with methods of its own."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise RequestError(
+        f"A conversation cannot hold a {type(value).__name__}", remedy="Give texts, numbers, lists and tables",
+        param="messages", code="invalid_type",
+    )  # fmt: skip
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _with_reasoning(message: Any) -> Any:
+    """The message with its reasoning under the names that templates look for."""
+    if not isinstance(message, dict):
+        return message
+    said = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+
+
+def _check_text(text: str, param: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text has half of a surrogate pair at character {error.start}",
+            "no encoding has it",
+            "Replace it, for instance by U+FFFD",
+            param=param,
+            code="invalid_text",
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import re
 from collections.abc import Iterator
@@ -46,8 +45,9 @@ def load() -> Loaded:
         raise UsageError(f"SHOESTRING_ISA={level} names no instruction set", remedy=nearest(level, LEVELS))
     if level == REFERENCE:
         return Loaded(None, "SHOESTRING_ISA=reference asks for plain torch")
-    folders = list(dict.fromkeys(_folders()))
-    for folder in folders:
+    folders: list[Path] = []
+    for folder in _folders():
+        folders.append(folder)
         if (folder / LIBRARY).is_file() and (folder / HEADER).is_file():
             try:
                 library = _typed(ctypes.CDLL(str(folder / LIBRARY)), (folder / HEADER).read_text())
@@ -57,7 +57,7 @@ def load() -> Loaded:
             if fits:
                 return Loaded(library)
             return Loaded(None, f"{folder / LIBRARY} belongs to another version: install shoestring again to build it")
-    places = ", ".join(map(str, folders))
+    places = ", ".join(dict.fromkeys(map(str, folders)))
     return Loaded(
         None, f"no {LIBRARY} in {places}: installing shoestring (pip install) builds it when it finds a C++ compiler"
     )
@@ -71,6 +71,8 @@ def _folders() -> Iterator[Path]:
         return
     # An editable install keeps sources and library apart; the package's path may name one or both.
     yield from map(Path, package.__path__)
+    import importlib.metadata  # slow, and only needed when the library lies elsewhere
+
     try:
         yield Path(str(importlib.metadata.distribution("shoestring").locate_file("shoestring/kernels")))
     except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,11 +33,11 @@ class _Stream:
         self.pieces = pieces
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, tokens: list[int]) -> str:
-        known = (self.pieces[token - 10] if token >= 10 else b"<%d>" % token for token in tokens)
+    def push(self, ids: Sequence[int]) -> str:
+        known = (self.pieces[token - 10] if token >= 10 else b"<%d>" % token for token in ids)
         return "".join(map(self.decoder.decode, known))
 
-    def flush(self) -> str:
+    def finish(self) -> str:
         return self.decoder.decode(b"", True)
 
 

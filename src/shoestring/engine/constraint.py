@@ -15,11 +15,13 @@ from shoestring.engine.request import Constraint, RequestError
 MAX_TEXT = 65_536  # characters of a schema, expression or grammar
 MAX_DEPTH = 64  # of nested JSON in a schema
 _REMEMBERED = 32
-# Work units of the library; about 10 ms of one core for a step, and 20 MB for what a grammar may build up.
+_NO_MATCH = "NoExtensionBias"  # the library's word
+# In the library's units of work. They keep the worst grammar of MAX_TEXT characters to some 0.3 s and 30 MB when it is
+# compiled, and a mask to some milliseconds; with the library's own limits both can take a second and more than 1 GB.
 _LIMITS: dict[str, Any] = dict(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    step_max_items=50_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
     max_lexer_states=20_000,
     max_grammar_size=100_000,
     verbose_errors=False,
@@ -56,14 +58,20 @@ class Matcher:
 
     def blocked(self, vocab: int) -> np.ndarray:
         """bool [vocab], true where a token may not come next. Raises as `mask`."""
+        inner, bits = self._inner, b""
         try:
-            bits = self._inner.compute_bitmask()
+            bits = inner.compute_bitmask()
+            reason = inner.get_error()
         except ValueError as error:
-            raise ShoestringError("The constraint cannot be followed any further", _reason(str(error))) from None
+            reason = str(error)
+        if not reason and inner.is_stopped() and not inner.is_accepting():
+            reason = _NO_MATCH
+        if reason:
+            raise ShoestringError("The constraint cannot be followed any further", _reason(reason))
         return np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab, bitorder="little") == 0
 
     def accept(self, token: int) -> None:
-        """Go on behind a token. After one that the constraint forbids, `mask` raises until it is rolled back."""
+        """Go on behind a token. After one that the constraint forbids, `mask` raises for good."""
         self._inner.consume_token(token)
 
     def rollback(self, count: int) -> None:
@@ -117,11 +125,9 @@ class Constraints:
         if inner.is_error():
             raise _refused(constraint, _reason(inner.get_error()))
         try:
-            nothing = Matcher(inner).blocked(self._vocab).all()
+            Matcher(inner).blocked(self._vocab)
         except ShoestringError as error:
-            raise _refused(constraint, str(error)) from None
-        if nothing:
-            raise _refused(constraint, "Nothing matches it")
+            raise _refused(constraint, error.why) from None
         return inner
 
     def _opened(self) -> Any:
@@ -143,14 +149,15 @@ class Constraints:
 
 
 def _grammar(constraint: Constraint) -> str:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     kind, text = constraint.kind, constraint.text
     if len(text) > MAX_TEXT:
         raise _refused(constraint, f"It has {len(text)} characters; at most {MAX_TEXT} are allowed")
     grammar: str
     if kind == "regex":
-        grammar = LLMatcher.grammar_from_regex(text)
+        # Digits are 0 to 9, as in a schema's patterns; letters are those of all scripts.
+        grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, 'd')}/")
     elif kind == "grammar":
         grammar = LLMatcher.grammar_from_lark(text)
     else:
@@ -195,4 +202,5 @@ def _refused(constraint: Constraint, why: str) -> RequestError:
 
 def _reason(message: str) -> str:
     """The library's reason, without the state it dumps behind it."""
-    return message.split("<state>")[0].split("<non-verbose/>")[0].strip()[:400]
+    message = message.split("<state>")[0].split("<non-verbose/>")[0].strip()[:400]
+    return "Nothing matches it" if message == _NO_MATCH else message

@@ -12,10 +12,10 @@ from shoestring.engine.request import FinishReason, Sampling
 class TokenStream(Protocol):
     """Turns tokens into text as they come."""
 
-    def push(self, tokens: list[int]) -> str:
+    def push(self, ids: Sequence[int]) -> str:
         """The text these tokens complete; the bytes of an unfinished character are held back."""
 
-    def flush(self) -> str:
+    def finish(self) -> str:
         """What is held back, with U+FFFD for an unfinished character."""
 
 
@@ -85,7 +85,7 @@ class TextStop:
 
     def flush(self) -> str:
         """What is held back, for an answer that ends here."""
-        text, stop = self._settle(self._stream.flush())
+        text, stop = self._settle(self._stream.finish())
         held, self._held = self._held, ""
         return text if stop is not None else text + held
 

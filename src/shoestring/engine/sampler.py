@@ -224,7 +224,7 @@ def _largest(row: np.ndarray, count: int) -> np.ndarray:
 
 
 def _nucleus(weights: np.ndarray, share: float) -> np.ndarray:
-    """Places, ascending, of the fewest tokens with at least `share` of the mass; of equals the first, as in a greedy choice."""
+    """Places, ascending, of the fewest tokens with at least `share` of the mass; the first of equals, as if greedy."""
     whole = float(weights.sum(dtype=np.float64))
     spare = (1 - share) * whole  # what may be left out
     kept, values, out = None, weights, 0.0

@@ -16,6 +16,7 @@ from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
 from shoestring.kernels.matrix import Matrix, make
+from shoestring.models.folder import end_tokens
 from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
 
@@ -78,6 +79,7 @@ class NativeRunner:
             block_bytes=self._llama.page_bytes(cache_dtype) * shape.layers,
             precision=" + ".join(loader.formats),
             backend="native",
+            eos=_ends(source),
             extra={"cache": cache_dtype, "threads": self.threads},
         )
 
@@ -149,7 +151,14 @@ class NativeRunner:
     def _elsewhere(self, batch: Batch) -> Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         worker = self.attention
         assert worker is not None
-        return lambda layer, q, k, v: worker(layer, q, k, v, batch)
+        if any(self.model.windows):
+            raise UsageError(
+                "Attention cannot be computed elsewhere for a model with sliding windows",
+                "a worker is not told how far back a layer sees",
+            )
+        # Workers divide scores by the root of head_dim, as most models do; what a model does otherwise goes into q.
+        factor = np.float32(self.model.attention_scale * self.model.head_dim**0.5)
+        return lambda layer, q, k, v: worker(layer, q if factor == 1 else q * factor, k, v, batch)
 
 
 class _Loader:
@@ -283,6 +292,14 @@ class _Loader:
                 f"its configuration says {dims}",
                 "Check that configuration and weights belong together",
             )
+
+
+def _ends(source: Source) -> tuple[int, ...]:
+    if not source.gguf:
+        return end_tokens(source.path)
+    from shoestring.models.gguf_tokenizer import end_tokens as gguf_ends
+
+    return gguf_ends(source.values)
 
 
 def _cores() -> int:

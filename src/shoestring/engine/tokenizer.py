@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import UsageError
 from shoestring.engine.request import RequestError
-from shoestring.models.folder import read_json
-from shoestring.models.gguf_tokenizer import build, byte_alphabet
+from shoestring.models.folder import end_tokens, read_json
+from shoestring.models.gguf_tokenizer import build, byte_alphabet, number_of
+from shoestring.models.gguf_tokenizer import end_tokens as gguf_ends
 
 if TYPE_CHECKING:
     import tokenizers
@@ -361,12 +362,10 @@ def from_folder(folder: Path, *, base: Tokenizer | None = None) -> Tokenizer:
     named = {name: _content(config.get(name)) for name in _NAMED}
     named |= {name: _content(text) for name, text in _mapping(_json(folder / "special_tokens_map.json")).items()
               if name in _NAMED and not named[name]}  # fmt: skip
-    ends = [_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-    end: Any = next((ids for ids in ends if ids is not None), [])
-    eos = [number for number in (end if isinstance(end, list) else [end]) if type(number) is int]
     own = inner.token_to_id(named["eos_token"]) if named["eos_token"] else None
+    eos = [*end_tokens(folder), *([] if own is None else [own])]
     templates = _templates(folder, config)
-    return _checked(Tokenizer(inner, templates=templates, named=named, eos=[*eos, *([] if own is None else [own])]))
+    return _checked(Tokenizer(inner, templates=templates, named=named, eos=eos))
 
 
 def from_gguf(values: Mapping[str, Any]) -> Tokenizer | None:
@@ -380,20 +379,15 @@ def from_gguf(values: Mapping[str, Any]) -> Tokenizer | None:
         return None
     tokens: list[str] = values["tokenizer.ggml.tokens"]
 
-    def token(key: str) -> int | None:
-        number = values.get(f"tokenizer.ggml.{key}_token_id")
-        return number if type(number) is int and 0 <= number < len(tokens) else None
-
-    numbers = {"bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"),
-               "pad_token": token("padding")}  # fmt: skip
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    numbers = {name: number_of(values, key) for name, key in roles.items()}
     named = {name: tokens[number] for name, number in numbers.items() if number is not None}
     templates = {
         "default" if key == "tokenizer.chat_template" else key.removeprefix("tokenizer.chat_template."): text
         for key, text in values.items()
         if key.startswith("tokenizer.chat_template") and isinstance(text, str)
     }
-    eos = [number for number in map(token, ("eos", "eot", "eom")) if number is not None]
-    return _checked(Tokenizer(inner, templates=templates, named=named, eos=eos))
+    return _checked(Tokenizer(inner, templates=templates, named=named, eos=gguf_ends(values)))
 
 
 def _checked(made: Tokenizer) -> Tokenizer:

@@ -99,6 +99,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def end_tokens(path: Path) -> tuple[int, ...]:
+    """Ids that end an answer, as generation_config.json says, or config.json where that is silent."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        if found is not None:
+            return tuple(number for number in (found if isinstance(found, list) else [found]) if type(number) is int)
+    return ()
+
+
 def refuse_code(path: Path, trust_remote_code: bool) -> None:
     """Raises UsageError when the folder brings Python code of its own and `trust_remote_code` is false."""
     if trust_remote_code:

@@ -61,8 +61,21 @@ def build(values: Mapping[str, Any]) -> Tokenizer | None:
         if kind in (_CONTROL, _USER_DEFINED) and token
     ]
     made.add_tokens(added)
-    _frame(made, values, tokens)
+    _frame(made, values)
     return made
+
+
+def number_of(values: Mapping[str, Any], key: str) -> int | None:
+    """The id of the token that a GGUF file calls bos, eos, eot, eom, unknown or padding."""
+    number = values.get(f"tokenizer.ggml.{key}_token_id")
+    count = len(values.get("tokenizer.ggml.tokens") or ())
+    return number if type(number) is int and 0 <= number < count else None
+
+
+def end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer."""
+    found = (number_of(values, key) for key in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(number for number in found if number is not None))
 
 
 def _cut(name: str) -> Any:
@@ -81,16 +94,13 @@ def _cut(name: str) -> Any:
     )
 
 
-def _frame(made: Tokenizer, values: Mapping[str, Any], tokens: list[str]) -> None:
+def _frame(made: Tokenizer, values: Mapping[str, Any]) -> None:
     """Tokens that stand before and after every text."""
     cut = str(values.get("tokenizer.ggml.pre", "default"))
     starts = values.get("tokenizer.ggml.add_bos_token", cut in (*_LLAMA3_NAMES, "tekken"))
-    wanted = [
-        (key, values.get(f"tokenizer.ggml.{key}_token_id"))
-        for key, on in (("bos", starts), ("eos", values.get("tokenizer.ggml.add_eos_token")))
-        if on
-    ]
-    found = {key: number for key, number in wanted if isinstance(number, int) and 0 <= number < len(tokens)}
+    ways = (("bos", starts), ("eos", values.get("tokenizer.ggml.add_eos_token")))
+    numbers = {key: number_of(values, key) for key, on in ways if on}
+    found = {key: number for key, number in numbers.items() if number is not None}
     if found:
         single = [*(["bos"] if "bos" in found else []), "$A", *(["eos"] if "eos" in found else [])]
         made.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(found.items()))

@@ -52,6 +52,8 @@ class Memory:
         """Tokens that follow each sequence, and how many of them were drafted, for those that reach their end."""
         targets = [to for _, to in plan.copies]
         assert len(targets) == len(set(targets)), "two copies into one page"
+        tables = {block for chunk in plan.chunks for block in chunk.sequence.blocks}
+        assert tables.issuperset(targets), "a copy for nobody"
         for source, to in plan.copies:
             self.slots[to] = list(self.slots[source])
         written: Counter[int] = Counter()

@@ -263,6 +263,17 @@ def test_the_victim_starts_again_where_its_pages_still_are() -> None:
     assert second.cached == 5, "all of its prompt was found, because more than that was computed before"
 
 
+def test_a_newcomer_leaves_a_page_for_everyone_who_runs() -> None:
+    scheduler = Scheduler(BlockPool(5, 4), max_tokens=32, max_sequences=4, context=20)
+    add(scheduler, "a", prompt(4), 9)
+    add(scheduler, "b", prompt(4, 20), 9)
+    waiting = add(scheduler, "c", prompt(5, 40), 9)
+    assert compute(scheduler) == [("a", 0, 4, 0), ("b", 0, 4, 0)]  # three pages are free, two are needed
+    assert waiting in scheduler.waiting
+    scheduler.cancel("b")
+    assert compute(scheduler) == [("a", 4, 1, 0), ("c", 0, 5, 0)]
+
+
 def test_a_fork_shares_pages_until_it_writes() -> None:
     scheduler = Scheduler(BlockPool(16, 4), max_tokens=16, max_sequences=3, context=32)
     first = add(scheduler, "a", prompt(6), 9)

@@ -164,7 +164,7 @@ class Scheduler:
             pending = len(sequence.tokens) - computed
             if pending != 1:
                 sequence.draft = sequence.draft_parents = ()
-                if pending and sequence in running:
+                if pending:
                     prompts.append(sequence)
                 continue
             if sequence not in running:
@@ -246,7 +246,8 @@ class Scheduler:
         prompts.sort(key=rank, reverse=True)
         full = False
         while room > 0:
-            head = self.policy.next() if self.waiting and not full else None
+            # Nobody comes in a step in which somebody had to go: it would often be the same one.
+            head = self.policy.next() if self.waiting and not (full or self._plan.preempted) else None
             if head and (not prompts or rank(head) < rank(prompts[-1])):
                 full = not self._admit(head)
                 if full:
@@ -254,7 +255,7 @@ class Scheduler:
                 sequence = head
             elif prompts:
                 sequence = prompts.pop()
-                if sequence not in self.running or sequence in self._chunks:  # preempted, and perhaps admitted again
+                if sequence not in self.running:
                     continue
             else:
                 break

@@ -8,14 +8,14 @@
 namespace {
 
 constexpr int64_t SPAN = 256, SPAN_PAGES = SPAN / SK_PAGE;
-constexpr int ROWS = LANES == 16 ? 6 : 4;  // queries together: keys and values are widened once for all of them
-constexpr int KEYS = 2;                    // registers of keys together
-constexpr int WIDE = LANES == 16 ? 4 : 16 / LANES;  // registers of a value together
-constexpr float LOWEST = -1e30f;                    // a maximum of no scores; finite, so that differences are numbers
+constexpr int ROWS = LANES == 16 ? 12 : 4;  // queries together: keys and values are widened once for all of them
+constexpr int KEYS = 2;                     // registers of keys together
+constexpr int FETCHED = ROWS - 1;           // so few queries wait for memory; more of them find it in a cache
+constexpr float LOWEST = -1e30f;            // a maximum of no scores; finite, so that differences are numbers
 constexpr int64_t MOST_DIM = 512;
 
 struct Rows {  // some queries while they pass over the spans
-  alignas(64) float q[(MOST_DIM + 2) * ROWS];  // [head_dim][rows], times scale and log2(e)
+  alignas(64) float q[ROWS][MOST_DIM + 16];  // times scale and log2(e)
   alignas(64) float score[ROWS][SPAN];     // then the weight of each value
   alignas(64) int32_t seen[ROWS][SPAN];    // -1 where a key is visible, else 0; filled where slots alone do not tell
   alignas(64) float sum[ROWS][MOST_DIM];   // of weighted values
@@ -23,8 +23,10 @@ struct Rows {  // some queries while they pass over the spans
   int64_t limit[ROWS];  // slots before this one may be visible
 };
 
+constexpr int64_t AHEAD = 4;  // pages whose keys are fetched in advance: pages are too short for the hardware to see a stream
+
 struct Span {
-  const uint8_t* heads[SPAN_PAGES];
+  const uint8_t* heads[SPAN_PAGES + AHEAD];
   int64_t first, keys;  // slots
 };
 
@@ -32,41 +34,51 @@ template <int R, bool INT8>
 void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
   const int64_t dims = layout.head_dim;
   for (int64_t key = 0; key < span.keys; key += KEYS * LANES) {
-    const uint8_t* k[KEYS];
+    const uint8_t *k[KEYS], *later[KEYS];
     for (int v = 0; v < KEYS; ++v) {
-      const int64_t at = key + v * LANES, page = at / SK_PAGE, last = (span.keys - 1) / SK_PAGE;
-      k[v] = span.heads[page < last ? page : last] + at % SK_PAGE * 4;
+      const int64_t at = key + v * LANES;
+      k[v] = span.heads[at / SK_PAGE] + at % SK_PAGE * 4;
+      later[v] = span.heads[at / SK_PAGE + AHEAD] + at % SK_PAGE * 4;
     }
     Floats dot[R][KEYS] = {};
-    const float* q = rows.q;
+    const float* q = rows.q[0];
+    constexpr int64_t NEXT = MOST_DIM + 16;  // from one query to the next
     if (!INT8) {
-      for (int64_t d = 0; d < dims; d += 2, q += 2 * R) {
+      for (int64_t d = 0; d < dims; d += 2, q += 2) {
         Floats even[KEYS], odd[KEYS];
         for (int v = 0; v < KEYS; ++v) {
           Words pair;
           read(k[v] + d * (SK_PAGE * 2), pair);
+          if (R <= FETCHED) {
+            __builtin_prefetch(later[v] + d * (SK_PAGE * 2));
+            __builtin_prefetch(k[v] + layout.values + d * (SK_PAGE * 2));
+          }
           even[v] = Floats(pair << 16);
           odd[v] = Floats(pair & 0xffff0000u);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < KEYS; ++v) {
-            dot[r][v] += even[v] * q[r];
-            dot[r][v] += odd[v] * q[R + r];
+            dot[r][v] += even[v] * q[r * NEXT];
+            dot[r][v] += odd[v] * q[r * NEXT + 1];
           }
       }
     } else {
-      for (int64_t d = 0; d < dims; d += 4, q += 4 * R) {
+      for (int64_t d = 0; d < dims; d += 4, q += 4) {
         Floats part[4][KEYS];
         for (int v = 0; v < KEYS; ++v) {
           Words four;
           read(k[v] + d * SK_PAGE, four);
+          if (R <= FETCHED) {
+            __builtin_prefetch(later[v] + d * SK_PAGE);
+            __builtin_prefetch(k[v] + layout.values + d * SK_PAGE);
+          }
           for (int i = 0; i < 4; ++i) part[i][v] = __builtin_convertvector(Ints(four << (24 - 8 * i)) >> 24, Floats);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < KEYS; ++v)
-            for (int i = 0; i < 4; ++i) dot[r][v] += part[i][v] * q[i * R + r];
+            for (int i = 0; i < 4; ++i) dot[r][v] += part[i][v] * q[r * NEXT + i];
       }
       for (int v = 0; v < KEYS; ++v) {
         Floats scale;
@@ -74,7 +86,7 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
         for (int r = 0; r < R; ++r) dot[r][v] *= scale;
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < KEYS; ++v) write(rows.score[r] + key + v * LANES, dot[r][v]);
   }
@@ -131,33 +143,38 @@ void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool
   rows.total[r] = rows.total[r] * before + sum * now;
 }
 
+// The weighted sums of D registers of dimensions.
 template <int R, int D, bool INT8>
 void values(const SkPageLayout& layout, const Span& span, Rows& rows, int64_t dim, const float* before, const float* now) {
+  constexpr int64_t EACH = INT8 ? 4 : 2;  // keys in a word
   Floats sum[R][D] = {};
-  constexpr int64_t size = INT8 ? 1 : 2;
-  const int64_t stride = layout.value_width * size;
-  const int64_t keys = span.keys;
+  const int64_t stride = layout.value_width * 4, keys = span.keys;
   for (int64_t first = 0; first < keys; first += SK_PAGE) {
-    const uint8_t* v = span.heads[first / SK_PAGE] + layout.values + dim * size;
+    const uint8_t* v = span.heads[first / SK_PAGE] + layout.values + dim * 4;
     const int64_t here = keys - first < SK_PAGE ? keys - first : SK_PAGE;
     const float* weight = rows.score[0] + first;
-    for (int64_t key = 0; key < here; ++key, v += stride, ++weight) {
-      Floats x[D];
-      for (int d = 0; d < D; ++d) {
-        if (!INT8) {
-          read_bfloat16(reinterpret_cast<const uint16_t*>(v) + d * LANES, x[d]);
-        } else {
-          Bytes bytes;
-          read(v + d * LANES, bytes);
-          x[d] = __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+    for (int64_t key = 0; key < here; key += EACH, v += stride, weight += EACH) {
+      Words word[D];
+      for (int d = 0; d < D; ++d) read(v + d * LANES * 4, word[d]);
+      // A slot that was never written may hold anything, NaN too: it must not be touched, even with weight zero.
+      const int64_t some = here - key < EACH ? here - key : EACH;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < EACH; ++i) {
+        if (i >= some) break;
+        Floats x[D];
+        for (int d = 0; d < D; ++d) {
+          if (INT8)
+            x[d] = __builtin_convertvector(Ints(word[d] << (24 - 8 * i)) >> 24, Floats);
+          else
+            x[d] = Floats(i ? word[d] & 0xffff0000u : word[d] << 16);
         }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+          for (int d = 0; d < D; ++d) sum[r][d] += x[d] * weight[r * SPAN + i];
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        for (int d = 0; d < D; ++d) sum[r][d] += x[d] * weight[r * SPAN];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
     for (int d = 0; d < D; ++d) {
       Floats old;
@@ -197,8 +214,8 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
   for (int r = 0; r < R; ++r) {
     const int64_t token = (row + r) / group;
     const float* q = a.q + token * a.stride + (row + r) % group * dims;
-    for (int64_t d = 0; d < dims; ++d) rows.q[d * R + r] = q[d] * scale;
-    for (int64_t d = dims; d < dims + 2; ++d) rows.q[d * R + r] = 0;  // int8 keys come in fours
+    for (int64_t d = 0; d < dims; ++d) rows.q[r][d] = q[d] * scale;
+    for (int64_t d = dims; d < dims + 2; ++d) rows.q[r][d] = 0;  // int8 keys come in fours
     for (int64_t d = 0; d < width; ++d) rows.sum[r][d] = 0;
     rows.highest[r] = LOWEST;
     rows.total[r] = 0;
@@ -209,8 +226,10 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
     Span span;
     span.first = first;
     span.keys = most - first < SPAN ? most - first : SPAN;
-    for (int64_t p = 0; p * SK_PAGE < span.keys; ++p)
-      span.heads[p] = a.head + int64_t(a.table[first / SK_PAGE + p]) * layout.bytes;
+    for (int64_t p = 0; p < SPAN_PAGES + AHEAD; ++p) {
+      const int64_t page = first / SK_PAGE + p, last = (most - 1) / SK_PAGE;
+      span.heads[p] = a.head + int64_t(a.table[page < last ? page : last]) * layout.bytes;
+    }
     if (masked) {
       bool any = false;
       for (int r = 0; r < R; ++r) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
@@ -219,30 +238,38 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
     scores<R, INT8>(layout, span, rows);
     float before[R], now[R];
     for (int r = 0; r < R; ++r) weigh(layout, span, rows, r, masked, before[r], now[r]);
+    constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
     int64_t dim = 0;
     for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, INT8>(layout, span, rows, dim, before, now);
     for (; dim < width; dim += LANES) values<R, 1, INT8>(layout, span, rows, dim, before, now);
   }
   for (int r = 0; r < R; ++r) {
     float* out = a.out + (row + r) / group * a.stride + (row + r) % group * dims;
-    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d] / rows.total[r];
+    const float all = rows.total[r];
+    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d] / all;
   }
+}
+
+// Rows in blocks of at most R.
+template <int R, bool INT8>
+int64_t blocks(const SkAttention& a, int64_t row, Rows& rows) {
+  if constexpr (R <= ROWS)
+    for (; a.count * a.group - row >= R; row += R) some_rows<R, INT8>(a, row, rows);
+  return row;
 }
 
 template <bool INT8>
 void all_rows(const SkAttention& a) {
   Rows rows;
-  const int64_t count = a.count * a.group;
-  for (int64_t row = 0; row < count; row += ROWS) {
-    switch (count - row) {
-      case 1: some_rows<1, INT8>(a, row, rows); break;
-      case 2: some_rows<2, INT8>(a, row, rows); break;
-      case 3: some_rows<3, INT8>(a, row, rows); break;
-      case 4: some_rows<4, INT8>(a, row, rows); break;
-      case 5: some_rows<ROWS < 5 ? ROWS : 5, INT8>(a, row, rows); break;
-      default: some_rows<ROWS, INT8>(a, row, rows);
-    }
-  }
+  int64_t row = blocks<12, INT8>(a, 0, rows);
+  row = blocks<9, INT8>(a, row, rows);
+  row = blocks<8, INT8>(a, row, rows);
+  row = blocks<6, INT8>(a, row, rows);
+  row = blocks<5, INT8>(a, row, rows);
+  row = blocks<4, INT8>(a, row, rows);
+  row = blocks<3, INT8>(a, row, rows);
+  row = blocks<2, INT8>(a, row, rows);
+  blocks<1, INT8>(a, row, rows);
 }
 
 }  // namespace
@@ -254,8 +281,8 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
   if (layout.type == 0) {
     uint16_t* keys = reinterpret_cast<uint16_t*>(head) + slot * 2;
     for (int64_t d = 0; d < dims; ++d) keys[d / 2 * (SK_PAGE * 2) + d % 2] = to_bfloat16(k[d]);
-    uint16_t* value = reinterpret_cast<uint16_t*>(head + layout.values) + slot * width;
-    for (int64_t d = 0; d < width; ++d) value[d] = d < dims ? to_bfloat16(v[d]) : 0;
+    uint16_t* value = reinterpret_cast<uint16_t*>(head + layout.values) + slot / 2 * width * 2 + slot % 2;
+    for (int64_t d = 0; d < width; ++d) value[d * 2] = d < dims ? to_bfloat16(v[d]) : 0;
     return;
   }
   const float* from[2] = {k, v};
@@ -273,7 +300,7 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
       const float x = d < dims && usual ? from[which][d] * inverse + 12582912.f : 0.f;  // the integer in the low bits
       const int8_t code = int8_t(as_bits(x));
       if (which)
-        reinterpret_cast<int8_t*>(head + layout.values)[slot * width + d] = code;
+        reinterpret_cast<int8_t*>(head + layout.values)[(slot / 4 * width + d) * 4 + slot % 4] = code;
       else
         reinterpret_cast<int8_t*>(head)[d / 4 * (SK_PAGE * 4) + slot * 4 + d % 4] = code;
     }

@@ -165,7 +165,7 @@ struct SkPageLayout {  // bytes; a page holds one block a kv head, then, where a
   int64_t type, head_dim;
   int64_t value_width;  // head_dim rounded up to whole registers
   // Of a block: keys [head_dim / 2][SK_PAGE][2] bfloat16 or [head_dim / 4][SK_PAGE][4] int8 come first, then at `values`
-  // [SK_PAGE][value_width], then at `scales`, for int8, float32 [2][SK_PAGE] of keys and values.
+  // [SK_PAGE / 2][value_width][2] or [SK_PAGE / 4][value_width][4], then at `scales`, for int8, float32 [2][SK_PAGE].
   int64_t values, scales, head_bytes;
   int64_t positions;  // int32 [SK_PAGE] in a page
   int64_t bytes;      // of a page, a multiple of 64

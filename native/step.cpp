@@ -646,17 +646,19 @@ int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table
     const int32_t source = table[from[i] / SK_PAGE], target = table[to[i] / SK_PAGE];
     if (source < 0 || source >= cache->pages || target < 0 || target >= cache->pages) return 1;
   }
-  const int64_t size = layout.type ? 1 : 2, pieces = layout.type ? rounded_up(layout.head_dim, 4) / 4 : layout.head_dim / 2;
+  const int64_t size = layout.type ? 1 : 2, each = 4 / size, pieces = layout.type ? rounded_up(layout.head_dim, 4) / 4 : layout.head_dim / 2;
   for (int64_t l = 0; l < model->layers; ++l)
     for (int64_t i = 0; i < count; ++i) {
       uint8_t* pages = static_cast<uint8_t*>(cache->data) + l * cache->pages * layout.bytes;
       uint8_t* source = pages + table[from[i] / SK_PAGE] * layout.bytes;
       uint8_t* target = pages + table[to[i] / SK_PAGE] * layout.bytes;
-      const int64_t a = from[i] % SK_PAGE, b = to[i] % SK_PAGE, width = layout.value_width * size;
+      const int64_t a = from[i] % SK_PAGE, b = to[i] % SK_PAGE, width = layout.value_width;
       for (int64_t h = 0; h < model->kv_heads; ++h) {
         uint8_t *x = source + h * layout.head_bytes, *y = target + h * layout.head_bytes;
         for (int64_t p = 0; p < pieces; ++p) std::memmove(y + p * 64 + b * 4, x + p * 64 + a * 4, 4);
-        std::memmove(y + layout.values + b * width, x + layout.values + a * width, size_t(width));
+        for (int64_t d = 0; d < width; ++d)
+          std::memmove(y + layout.values + (b / each * width + d) * 4 + b % each * size,
+                       x + layout.values + (a / each * width + d) * 4 + a % each * size, size_t(size));
         if (layout.type)
           for (int64_t which = 0; which < 2; ++which)
             std::memmove(y + layout.scales + (which * SK_PAGE + b) * 4, x + layout.scales + (which * SK_PAGE + a) * 4, 4);

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from shoestring.core.errors import ShoestringError
 from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.request import Constraint, Request, RequestError, Sampling
 from shoestring.engine.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from shoestring.server.errors import ApiError, bad
 from shoestring.server.logprobs import of_chat
 from shoestring.server.sampling import checked, compiled, of_logprobs, of_schema, of_structured, sampling
 from shoestring.server.schema import ChatRequest, Message, NamedTool, Tool
-from shoestring.server.service import Service
+from shoestring.server.service import Service, log
 from shoestring.server.settings import Settings
 from shoestring.server.stream import event, quoted
 from shoestring.server.tools import Call, Finder, call_schema, described, either
@@ -25,7 +26,7 @@ from shoestring.server.work import Answer, Work
 
 _LONG = 4096  # characters from which tokenising is not done between two answers of others
 _PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
-_knows_tools: dict[int, bool] = {}
+_knows_tools: dict[str, bool] = {}  # by the template's text
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,6 @@ async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, req
         logprobs=of_logprobs("top_logprobs", given.top_logprobs or 0, limits) if given.logprobs else None,
         constraint=constraint,
     )
-    if not inner.tokenizer.has_template:
-        raise bad("messages", "This model has no chat template; use /v1/completions", "no_chat_template")
     told = [tool.model_dump(exclude_none=True, exclude=None) for tool in offered]
     prompt = await tokens_of(inner.tokenizer, given.messages, told, given.chat_template_kwargs or {})
     return Chat(
@@ -130,6 +129,9 @@ async def tokens_of(
         return await asyncio.to_thread(render) if size > _LONG or tools or variables else render()
     except RequestError as error:
         raise ApiError(400, str(error), param=error.param or "messages", code=error.code or None) from None
+    except ShoestringError as error:
+        log.warning("a chat template failed: %r", str(error))
+        raise bad("messages", "The model's chat template cannot render these messages", "template_failed") from None
 
 
 def _plain(message: Message, at: int) -> dict[str, Any]:
@@ -139,10 +141,9 @@ def _plain(message: Message, at: int) -> dict[str, Any]:
         content = "".join(part.text if part.type == "text" else part.refusal for part in content)
     role = "system" if message.role == "developer" else message.role
     found: dict[str, Any] = {"role": role, "content": content if content is not None else message.refusal or ""}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if getattr(message, name) is not None:
+            found[name] = getattr(message, name)
     calls = []
     for j, call in enumerate(message.tool_calls or ()):
         try:
@@ -159,12 +160,12 @@ def _plain(message: Message, at: int) -> dict[str, Any]:
 
 def _template_knows_tools(tokenizer: Tokenizer) -> bool:
     """Whether the template's output depends on the tools it is given."""
-    key = id(tokenizer)
+    key = tokenizer.template
     if key not in _knows_tools:
         hello = [{"role": "user", "content": "x"}]
         try:
             _knows_tools[key] = tokenizer.chat(hello, [_PROBE]) != tokenizer.chat(hello)
-        except RequestError:
+        except ShoestringError:
             _knows_tools[key] = False
     return _knows_tools[key]
 

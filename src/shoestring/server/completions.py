@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoestring.engine.aio import AsyncEngine
-from shoestring.engine.request import Request, Sampling, TokenLogprob
+from shoestring.engine.request import Delta, Request, Sampling, TokenLogprob
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.server.errors import bad
 from shoestring.server.logprobs import of_completion
@@ -157,33 +157,42 @@ async def events(made: Continuation, tokenizer: Tokenizer, work: Work) -> AsyncG
     waiting = set(range(total)) if any(made.echo) else set()
     of_prompt: dict[int, list[TokenLogprob | None]] = {i: [] for i in range(len(made.prompts))}
     offsets = [len(made.echo[at // n]) for at in range(total)]
+    held: list[tuple[int, Delta]] = []
+
+    def line(at: int, delta: Delta) -> bytes:
+        i, text, tokens, offset = at // n, delta.text, list(delta.tokens), offsets[at]
+        judged: list[TokenLogprob | None] = list(delta.logprobs)
+        if made.silent:
+            text, tokens, judged = "", [], []
+        if at in waiting:
+            waiting.discard(at)
+            text, tokens, judged, offset = made.echo[i] + text, made.prompts[i] + tokens, of_prompt[i] + judged, 0
+        logprobs = "null"
+        if wanted is not None and tokens:
+            shown = of_completion(tokenizer, tokens, judged, wanted, offset)
+            offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
+            logprobs = json.dumps(shown)
+        reason, more = "null", ""
+        if delta.finish_reason:
+            reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'
+        return f'{opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'.encode()
+
     async with aclosing(work.deltas()) as deltas:
         async for at, delta in deltas:
             if wanted is None and delta.finish_reason is None and at not in waiting:
                 if delta.text:
                     yield (opening[at] + quoted(delta.text) + plain).encode()
                 continue
-            i = at // n
-            of_prompt[i] += delta.prompt_logprobs
-            if not (delta.tokens or delta.text or delta.finish_reason):
-                continue  # a part of the prompt has been computed
-            text, tokens = delta.text, list(delta.tokens)
-            judged: list[TokenLogprob | None] = list(delta.logprobs)
-            offset = offsets[at]
-            if made.silent:
-                text, tokens, judged = "", [], []
-            if at in waiting:
-                waiting.discard(at)
-                text, tokens, judged, offset = made.echo[i] + text, made.prompts[i] + tokens, of_prompt[i] + judged, 0
-            logprobs = "null"
-            if wanted is not None and tokens:
-                shown = of_completion(tokenizer, tokens, judged, wanted, offset)
-                offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
-                logprobs = json.dumps(shown)
-            reason, more = "null", ""
-            if delta.finish_reason:
-                reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'
-            body = f'{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'
-            yield (opening[at] + body).encode()
+            of_prompt[at // n] += delta.prompt_logprobs
+            if delta.tokens or delta.text or delta.finish_reason:
+                held.append((at, delta))  # the first of a further answer comes before the prompt's last part
+            ready = [
+                (at, delta)
+                for at, delta in held
+                if at not in waiting or wanted is None or len(of_prompt[at // n]) == len(made.prompts[at // n])
+            ]
+            held = [pair for pair in held if pair not in ready] if len(ready) < len(held) else []
+            for pair in ready:
+                yield line(*pair)
     if made.usage_in_stream:
         yield event({**made.head, "choices": [], "usage": work.usage()})

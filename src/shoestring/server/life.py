@@ -56,23 +56,32 @@ def serve(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
 
 
 def _run(settings: Settings, keys: Keys, listener: socket.socket, loading: _Loading, say: Callable[[str], None]) -> int:
-    import uvicorn
-
-    from shoestring.server.app import build
-    from shoestring.server.connection import limited
     from shoestring.server.service import Service
 
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as protocol
-    except ImportError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as protocol  # type: ignore[assignment]
     new_event_loop: Any = asyncio.new_event_loop
     try:
         from uvloop import new_event_loop
     except ImportError:
         pass
-
     service = Service(settings, keys)
+    life = _Life(service, http_server(service), loading, say)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(life.live(listener))
+
+
+def http_server(service: Service) -> uvicorn.Server:
+    """What speaks HTTP for a service."""
+    import uvicorn
+
+    from shoestring.server.app import build
+    from shoestring.server.connection import limited
+
+    protocol: Any
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as protocol
+    except ImportError:
+        from uvicorn.protocols.http.h11_impl import H11Protocol as protocol
+    settings = service.settings
     config = uvicorn.Config(
         build(service),
         http=limited(protocol, settings),
@@ -86,9 +95,7 @@ def _run(settings: Settings, keys: Keys, listener: socket.socket, loading: _Load
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_graceful_shutdown=1,
     )
-    life = _Life(service, uvicorn.Server(config), loading, say)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(life.live(listener))
+    return uvicorn.Server(config)
 
 
 @dataclass

@@ -182,6 +182,7 @@ class Message(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Annotated[str | None, Field(max_length=256, validate_default=True)] = None
     refusal: str | None = None
+    reasoning_content: str | None = None
     audio: Unsupported = None
     function_call: Unsupported = None
     content: Annotated[Content, Field(validate_default=True)] = None

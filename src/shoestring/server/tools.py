@@ -16,6 +16,7 @@ from shoestring.server.errors import bad
 from shoestring.server.schema import Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_OPEN_ENDED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref"}
 _HOW = (
     "You can call these functions, one JSON description a line:\n<tools>\n{tools}\n</tools>\n"
     "To call one, answer with nothing but\n"
@@ -51,6 +52,8 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     for i, tool in enumerate(tools):
         given = tool.function.parameters or {"type": "object", "properties": {}}
         arguments = moved(given, f"t{i}_", shared, f"tools[{i}].function.parameters")
+        if "properties" in arguments and not _OPEN_ENDED & arguments.keys():
+            arguments["additionalProperties"] = False  # else a small model invents arguments for ever
         calls.append(
             {
                 "type": "object",

@@ -129,7 +129,7 @@ class NativeRunner:
         return hidden
 
     def from_host(self, hidden: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(hidden, np.float32)
+        return np.array(hidden, np.float32, order="C")  # a copy: `run` writes into what it is given
 
     def close(self) -> None:
         self._cache = None

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,16 +126,16 @@ class Tokenizer:
         word = self._inner.id_to_token(token) if 0 <= token < 1 << 32 else None
         if word is None:
             return b""
-        if self.byte_level:
+        if self._kind.alphabet:
             alphabet = byte_alphabet()
             try:
                 return bytes([alphabet[letter] for letter in word])
             except KeyError:  # an added token is written as it reads
                 return word.encode("utf-8", "replace")
-        byte = _BYTE.fullmatch(word)
-        if byte and self._byte_fallback:
+        byte = _BYTE.fullmatch(word) if self._kind.fallback else None
+        if byte:
             return bytes([int(byte[1], 16)])
-        return (word.replace("\u2581", " ") if self._underscores else word).encode("utf-8", "replace")
+        return (word.replace("\u2581", " ") if self._kind.underscores else word).encode("utf-8", "replace")
 
     @property
     def has_template(self) -> bool:
@@ -150,31 +151,27 @@ class Tokenizer:
         """The tokenizer as the `tokenizers` library writes it."""
         return str(self._inner.to_str())
 
-    @cached_property
-    def byte_level(self) -> bool:
-        """Every token is a string of bytes, so that texts are its tokens' bytes one after another."""
-        kinds = self._decoder_kinds()
-        return kinds == ["ByteLevel"]
-
     # ---- inside ----
 
-    def _decoder_kinds(self) -> list[str]:
+    @cached_property
+    def _kind(self) -> _Kind:
         decoder = self._inner.decoder
-        if decoder is None:
-            return []
-        state = json.loads(decoder.__getstate__())
-        parts = state["decoders"] if state.get("type") == "Sequence" else [state]
-        self._parts = parts
-        return [str(part.get("type")) for part in parts]
-
-    @cached_property
-    def _byte_fallback(self) -> bool:
-        return "ByteFallback" in self._decoder_kinds()
-
-    @cached_property
-    def _underscores(self) -> bool:
-        kinds = self._decoder_kinds()
-        return "Metaspace" in kinds or "Replace" in kinds
+        state: Any = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "None"}
+        parts: Any = state["decoders"] if state.get("type") == "Sequence" else [state]
+        kinds = [str(part.get("type")) for part in parts]
+        plain = all(
+            part["type"] in ("ByteFallback", "Fuse")
+            or (part["type"] == "Replace" and part["pattern"] == {"String": "\u2581"} and part["content"] == " ")
+            or (part["type"] == "Strip" and part["content"] == " " and part["stop"] == 0)
+            for part in parts
+        )
+        return _Kind(
+            alphabet=kinds == ["ByteLevel"],
+            fallback="ByteFallback" in kinds,
+            underscores="Metaspace" in kinds or "Replace" in kinds,
+            bytes=kinds == ["ByteLevel"] or (plain and "ByteFallback" in kinds),
+            strip=sum(int(part["start"]) for part in parts if part["type"] == "Strip"),
+        )
 
     def _ids(self, text: str, special: bool, whole: bool) -> list[int]:
         # The library keeps this setting in the tokenizer itself.
@@ -297,13 +294,31 @@ class Tokenizer:
         return any(normal.count(name) > text.count(name) for name in self._fuzzy)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """How a tokenizer writes texts, as its decoder tells.
+
+    Attributes:
+        alphabet: a letter for each byte. fallback: tokens `<0xNN>` for bytes. underscores: U+2581 for spaces.
+        bytes: a text is the bytes of its tokens one after another, but for `strip` spaces at its beginning.
+    """
+
+    alphabet: bool
+    fallback: bool
+    underscores: bool
+    bytes: bool
+    strip: int
+
+
 class TextStream:
     """Decodes ids as they come; what is given out together with `finish()` is the text of all of them."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer._special_ids if skip_special else frozenset()
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
+        kind = tokenizer._kind
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if kind.bytes else None
+        self._strip = kind.strip
         self._ids: list[int] = []  # of other kinds: those whose text may still depend on each other
         self._read = 0  # how many of them have been given out
 
@@ -311,7 +326,7 @@ class TextStream:
         """The text that is settled by these ids: a character whose bytes are not all there waits."""
         kept = [token for token in ids if token not in self._skipped]
         if self._bytes is not None:
-            return self._bytes.decode(b"".join(map(self._tokenizer.token_bytes, kept)))
+            return self._stripped(self._bytes.decode(b"".join(map(self._tokenizer.token_bytes, kept))))
         self._ids += kept
         before, now = self._text(self._ids[: self._read]), self._text(self._ids)
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -324,10 +339,19 @@ class TextStream:
     def finish(self) -> str:
         """What waited for more."""
         if self._bytes is not None:
-            return self._bytes.decode(b"", final=True)
+            return self._stripped(self._bytes.decode(b"", final=True))
         before, now = self._text(self._ids[: self._read]), self._text(self._ids)
         self._read = len(self._ids)
         return now[len(before) :]
+
+    def _stripped(self, text: str) -> str:
+        """Without the spaces that the tokenizer put before the text."""
+        while text and self._strip:
+            if text[0] != " ":
+                self._strip = 0
+                break
+            text, self._strip = text[1:], self._strip - 1
+        return text
 
     def _text(self, ids: list[int]) -> str:
         inner: Any = self._tokenizer._inner

@@ -298,6 +298,18 @@ def test_a_fork_shares_pages_until_it_writes() -> None:
     assert not scheduler.pool.used
 
 
+def test_a_fork_of_an_unfinished_prompt_shares_what_is_computed() -> None:
+    scheduler = Scheduler(BlockPool(16, 4), max_tokens=6, max_sequences=3, context=32)
+    first = add(scheduler, "a", prompt(12), 9)
+    compute(scheduler)
+    twin = scheduler.fork(first, 1)
+    assert twin.computed == 6 and twin.blocks == first.blocks[:2] and len(first.blocks) == 3
+    for _ in range(3):
+        compute(scheduler)
+    assert first.blocks[0] == twin.blocks[0] and not set(first.blocks[1:]) & set(twin.blocks[1:])
+    scheduler.pool.check([first.blocks, twin.blocks])
+
+
 def test_pages_that_are_written_by_a_running_step_are_nobody_elses() -> None:
     scheduler = Scheduler(BlockPool(2, 4), max_tokens=16, max_sequences=2, context=8)
     first = add(scheduler, "a", prompt(8), 1)
@@ -376,6 +388,22 @@ def test_one_client_with_a_thousand_requests_does_not_hold_up_another() -> None:
         assert where.steps - before <= most
         if most > 3:
             assert where.steps - before > 500
+
+
+def test_a_long_prompt_does_not_hold_up_those_of_other_clients() -> None:
+    scheduler = Scheduler(BlockPool(64, 4), max_tokens=16, max_sequences=4, context=256)
+    long = add(scheduler, "long", prompt(120), client="a")
+    compute(scheduler)
+    add(scheduler, "short", prompt(5, 200), client="b")
+    assert "short" in {name for _ in range(2) for name, *_ in compute(scheduler)}
+    scheduler.cancel("short")
+    other = add(scheduler, "other", prompt(100, 300), client="c")
+    for _ in range(4):
+        compute(scheduler)
+    before = long.computed, other.computed
+    for _ in range(4):
+        compute(scheduler)
+    assert (long.computed - before[0], other.computed - before[1]) == (32, 32), "they take turns"
 
 
 def test_clients_get_equal_shares_whatever_they_send() -> None:

@@ -190,7 +190,8 @@ def test_the_numbers_are_uniform_and_do_not_hang_together() -> None:
 
     base = numbers(7, 0)
     assert 0 <= base.min() and base.max() < 1
-    assert np.histogram(base, 20, (0, 1))[0].std() < 25  # 10 would be expected of 100 a bin
+    even = np.sort(numbers(7, 0, 20_000))
+    assert np.abs(even - (np.arange(20_000) + 0.5) / 20_000).max() < 2 / math.sqrt(20_000)  # Kolmogorov and Smirnov
     for other in (numbers(7, 1), numbers(8, 0), numbers(-7, 0), numbers(7 + (1 << 32), 0), np.roll(base, 1)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.1
 

@@ -40,6 +40,7 @@ _CODES = {
     504: "deadline_exceeded",
 }
 _MESSAGES = {404: "There is no such address", 405: "This address does not take this method"}
+_OF_ABSENCE = ("missing", "value_error")  # a field may be at fault by not being there
 _KINDS = {"missing": "missing_required_parameter"}
 
 
@@ -89,10 +90,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_invalid(request: Request, error: Exception) -> Response:
     """A body that does not match its schema: one fault of the first bad field, by its path."""
     assert isinstance(error, RequestValidationError)
-    faults = [(path_of(f["loc"][1:], error.body, missing=f["type"] == "missing"), f) for f in error.errors()]
+    faults = [(path_of(f["loc"][1:], error.body, f["type"] in _OF_ABSENCE), f) for f in error.errors()]
     # Each alternative that a field may be has faults of its own; the one that got furthest was meant.
     same = [(param, fault) for param, fault in faults if fault["loc"][:2] == faults[0][1]["loc"][:2]]
-    param, fault = max(reversed(same), key=lambda pair: len(pair[0]))
+    param = max((param for param, _ in same), key=lambda param: param.count(".") + param.count("["))
+    fault = next(fault for path, fault in reversed(same) if path == param)
     message = str(fault["msg"]).removeprefix("Value error, ")
     said = f"{param}: {message}" if param else message
     return respond(ApiError(400, said, param=param or None, code=_KINDS.get(fault["type"], "invalid_value")))
@@ -114,12 +116,12 @@ def failed(error: ShoestringError) -> ApiError:
     return ApiError(503, "The engine has stopped", code="engine_failed", headers={"x-should-retry": "false"})
 
 
-def path_of(location: Sequence[int | str], given: Any, missing: bool = False) -> str:
+def path_of(location: Sequence[int | str], given: Any, absent: bool = False) -> str:
     """`messages[0].content` for a fault's location; names of alternatives, which are not in the body, are left out."""
     path, here = "", given
     for i, part in enumerate(location):
         if isinstance(part, int) and isinstance(here, list) and part < len(here):
             path, here = f"{path}[{part}]", here[part]
-        elif isinstance(part, str) and isinstance(here, dict) and (part in here or missing and i == len(location) - 1):
+        elif isinstance(part, str) and isinstance(here, dict) and (part in here or absent and i == len(location) - 1):
             path, here = f"{path}.{part}" if path else part, here.get(part)
     return path

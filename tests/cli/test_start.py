@@ -100,7 +100,7 @@ def test_an_unknown_flag_suggests_the_nearest(shoestring: Shoestring) -> None:
 
 
 def test_commands_that_do_not_exist_yet_are_not_there(shoestring: Shoestring) -> None:
-    for name in ("serve", "federate", "search", "pretrain"):
+    for name in ("distill", "federate", "search", "pretrain"):
         assert shoestring(name).code == 2
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
+from shoestring.cli._answer import answer_options
 from shoestring.cli._command import Command
 from shoestring.cli._screen import current
 
@@ -12,15 +14,9 @@ from shoestring.cli._screen import current
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @click.option("-m", "--model", "--model-name-or-path", help="The same as the word MODEL. [default: smollm2]")
 @click.option("-p", "--prompt", help="The prompt; - or none reads it from standard input.")
-@click.option("--max-new-tokens", "--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
-@click.option(
-    "--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens up to this probability."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--system", default="", help="A message that goes before the prompt.")
+@answer_options(max_new_tokens=256, temperature=0.0, top_p=1.0)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-def command(words: tuple[str, ...], model: str | None, prompt: str | None, **options: object) -> None:
+def command(words: tuple[str, ...], model: str | None, prompt: str | None, **options: Any) -> None:
     """Print MODEL's answer to one prompt, as it is written."""
     from shoestring.core.errors import UsageError
 
@@ -37,7 +33,7 @@ def command(words: tuple[str, ...], model: str | None, prompt: str | None, **opt
 
     screen, pieces = current(), []
     with screen.working():
-        stream = generate(model, str(prompt), **options)  # type: ignore[arg-type]
+        stream = generate(model, str(prompt), **options)
     for piece in stream:
         pieces.append(piece)
         if not screen.json:

@@ -59,6 +59,8 @@ def check_adapter(path: Path) -> dict[str, Any]:
         UsageError: pickle weights, corrupt weights, or a configuration that could run code or stall.
     """
     _check_entries(path)
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"{path} is no adapter", f"it holds no {ADAPTER_CONFIG}", "Give the folder of a PEFT adapter")
     config = read_json(path / ADAPTER_CONFIG)
     if not (path / ADAPTER_WEIGHTS).is_file():
         _refuse_pickles(path, ADAPTER_WEIGHTS)

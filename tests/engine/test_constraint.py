@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoestring.core.errors import ShoestringError
 from shoestring.engine.constraint import MAX_TEXT, Constraints, Matcher
@@ -226,6 +228,21 @@ def test_rollback(constraints: Constraints, small: Bytes) -> None:
         assert not matcher.finished
 
 
+def test_white_space_has_an_end(constraints: Constraints, small: Bytes) -> None:
+    schema = {"type": "array", "items": {"enum": [1, {"a": True}]}, "maxItems": 3}
+    matcher = constraints.matcher(Constraint("json_schema", json.dumps(schema)))
+    blanks = {small.inner.token_to_id(letter) for letter in "ĠĊ"}
+    tokens: list[int] = []
+    while not matcher.finished:
+        allowed = _allowed(matcher, small.vocab)
+        tokens.append(next((token for token in allowed if token in blanks), allowed[-1]))
+        matcher.accept(tokens[-1])
+        assert len(tokens) < 1000
+    text = small.inner.decode(tokens)
+    assert max(map(len, re.findall(r"\s+", text))) == 40
+    json.loads(text)
+
+
 def test_matchers_of_one_constraint_do_not_share_their_progress(constraints: Constraints, small: Bytes) -> None:
     first, second = (constraints.matcher(Constraint("regex", "abc")) for _ in range(2))
     first.accept(small.inner.token_to_id("abc"))
@@ -244,6 +261,32 @@ def test_min_tokens_gives_way_to_a_constraint_at_its_end(small: Bytes) -> None:
     assert tokens == [small.inner.token_to_id("a")] * 2 + [0]
 
 
+_KEYS = ("type", "properties", "items", "enum", "const", "anyOf", "allOf", "$ref", "minimum", "minLength", "pattern",
+         "required", "additionalProperties", "prefixItems", "multipleOf", "x-guidance", "$defs")  # fmt: skip
+_words = st.sampled_from(["string", "object", "array", "integer", "#", "#/$defs/a", "[a-z]+", "\ud800"])
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.dictionaries(st.sampled_from(_KEYS), _values, max_size=4).map(lambda d: Constraint("json_schema", json.dumps(d)))
+    | st.text(max_size=20).map(lambda text: Constraint("json_schema", text))
+    | st.text(alphabet="ab(){}[]*+?|\\.^$-012,dws:/\n\ud800", max_size=20).map(lambda text: Constraint("regex", text))
+    | st.text(alphabet='ab(){}[]*+?|:/"\n ', max_size=20).map(lambda text: Constraint("grammar", "start: " + text))
+)
+def test_anything_is_compiled_or_refused(constraints: Constraints, small: Bytes, constraint: Constraint) -> None:
+    try:
+        matcher = constraints.matcher(constraint)
+    except RequestError as error:
+        assert error.param == "response_format" and (error.why or error.remedy)
+    else:
+        assert _allowed(matcher, small.vocab)
+
+
 REFUSED = [
     ("json_schema", "not json", "not JSON"),
     ("json_schema", "[1]", "JSON list"),
@@ -257,6 +300,11 @@ REFUSED = [
     ("json_schema", '{"items":' * 65 + "{}" + "}" * 65, "nested deeper"),
     ("json_schema", "[" * 60_000, "not JSON"),
     ("json_schema", " " * (MAX_TEXT + 1), "characters"),
+    ("json_schema", '{"const": "\\ud800"}', "not JSON serializable"),
+    ("json_schema", '{"minLength": 99999999999999999999}', "not JSON serializable"),
+    ("regex", "\ud800", "surrogates"),
+    ("grammar", "start: /\ud800/", "surrogates"),
+    ("xml", "<a/>", "Unknown constraint"),
     ("regex", "([", "unclosed"),
     ("regex", r"(a|b)\1", "backreferences"),
     ("regex", r"(?=a)b", "look-around"),

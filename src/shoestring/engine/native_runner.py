@@ -173,6 +173,7 @@ class _Loader:
         if packed and (not isinstance(packed, dict) or packed.get("quant_method") not in _PACKED_BY):
             method = packed.get("quant_method") if isinstance(packed, dict) else packed
             raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
+        self.group = packed.get("group_size") if packed else None
 
     def load(self) -> Llama:
         model = self.model
@@ -266,7 +267,7 @@ class _Loader:
         else:
             raise NotNative(f"The native runner does not know how {stored.name} is packed", f"{stored.dtype} {dims}")
         whole = (rows, groups, group) if bits == 8 else (rows, groups * group // 2)
-        if dims != whole or group not in (32, 64, 128) or groups != -(-cols // group):
+        if dims != whole or group != self.group or group not in (32, 64, 128) or groups != -(-cols // group):
             raise UsageError(
                 f"{stored.name} has the dimensions {dims} with {groups} scales a row",
                 f"they do not belong to a weight of {rows} x {cols}",

@@ -195,9 +195,11 @@ bool look(const SkAttention& a, const Span& span, int64_t token, int32_t* seen) 
     }
   if (a.window > 0)
     for (int64_t key = 0; key < span.keys; ++key) {
+      // Another thread may be writing the chunk's own positions into the page.
+      const int64_t own = span.first + key - a.context;
       const uint8_t* page = span.heads[key / SK_PAGE] + a.positions_from_head;
-      const int64_t position = reinterpret_cast<const int32_t*>(page)[key % SK_PAGE];
-      if (int64_t(a.positions[token]) - position >= a.window) seen[key] = 0;
+      const int64_t position = own < 0 ? reinterpret_cast<const int32_t*>(page)[key % SK_PAGE] : a.positions[own];
+      if (a.positions[token] - position >= a.window) seen[key] = 0;
     }
   int32_t any = 0;
   for (int64_t key = 0; key < span.keys; ++key) any |= seen[key];

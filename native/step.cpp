@@ -161,6 +161,7 @@ bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t 
 
 bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, int64_t page_bytes) {
   if (b.tokens < 0 || b.sequences < 0 || b.tokens > INT32_MAX || !b.hidden) return false;
+  if (!b.attend && (!cache || !cache->data || cache->page_bytes != page_bytes)) return false;
   if (b.starts[0] != 0 || b.starts[b.sequences] != b.tokens) return false;
   const bool from_ids = b.first_layer == 0 && !b.from_hidden;
   for (int64_t t = 0; t < b.tokens; ++t) {
@@ -182,7 +183,7 @@ bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, int64
       if (page < 0 || page >= cache->pages) return false;
     }
   }
-  return b.attend || (cache && cache->data && cache->page_bytes == page_bytes);
+  return true;
 }
 
 // The highest rank of the adapters in use, -1 when one of them does not exist.

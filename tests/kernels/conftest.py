@@ -21,3 +21,10 @@ def one_thread():
 def level(request) -> str:
     assert ops.set_isa(request.param) == request.param
     return request.param
+
+
+@pytest.fixture(params=[level for level in LEVELS if level != "reference"])
+def isa(request) -> str:
+    """A level of the native library, where there is nothing else to fall back on."""
+    assert ops.set_isa(request.param) == request.param
+    return request.param

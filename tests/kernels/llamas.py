@@ -1,4 +1,4 @@
-"""Native models made from transformers' own random ones, batches made from lists, and a reference that rounds its cache."""
+"""Native models made from transformers' own random ones, batches from lists, and a reference that rounds its cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from shoestring.engine.runner import Batch
 from shoestring.kernels import matrix
 from shoestring.kernels.llama import PAGE, Block, Cache, Llama
+from shoestring.kernels.loader import load
 from shoestring.lab import tiny
+
+needs_library = pytest.mark.skipif(load().library is None, reason="no native library in this installation")
 
 
 def family(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:

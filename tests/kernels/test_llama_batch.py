@@ -1,0 +1,247 @@
+"""What must not depend on how tokens are batched, split or shared among threads: equal to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from llamas import Chain, batch, bfloat16, dirty_cache, family, feed, native, needs_library, pages, tiny_model
+
+from shoestring.kernels.llama import PROJECTIONS, Adapter, Llama
+
+pytestmark = needs_library
+
+RANDOM = np.random.default_rng(0)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(3, 64, count)]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return native(family("llama"))
+
+
+@pytest.fixture(scope="module", params=["llama", "window", "int8 pages"])
+def setting(request) -> tuple[Llama, str]:
+    if request.param == "window":
+        return native(family("mistral", sliding_window=20)), "bf16"
+    return native(family("llama")), "int8" if request.param.startswith("int8") else "bf16"
+
+
+def test_chunks_batches_and_threads_do_not_change_a_bit(setting, isa):
+    model, type = setting
+    lengths = [1, 300, 40, 17, 290]
+    prompts = [tokens(n, n) for n in lengths]
+    alone = []
+    for prompt in prompts:
+        cache, chain = dirty_cache(model, 20, type), Chain(pages(310))
+        alone.append(feed(model, cache, chain, prompt))
+    for threads in (1, 2, 3):
+        cache, first = dirty_cache(model, 70, type), 0
+        chains = []
+        for n in lengths:
+            chains.append(Chain(pages(n + 1, first)))
+            first += len(chains[-1].table)
+        parts: list[list[np.ndarray]] = [[] for _ in prompts]
+        done = [0] * len(prompts)
+        chunk = 3
+        while any(d < n for d, n in zip(done, lengths)):  # chunks of growing, unequal size, several sequences at once
+            now = [(i, prompts[i][done[i] : done[i] + chunk + 40 * i]) for i, n in enumerate(lengths) if done[i] < n]
+            made = batch([(chains[i], ids) for i, ids in now])
+            logits = model.logits(model.run(cache, made, threads=threads), np.arange(len(made.ids)), threads)
+            for (i, ids), start in zip(now, made.starts):
+                parts[i].append(logits[start : start + len(ids)])
+                done[i] += len(ids)
+                chains[i].filled += len(ids)
+            chunk += 5
+        for whole, some in zip(alone, parts):
+            np.testing.assert_array_equal(np.concatenate(some), whole)
+
+
+def test_a_sequence_may_read_what_another_writes_in_the_same_step(llama):
+    """Two requests with one prefix: the second finds the first one's page, though both come in one batch."""
+    prompt = tokens(32)
+    cache = dirty_cache(llama, 8)
+    want = feed(llama, cache, Chain([4, 5]), prompt)
+    cache = dirty_cache(llama, 8)
+    made = batch([(Chain([0, 1], 16), prompt[16:]), (Chain([0, 2], 0), prompt[:16])])
+    got = llama.logits(llama.run(cache, made, threads=2), np.arange(32))
+    np.testing.assert_array_equal(np.concatenate([got[16:], got[:16]]), want)
+
+
+def test_a_tree_is_its_chains(setting, isa):
+    model, type = setting
+    prompt, tree, parents = tokens(45), tokens(7, 9), [-1, 0, 0, 1, -1, 2, 3]
+    depth = [0, 1, 1, 2, 0, 2, 3]
+    cache, chain = dirty_cache(model, 12, type), Chain(pages(60))
+    feed(model, cache, chain, prompt)
+    made = batch([(chain, tree)], parents=parents, positions=[45 + d for d in depth])
+    got = model.logits(model.run(cache, made, threads=2), np.arange(7))
+    for leaf in (4, 5, 6):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        cache, chain = dirty_cache(model, 12, type), Chain(pages(60))
+        feed(model, cache, chain, prompt)
+        want = feed(model, cache, chain, [tree[i] for i in path])
+        # Slots differ from those of the chain, and with them the order of sums.
+        np.testing.assert_allclose(got[path], want, rtol=0, atol=2e-3 * np.abs(want).max())
+
+
+def test_moved_slots_continue_the_accepted_branch(setting):
+    model, type = setting
+    prompt, tree, parents, depth = tokens(30), tokens(5, 1), [-1, -1, 1, 1, 3], [0, 0, 1, 1, 2]
+    after = tokens(4, 5)
+    cache, chain = dirty_cache(model, 12, type), Chain(pages(60))
+    feed(model, cache, chain, prompt)
+    model.run(cache, batch([(chain, tree)], parents=parents, positions=[30 + d for d in depth]))
+    model.move(cache, chain.table, [(31, 30), (33, 31), (34, 32)])
+    chain.filled = 33
+    got = feed(model, cache, chain, after)
+    cache, chain = dirty_cache(model, 12, type), Chain(pages(60))
+    feed(model, cache, chain, prompt)
+    feed(model, cache, chain, [tree[1], tree[3], tree[4]])
+    want = feed(model, cache, chain, after)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
+
+
+def test_copied_pages_hold_the_same(setting):
+    model, type = setting
+    prompt, rest = tokens(40), tokens(20, 3)
+    cache, chain = dirty_cache(model, 12, type), Chain([0, 1, 2, 3])
+    feed(model, cache, chain, prompt)
+    cache.copy([(2, 9), (0, 7)])
+    fork = Chain([7, 1, 9, 10], 40)
+    np.testing.assert_array_equal(feed(model, cache, fork, rest), feed(model, cache, chain, rest))
+
+
+def test_windows_go_by_position_and_not_by_slot():
+    """Tokens whose positions jump over a gap no longer see what lies before it."""
+    model = native(family("mistral", sliding_window=8, num_hidden_layers=1))
+    ids = tokens(40)
+    cache, chain = dirty_cache(model, 12), Chain(pages(60))
+    positions = [*range(20), *range(100, 120)]
+    hidden = model.run(cache, batch([(chain, ids)], positions=positions))
+    got = model.logits(hidden, np.arange(20, 40))
+    other = Chain(pages(60, 5))
+    made = batch([(other, ids[20:])], positions=positions[20:])
+    want = model.logits(model.run(cache, made), np.arange(20))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    chain.filled = 40
+    last = model.logits(model.run(cache, batch([(chain, [5])], positions=[500])), np.arange(1))
+    alone = model.logits(model.run(cache, batch([(Chain([11]), [5])], positions=[500])), np.arange(1))
+    np.testing.assert_allclose(last, alone, rtol=0, atol=1e-4 * np.abs(alone).max())
+
+
+def test_layers_in_ranges_are_the_whole(setting):
+    model, type = setting
+    ids = tokens(33)
+    want = feed(model, dirty_cache(model, 6, type), Chain(pages(33)), ids)
+    cache, made = dirty_cache(model, 6, type), batch([(Chain(pages(33)), ids)])
+    hidden = model.run(cache, made, last=1)
+    kept = hidden.copy()
+    hidden = model.run(cache, made, first=1, last=1, hidden=hidden)
+    np.testing.assert_array_equal(hidden, kept)
+    hidden = model.run(cache, made, first=1, hidden=hidden)
+    np.testing.assert_array_equal(model.logits(hidden, np.arange(33)), want)
+
+
+def test_attention_elsewhere_gives_the_same(llama):
+    """A worker that keeps everything in float32: the difference is what pages round."""
+    ids = tokens(300)
+    want = feed(llama, dirty_cache(llama, 20), Chain(pages(300)), ids)
+    seen = []
+
+    def attend(layer, q, k, v):
+        seen.append(layer)
+        k, v = (
+            (bfloat16(t.reshape(-1)).astype(np.uint32) << 16).view(np.float32).reshape(t.shape) for t in (k, v)
+        )  # as pages hold them
+        k, v = (np.repeat(t, llama.heads // llama.kv_heads, axis=1) for t in (k, v))
+        score = np.einsum("qhd,khd->hqk", q, k) * llama.head_dim**-0.5
+        score = np.where(np.tril(np.ones(score.shape[1:], bool)), score, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        return np.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdims=True), v)
+
+    made = batch([(Chain([]), ids)])
+    hidden = llama.run(None, made, attend=attend, threads=2)
+    assert seen == [0, 1, 2]
+    assert np.abs(llama.logits(hidden, np.arange(300)) - want).max() < 1e-3 * np.abs(want).max()
+
+    def fails(layer, q, k, v):
+        raise RuntimeError("the other side is gone")
+
+    with pytest.raises(RuntimeError, match="other side"):
+        llama.run(None, made, attend=fails)
+
+
+def adapter(model: Llama, rank: int, seed: int) -> Adapter:
+    random, parts = np.random.default_rng(seed), {}
+    for layer in range(len(model.blocks)):
+        for name in PROJECTIONS:
+            matrix = getattr(model.blocks[layer], name)
+            a, b = random.normal(size=(rank, matrix.cols)), random.normal(size=(rank, matrix.rows))
+            parts[layer, name] = (bfloat16((a * matrix.cols**-0.5).astype("f")), bfloat16((b * 0.3).astype("f")))
+    return Adapter(parts)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def merged(made, low: Adapter):
+    import torch
+
+    for (layer, name), (a, b) in low.parts.items():
+        block = made.model.layers[layer]
+        owner = block.self_attn if name in "qkvo" else block.mlp
+        getattr(owner, f"{name}_proj").weight.data += torch.from_numpy(widened(b).T @ widened(a))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "granite"])
+def test_low_rank_additions_are_merged_weights(name, isa):
+    made = family(name, **(dict(residual_multiplier=0.4) if name == "granite" else {}))
+    model = native(made)
+    lows = [adapter(model, rank, rank) for rank in (5, 16)]
+    lows.append(Adapter({key: lows[1].parts[key] for key in [(1, "q"), (1, "down")]}))
+    ids = tokens(70)
+    plain = feed(model, dirty_cache(model, 6), Chain(pages(70)), ids)
+    chains = [Chain(pages(70, 6 * i)) for i in range(4)]
+    numbers = [n for n in (0, -1, 1, 2) for _ in ids]
+    made_batch = batch([(chain, ids) for chain in chains], adapters=numbers)
+    hidden = model.run(dirty_cache(model, 24), made_batch, adapters=lows, threads=2)
+    got = model.logits(hidden, np.arange(280)).reshape(4, 70, -1)
+    np.testing.assert_array_equal(got[1], plain)
+    for number, result in ((0, got[0]), (1, got[2]), (2, got[3])):
+        again = family(name, **(dict(residual_multiplier=0.4) if name == "granite" else {}))
+        other = native(merged(again, lows[number]))
+        want = feed(other, dirty_cache(other, 6), Chain(pages(70)), ids)
+        assert np.abs(want - plain).max() > 0.1 * np.abs(plain).max()
+        np.testing.assert_allclose(result, want, rtol=0, atol=3e-3 * np.abs(want).max())
+
+
+def test_results_with_adapters_do_not_depend_on_the_batch(llama):
+    lows = [adapter(llama, 8, seed) for seed in range(3)]
+    ids = tokens(70)
+
+    def alone(number: int) -> np.ndarray:
+        made = batch([(Chain(pages(70)), ids)], adapters=[number] * 70)
+        return llama.logits(llama.run(dirty_cache(llama, 6), made, adapters=lows), np.arange(70))
+
+    made = batch([(Chain(pages(70, 6 * i)), ids) for i in range(3)], adapters=[n for n in range(3) for _ in ids])
+    hidden = llama.run(dirty_cache(llama, 18), made, adapters=lows, threads=2)
+    got = llama.logits(hidden, np.arange(210)).reshape(3, 70, -1)
+    for number in range(3):
+        np.testing.assert_array_equal(got[number], alone(number))
+
+
+def test_many_tokens_pass_in_parts():
+    model = native(tiny_model("llama", seed=0, max_position_embeddings=2048), positions=2048)
+    ids = tokens(700)
+    cache, chain = dirty_cache(model, 50), Chain(pages(700))
+    whole = feed(model, cache, chain, ids, threads=2)
+    cache, chain = dirty_cache(model, 50), Chain(pages(700))
+    parts = [feed(model, cache, chain, ids[i : i + 90]) for i in range(0, 700, 90)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)

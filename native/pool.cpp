@@ -1,5 +1,7 @@
 // A small thread pool in which the caller never waits for a worker that has not begun: chunks are claimed one by one, and
-// what nobody claims the caller does itself. So a busy neighbour costs at most one chunk, never a missing thread.
+// what nobody claims the caller does itself. What remains is a worker that loses its core in the middle of a chunk: the
+// caller then sleeps instead of spinning, which keeps its own share of a core for when the worker is back, so that both run
+// at the same time again. Busy neighbours so cost about the share that they take, not a slice of time at every barrier.
 #include <pthread.h>
 
 #include <atomic>
@@ -15,8 +17,12 @@
 namespace {
 
 constexpr int MOST_WORKERS = 255;
-// How long a worker stays awake after its last chunk. It gives way to any thread that wants the core meanwhile.
-constexpr std::chrono::microseconds LINGER{100};
+using Clock = std::chrono::steady_clock;
+
+// How long a worker stays awake after its last chunk, and from when on it gives way to any thread that wants the core.
+constexpr std::chrono::microseconds LINGER{200}, POLITE{40};
+// How long the caller waits awake for a claimed chunk, and how long it then sleeps at a time.
+constexpr std::chrono::microseconds PATIENCE{100}, NAP{50};
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -27,13 +33,14 @@ inline void pause_briefly() {
 }
 
 struct Pool {
-  std::atomic<int64_t> open{0};  // chunks nobody has claimed; above zero only while task and context are valid
-  std::atomic<int64_t> done{0};
-  std::atomic<int32_t> width{0};  // workers that may join
+  // One line that the caller writes and workers watch, one that they write.
+  alignas(64) std::atomic<int64_t> open{0};  // chunks nobody has claimed; above zero only while task and context are valid
+  std::atomic<int32_t> width{0};             // workers that may join
   void (*task)(void*, int64_t) = nullptr;
   void* context = nullptr;
+  alignas(64) std::atomic<int64_t> done{0};
 
-  std::mutex owner;  // one job at a time; a second caller works alone
+  alignas(64) std::mutex owner;  // one job at a time; a second caller works alone
   std::mutex door;
   std::condition_variable bell;
   std::atomic<int32_t> asleep{0};
@@ -51,18 +58,18 @@ struct Pool {
   }
 
   void work(int32_t index) {
-    auto last = std::chrono::steady_clock::now();
+    auto last = Clock::now();
     for (;;) {
       bool worked = false;
       for (int i = 0; i < 64 && !worked; ++i) {
         if (index < width.load(std::memory_order_relaxed))
           while (claim_one()) worked = true;
-        pause_briefly();
+        if (!worked) pause_briefly();
       }
-      const auto now = std::chrono::steady_clock::now();
+      const auto now = Clock::now();
       if (worked) last = now;
       if (now - last < LINGER) {
-        std::this_thread::yield();
+        if (now - last > POLITE) std::this_thread::yield();
         continue;
       }
       std::unique_lock<std::mutex> lock(door);
@@ -71,7 +78,7 @@ struct Pool {
       if (open.load() == 0 || index >= width.load()) bell.wait(lock);
       asleep.fetch_sub(1);
       lock.unlock();
-      last = std::chrono::steady_clock::now();
+      last = Clock::now();
     }
   }
 
@@ -86,7 +93,7 @@ struct Pool {
   }
 
   void run(void (*job)(void*, int64_t), void* argument, int64_t chunks, int32_t helpers) {
-    grow(helpers);
+    if (workers < helpers) grow(helpers);
     task = job;
     context = argument;
     done.store(0, std::memory_order_relaxed);
@@ -95,9 +102,19 @@ struct Pool {
     if (asleep.load() > 0) bell.notify_all();
     while (claim_one()) {
     }
-    for (int spins = 0; done.load(std::memory_order_acquire) < chunks; ++spins) {
+    if (done.load(std::memory_order_acquire) < chunks) wait(chunks);
+  }
+
+  // For chunks that workers have claimed.
+  void wait(int64_t chunks) {
+    const auto limit = Clock::now() + PATIENCE;
+    bool lost = false;
+    for (int spins = 1; done.load(std::memory_order_acquire) < chunks; ++spins) {
       pause_briefly();
-      if (spins > 1000) std::this_thread::yield();  // a claimed chunk is running on a core that somebody else took
+      if (lost)
+        std::this_thread::sleep_for(NAP);
+      else if (spins % 64 == 0)
+        lost = Clock::now() > limit;
     }
   }
 };

@@ -195,6 +195,19 @@ def test_a_found_beginning_is_not_computed_again() -> None:
         scheduler.finish(first)
 
 
+def test_of_what_is_given_back_the_end_goes_first() -> None:
+    scheduler = Scheduler(BlockPool(6, 4), max_tokens=100, max_sequences=4, context=24)
+    first = add(scheduler, "a", prompt(20), 3)
+    compute(scheduler)
+    scheduler.finish(first)
+    other = add(scheduler, "b", prompt(12, 50), 1)
+    compute(scheduler)
+    scheduler.finish(other)
+    again = add(scheduler, "c", prompt(20), 3)
+    compute(scheduler)
+    assert again.cached == 12
+
+
 def test_pages_are_not_shared_between_words_or_adapters() -> None:
     scheduler = Scheduler(BlockPool(640, 4), max_tokens=200, max_sequences=16, context=200)
     kinds = [("", ""), ("x", ""), ("", "x"), ("x", "x"), ("xx", ""), ("('x', '", ""), ("x', 'x", "")]

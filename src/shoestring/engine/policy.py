@@ -117,8 +117,12 @@ class Fair(Fifo):
         self._present: dict[str, int] = {}  # sequences of each client, waiting or running
         self._running: dict[str, int] = {}
         self._lines: dict[str, _Line] = {}
-        self._order: list[tuple[float, tuple[int, int], str]] = []  # heap; an entry may be lower than it should be
-        self._entries: dict[str, tuple[float, tuple[int, int], str]] = {}  # the one that counts of each client's
+        self._order: list[
+            tuple[float, tuple[int, int], str]
+        ] = []  # heap; accounts in it may be lower than they are by now
+        self._entries: dict[
+            str, tuple[float, tuple[int, int], str]
+        ] = {}  # of each client with a line, the entry that counts
 
     def on_add(self, sequence: Sequence) -> None:
         client = sequence.request.client
@@ -130,9 +134,11 @@ class Fair(Fifo):
         line = self._lines.get(client)
         if line is None:
             line = self._lines[client] = _Line()
-            self._accounts[client] = max(self._accounts.get(client, 0.0), self._level)
+            account = self._accounts[client] = max(self._accounts.get(client, 0.0), self._level)
+            entry = self._entries[client] = account, self._places[sequence], client
+            heapq.heappush(self._order, entry)
+            self._skip()
         line.add(self._places[sequence], sequence)
-        self._enter(client, line)
 
     def on_admit(self, sequence: Sequence) -> None:
         self._count(self._running, sequence.request.client, 1)
@@ -189,15 +195,6 @@ class Fair(Fifo):
         if max(self._running.values(), default=0) < has + 2:
             return None
         return self.victim(running)
-
-    def _enter(self, client: str, line: _Line) -> None:
-        first = line.first()
-        assert first is not None
-        entry, known = (self._accounts[client], self._places[first], client), self._entries.get(client)
-        if known is None or entry < known:
-            self._entries[client] = entry
-            heapq.heappush(self._order, entry)
-            self._skip()
 
     def _leave(self, sequence: Sequence) -> bool:
         client = sequence.request.client

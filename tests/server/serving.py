@@ -116,6 +116,7 @@ class Process:
     lines: list[str] = field(default_factory=list)
     url: str = ""
     seconds: float = 0.0  # until it was ready
+    http: Any = None
 
     def wait_ready(self, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -124,6 +125,7 @@ class Process:
             for line in list(self.lines):
                 if match := re.search(r"is ready at (http://\S+)", line):
                     self.url, self.seconds = match[1], time.monotonic() - self.began
+                    self.http = httpx.Client(base_url=self.url, timeout=60)
             time.sleep(0.01)
 
     def end(self, number: int = signal.SIGTERM, seconds: float = 20) -> int:

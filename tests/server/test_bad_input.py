@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import HELLO, Server, error_of
+from serving import Server, error_of
 from toy import VOCAB
 
 from shoestring.server import schema
@@ -231,11 +231,15 @@ _JSON = {"content-type": "application/json"}
     [
         {"type": "image_url", "image_url": {"url": url}}
         for url in (
-            "http://127.0.0.1:1/x.png", "https://example.com/x", "file:///etc/passwd", "ftp://x/y", "data:image/png;base64,",
+            "http://127.0.0.1:1/x.png", "https://example.com/x", "file:///etc/passwd", "ftp://x/y",
+            "data:image/png;base64,",
             "http://127.0.0.1\\@evil/", "http://2130706433/", "http://[::1]/", "http://169.254.169.254/",
         )
     ]
-    + [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, {"type": "file", "file": {"file_id": "x"}}],
+    + [
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {"type": "file", "file": {"file_id": "x"}},
+    ],
     ids=str,
 )  # fmt: skip
 def test_nothing_is_fetched(server: Server, part: Any) -> None:
@@ -288,7 +292,8 @@ def raw(server: Server, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
-        ("GET /v1/models/ HTTP/1.1", b"404"), ("GET //v1/models HTTP/1.1", b"404"), ("GET /%2e%2e/etc HTTP/1.1", b"404"),
+        ("GET /v1/models/ HTTP/1.1", b"404"), ("GET //v1/models HTTP/1.1", b"404"),
+        ("GET /%2e%2e/etc HTTP/1.1", b"404"),
         ("GET /v1/../v1/models HTTP/1.1", b"404"), ("DELETE /v1/models HTTP/1.1", b"405"),
         ("GET /v1/chat/completions HTTP/1.1", b"405"), ("FLY / HTTP/1.1", b"400"), ("GET / HTTP/9.9", b"400"),
         ("nonsense", b"400"), ("POST /v1/chat/completions HTTP/1.1", b"415"),

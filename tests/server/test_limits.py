@@ -222,7 +222,8 @@ def test_the_gate() -> None:
 
 def test_settings_are_checked() -> None:
     for wrong in (
-        dict(port=70000), dict(port=-1), dict(max_n=0), dict(idle_seconds=0.0), dict(runner="magic"), dict(kv_dtype="x"),
+        dict(port=70000), dict(port=-1), dict(max_n=0), dict(idle_seconds=0.0), dict(runner="magic"),
+        dict(kv_dtype="x"),
         dict(adapter=("a",)), dict(adapter=("a=x", "a=y")), dict(metrics_prefix="a b"), dict(served_model_name="a\nb"),
         dict(idle_seconds=float("nan")),
     ):  # fmt: skip

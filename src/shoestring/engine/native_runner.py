@@ -15,7 +15,7 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
-from shoestring.kernels.matrix import Matrix, make
+from shoestring.kernels.matrix import Matrix, Memory, make
 from shoestring.models.folder import end_tokens
 from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
@@ -167,6 +167,7 @@ class _Loader:
     def __init__(self, source: Source, model: LlamaLike, dtype: str, threads: int) -> None:
         self.source, self.tensors, self.model = source, source.tensors, model
         self.dtype, self.threads = dtype, threads
+        self.memory = Memory()
         self.bytes = 0
         self.formats: dict[str, None] = {}
         packed = source.values.get("quantization_config") if not source.gguf else None
@@ -234,7 +235,7 @@ class _Loader:
         return made
 
     def plain(self, stored: Stored, rows: int, cols: int, order: np.ndarray | None, bias: np.ndarray | None) -> Matrix:
-        given: dict[str, Any] = {"order": order, "bias": bias, "threads": self.threads}
+        given: dict[str, Any] = {"order": order, "bias": bias, "threads": self.threads, "memory": self.memory}
         if stored.dtype in _GGUF_FORMATS:
             made = make(_GGUF_FORMATS[stored.dtype], rows, cols, stored.data, **given)
         elif stored.dtype in ("F32", "F16", "BF16"):

@@ -17,6 +17,7 @@ from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError, near
 from shoestring.kernels.loader import load
 
 FORMATS = ("fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1")
+_BLOCK = 64 << 20
 AS_STORED = {"fp32": 4, "bf16": 2}  # bytes of an element; rows stay where they are
 
 
@@ -112,6 +113,7 @@ def make(
     order: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     threads: int = 1,
+    memory: Memory | None = None,
 ) -> Matrix:
     """A matrix from weights as a file holds them.
 
@@ -122,6 +124,7 @@ def make(
         scales: of int8 and int4: bfloat16 bits, uint16 [rows, groups].
         order: stored row of each row of the matrix, [rows]; makes a copy of fp32 and bf16 too.
         bias: [rows], in the matrix's order of rows.
+        memory: where packed bytes go; None takes fresh memory for each matrix.
 
     Raises:
         UsageError: an unknown format, or sizes that do not belong together.
@@ -157,7 +160,7 @@ def make(
         scales = np.ascontiguousarray(scales)
     else:
         scales = None
-    data = _memory(size)
+    data = (memory or Memory()).take(size)
     failed = library().sk_pack(
         number, rows, cols, group, stored.ctypes.data, stored.nbytes, None if scales is None else scales.ctypes.data,
         None if order is None else order.ctypes.data, data.ctypes.data, size, threads,
@@ -179,14 +182,35 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _memory(size: int) -> np.ndarray:
+class Memory:
+    """Hands out pieces of large blocks, for matrices that live and die together.
+
+    Large pages are worth it only where matrices share them: one of a small model fills a quarter of a page.
+    """
+
+    def __init__(self) -> None:
+        self._block, self._used = np.empty(0, np.uint8), 0
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 [size], aligned to 64 bytes. What is not written to costs nothing.
+
+        Raises:
+            DoesNotFit: no memory.
+        """
+        if self._used + size > len(self._block):
+            # The first block is as large as asked, so that a matrix alone wastes nothing.
+            self._block, self._used = _block(max(size, _BLOCK) if len(self._block) else size), 0
+        begin = self._used
+        self._used = -(-(begin + size) // 64) * 64
+        return self._block[begin : begin + size]
+
+
+def _block(size: int) -> np.ndarray:
     """Fresh memory, in large pages where the system has them."""
-    if size == 0:
-        return np.empty(0, np.uint8)
     try:
-        block = mmap.mmap(-1, size)
+        block = mmap.mmap(-1, max(size, 1))
     except (OSError, ValueError, OverflowError) as error:
         raise DoesNotFit(f"{size} bytes for a packed matrix are not to be had", str(error)) from error
     if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, np.uint8)
+    return np.frombuffer(block, np.uint8, size)

@@ -270,6 +270,7 @@ def test_the_victim_starts_again_where_its_pages_still_are() -> None:
     plan = scheduler.schedule()  # the ninth slot of each
     assert plan.preempted == [second] and [c.sequence for c in plan.chunks] == [first]
     assert not second.blocks and second.computed == 0 and second.preemptions == 1 and second in scheduler.waiting
+    assert second.seen == 8
     scheduler.settle(plan.chunks[0], [7])
     scheduler.finish(first)
     assert compute(scheduler) == [("b", 8, 1, 0)]

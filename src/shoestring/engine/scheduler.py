@@ -120,7 +120,7 @@ class Scheduler:
         )
         self.policy.on_add(twin)
         if sequence in self.running and len(self.running) < self.max_sequences:
-            twin.computed = sequence.computed
+            twin.computed = twin.seen = sequence.computed
             twin.blocks = sequence.blocks[: self._pages(sequence.computed)]
             self.pool.hold(twin.blocks)
             self.running[twin] = None
@@ -210,6 +210,8 @@ class Scheduler:
         size = self.pool.size
         before, computed = chunk.start // size, chunk.start + chunk.count + accepted
         sequence.computed = computed
+        if computed > sequence.seen:
+            sequence.seen = computed
         sequence.tokens += tokens
         if computed // size > before:
             self.pool.register(sequence.blocks, sequence.tokens, _salt(sequence), before, computed // size)

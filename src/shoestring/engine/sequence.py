@@ -18,6 +18,7 @@ class Sequence:
         prompt_tokens: how many of `tokens` are prompt.
         computed: tokens whose keys and values stand in the cache; the scheduler's plans start here.
         blocks: its pages, in order; page i holds slots i * BLOCK onwards.
+        seen: tokens that were computed at some time; more than `computed` after a preemption, when they come again.
         cached: prompt tokens that were found in the prefix cache at (the latest) admission.
         draft: guessed tokens to be verified in the next step, after `tokens`, with their parents.
     """
@@ -28,6 +29,7 @@ class Sequence:
     prompt_tokens: int
     positions: list[int] | None = None
     computed: int = 0
+    seen: int = 0
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     draft: tuple[int, ...] = ()

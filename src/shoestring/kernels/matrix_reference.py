@@ -45,14 +45,14 @@ def rounded(x: np.ndarray, kind: str, group: int = 32) -> np.ndarray:
     tokens, cols = x.shape
     padded = np.zeros((tokens, -(-cols // group) * group), np.float32)
     padded[:, :cols] = x
-    groups = padded.reshape(tokens, -1, group)
+    groups = padded.reshape(tokens, -(-cols // group), group)
     top = np.abs(groups).max(axis=2, keepdims=True)
     with np.errstate(all="ignore"):
         codes = np.rint(groups * (np.float32(127) / top))
         values = codes * (top / np.float32(127))
     values = np.where(top < np.float32(2.0**-120), np.float32(0), values)
     values = np.where(np.isfinite(top), values, np.float32(np.nan))
-    return values.reshape(tokens, -1)[:, :cols]
+    return values.reshape(padded.shape)[:, :cols]
 
 
 def multiply(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

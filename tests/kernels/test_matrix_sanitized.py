@@ -1,0 +1,50 @@
+"""The matrix formats under AddressSanitizer and UBSan: random shapes and bytes, memory of exactly the right size."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoestring.kernels import ops
+
+NATIVE = Path(__file__).parents[2] / "native"
+KERNELS = ("fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "prepare")
+FLAGS = {
+    "base": [],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+}
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory) -> str:
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("sanitizer")
+    (folder / "empty.cpp").write_text("int main() {}")
+    built = subprocess.run(
+        [found, *SANITIZE, str(folder / "empty.cpp"), "-o", str(folder / "empty")], capture_output=True
+    )
+    if built.returncode or subprocess.run([str(folder / "empty")], capture_output=True).returncode:
+        pytest.skip("the compiler brings no sanitizers")
+    return found
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_random_shapes_and_bytes(compiler, isa, tmp_path):
+    if isa != "base" and (platform.machine() != "x86_64" or isa not in ops.backend()["levels"]):
+        pytest.skip(f"this CPU has no {isa}")
+    # As one unit: reading the compiler's headers once a format would take longer than all the rest.
+    (tmp_path / "kernels.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in KERNELS))
+    files = [tmp_path / "kernels.cpp", NATIVE / "matrix.cpp", Path(__file__).parent / "matrix_fuzz.cpp"]
+    flags = ["-std=c++17", "-O0", *SANITIZE, *FLAGS[isa], f"-DISA={isa}", f"-I{NATIVE}"]
+    command = [compiler, *flags, *map(str, files)]
+    built = subprocess.run([*command, "-o", str(tmp_path / "fuzz")], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-4000:]
+    run = subprocess.run([str(tmp_path / "fuzz"), "1500"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "done\n", run.stderr[-4000:]

@@ -18,7 +18,9 @@ from test_native_runner import write_gguf
 from test_tokenizer import byte_level
 
 from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.engine.engine import Engine
 from shoestring.engine.open import open_model
+from shoestring.engine.request import Sampling
 from shoestring.kernels import matrix
 from shoestring.models.llama_like import NotNative
 from shoestring.models.load import DEFAULT, locate
@@ -105,6 +107,9 @@ def test_an_adapter_folder_is_base_and_adapter(tmp_path: Path) -> None:
     with_it, without = (logits(opened.runner, Part(ids, pages(10), adapter=number)) for number in (opened.adapter, -1))
     assert np.abs(with_it - without).max() > 0.1
     opened.runner.close()
+    with Engine(tmp_path / "tuned", threads=1) as engine:
+        found = engine.generate([ids], Sampling(max_tokens=1, ignore_eos=True))
+        assert engine.name == "tuned" and found[0][0].tokens == (int(with_it[-1].argmax()),)
     file = tmp_path / "tuned" / "adapter_config.json"
     for bad in (None, "", 3, str(tmp_path / "tuned"), str(tmp_path / "absent")):
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": bad}))
@@ -129,7 +134,9 @@ def test_a_gguf_without_a_known_tokenizer_says_so(tmp_path: Path) -> None:
 
 FIRST = """
 import sys
+from shoestring.engine.engine import Engine
 from shoestring.engine.open import open_model
+from shoestring.engine.request import Sampling
 import numpy as np
 from shoestring.engine.runner import Batch
 opened = open_model("smollm2")

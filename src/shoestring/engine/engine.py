@@ -127,6 +127,7 @@ class Engine:
         if isinstance(model, tuple):
             self.runner, self.tokenizer = model
             self.name, self.note = self.runner.facts.family, ""
+            self._own_adapter = -1
         else:
             opened = open_model(
                 model, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
@@ -134,6 +135,7 @@ class Engine:
             )  # fmt: skip
             self.runner, self.tokenizer = opened.runner, opened.tokenizer
             self.name, self.note = opened.name, opened.note
+            self._own_adapter = opened.adapter  # when the model is itself an adapter on its base
         self.facts = facts = self.runner.facts
         self.context = min(context or facts.context, facts.context)
         self.hooks, self.runner.attention = hooks, hooks.attention
@@ -213,7 +215,8 @@ class Engine:
         request = replace(request, sampling=sampling, isolation=isolation)
         sequence = Answer(request, 0, tokens, len(tokens), positions)
         states = [self.sampler.state(request, i) for i in range(1 if request.embed else sampling.n)]
-        work = _Work(sequence, states[0], self._stop(sampling), self.adapters.get(request.adapter, -1), states[1:])
+        adapter = self.adapters.get(request.adapter, self._own_adapter)
+        work = _Work(sequence, states[0], self._stop(sampling), adapter, states[1:])
         self.scheduler.add(sequence)
         self._works[sequence] = work
         self._requests[request.id] = [sequence]

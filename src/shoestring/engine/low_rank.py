@@ -53,12 +53,9 @@ def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
                 "Use the adapter with the base it was trained on",
             )
         rows, cols = model.shape_of(role)
-        dims = tensors.dims(name)
-        if (
-            len(dims) != 2
-            or not 0 < dims[match[3] == "B"] <= 65_536
-            or dims[match[3] == "A"] != (cols if match[3] == "A" else rows)
-        ):
+        dims = tensors.dims(name) or (0,)
+        wanted = (dims[0], cols) if match[3] == "A" else (rows, dims[-1])
+        if dims != wanted or not 0 < min(dims) <= 65_536:
             raise UsageError(
                 f"{name[:120]} of {where} has the dimensions {dims}",
                 f"its weight is {rows} x {cols}",

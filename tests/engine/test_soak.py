@@ -257,6 +257,31 @@ def test_interruptions_change_no_answer(model: Path) -> None:
         empty(engine)
 
 
+def test_interruptions_change_neither_embeddings_nor_judged_prompts(model: Path) -> None:
+    short, long = prompts(7, seed=8, longest=61), [[*range(20 + i, 120 + i)] for i in range(2)]
+    found: list[list[Any]] = []
+    memory = None
+    for tight in (False, True):
+        with opened(model, memory=memory, max_step_tokens=9, max_sequences=8) as engine:
+            for kind in (dict(embed=True), dict(sampling=Sampling(max_tokens=2, prompt_logprobs=1))):
+                for text in short:
+                    engine.submit(Request(text[:5], Sampling(max_tokens=90, ignore_eos=True)))
+                wanted = [Request(text, **kind) for text in long]  # type: ignore[arg-type]
+                for request in wanted:
+                    engine.submit(request)
+                deltas: dict[str, list[Delta]] = {}
+                while not engine.idle:
+                    for delta in engine.step():
+                        deltas.setdefault(delta.request_id, []).append(delta)
+                for request in wanted:
+                    last = deltas[request.id][-1].embedding
+                    judged = [one for delta in deltas[request.id] for one in delta.prompt_logprobs]
+                    found.append([*judged, *(() if last is None else last)])
+            assert (engine.counts().preemptions > 2) == tight
+            memory = 22 * engine.facts.block_bytes
+    assert found[:4] == found[4:] and {len(one) for one in found} == {64, 100}
+
+
 def test_adapters_do_not_share_pages(model: Path, adapters: dict[str, Path]) -> None:
     text = [5, *range(20, 80)]
     names = ["", "first", "second", "first", "second", ""]

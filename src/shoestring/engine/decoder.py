@@ -72,7 +72,7 @@ class Decoder:
             sequence, first = chunk.sequence, int(batch.starts[i])
             request = sequence.request
             if request.embed:
-                outcomes[i].summed = self._summed(hidden, first, chunk.count)
+                outcomes[i].summed = self._summed(chunk, first, hidden)
                 continue
             if request.sampling.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens:
                 outcomes[i].prompt = self._prompt(chunk, first, hidden, request.sampling.prompt_logprobs)
@@ -151,18 +151,22 @@ class Decoder:
             self.hooks.drafter.observe(draft, tokens, seconds)
 
     def _prompt(self, chunk: Chunk, first: int, hidden: Any, top: int) -> tuple[TokenLogprob | None, ...]:
-        """Of the prompt tokens that this chunk computed; each is judged by the row before it, the first by none."""
+        """Of the prompt tokens that this chunk computed for the first time; each is judged by the row before it."""
         tokens, end = chunk.sequence.tokens, min(chunk.start + chunk.count, chunk.sequence.prompt_tokens)
-        found: list[TokenLogprob | None] = [None] if chunk.start == 0 else []
-        judges = range(chunk.start, min(end, chunk.sequence.prompt_tokens - 1))
+        begin = max(chunk.start, chunk.sequence.seen)
+        found: list[TokenLogprob | None] = [None] if begin == 0 else []
+        judges = range(begin, min(end, chunk.sequence.prompt_tokens - 1))
         for some in _parts(judges, 64):
             logits = self.runner.logits(hidden, np.array([first + at - chunk.start for at in some], np.int32))
             found += [logprob_of(row, tokens[at + 1], top) for at, row in zip(some, logits)]
         return tuple(found)
 
-    def _summed(self, hidden: Any, first: int, count: int) -> np.ndarray:
-        normed = self.runner.normed(hidden, np.arange(first, first + count, dtype=np.int32))
-        total: np.ndarray = normed.astype(np.float64).sum(0)
+    def _summed(self, chunk: Chunk, first: int, hidden: Any) -> np.ndarray:
+        new = max(chunk.sequence.seen - chunk.start, 0)  # what comes again after a preemption was added before
+        total = np.zeros(self.runner.facts.hidden)
+        if new < chunk.count:
+            rows = np.arange(first + new, first + chunk.count, dtype=np.int32)
+            total += self.runner.normed(hidden, rows).astype(np.float64).sum(0)
         return total
 
 

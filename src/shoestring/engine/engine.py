@@ -142,7 +142,8 @@ class Engine:
         blocks = _blocks(memory, facts.block_bytes, self.context, max_sequences)
         self.runner.reserve(blocks)
         self.pool = BlockPool(blocks, BLOCK)
-        self.prefix_cache = prefix_cache and hooks.attention is None
+        # Pages that a hook left half filled, or filled otherwise, are of no use to another request.
+        self.prefix_cache = prefix_cache and not (hooks.attention or hooks.exit or hooks.tap)
         self.scheduler = Scheduler(
             self.pool,
             max_tokens=max(max_step_tokens, max_sequences),

@@ -31,6 +31,48 @@ inline __attribute__((always_inline)) void gated(Floats& g, const Floats& up, in
   g = g * s * up;
 }
 
+// R dot products with x.
+template <int R>
+void inner(const uint16_t* a, int64_t cols, const float* x, float* h) {
+  Floats sums[R][PARTS] = {};
+  int64_t i = 0;
+  for (; i + 16 <= cols; i += 16)
+    for (int64_t p = 0; p < PARTS; ++p) {
+      Floats v, w;
+      read(x + i + p * LANES, v);
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(a + (R + r) * cols + i + p * LANES);  // rows are too short for the hardware to see a stream
+        read_bfloat16(a + r * cols + i + p * LANES, w);
+        sums[r][p] += v * w;
+      }
+    }
+  for (int r = 0; r < R; ++r) {
+    h[r] = sixteen(sums[r]);
+    for (int64_t j = i; j < cols; ++j) h[r] += x[j] * from_bfloat16(a[r * cols + j]);
+  }
+}
+
+// R tiles of y += scale * (h @ b), the last of them `width` wide.
+template <int R>
+void outer(const uint16_t* b, int64_t rank, const float* h, float scale, float* y, int64_t width) {
+  Floats sums[R][PARTS] = {};
+  for (int64_t r = 0; r < rank; ++r)
+    for (int i = 0; i < R; ++i)
+      for (int64_t p = 0; p < PARTS; ++p) {
+        Floats w;
+        read_bfloat16(b + (i * rank + r) * SK_TILE + p * LANES, w);
+        sums[i][p] += w * h[r];
+      }
+  for (int i = 0; i < R; ++i) {
+    float tile[SK_TILE];
+    for (int64_t p = 0; p < PARTS; ++p) write(tile + p * LANES, sums[i][p] * scale);
+    if (i < R - 1 || width == SK_TILE)
+      for (int64_t j = 0; j < SK_TILE; ++j) y[i * SK_TILE + j] += tile[j];
+    else
+      for (int64_t j = 0; j < width; ++j) y[i * SK_TILE + j] += tile[j];
+  }
+}
+
 }  // namespace
 
 namespace ISA {
@@ -100,46 +142,17 @@ void scale_add(float* y, const float* x, float scale, int64_t width) {
 
 // h[begin..end-1] = a @ x, for a [rank][cols].
 void low_rank_in(const SkLowRank& m, int64_t cols, const float* x, float* h, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const uint16_t* a = static_cast<const uint16_t*>(m.a) + r * cols;
-    Floats sums[PARTS] = {};
-    int64_t i = 0;
-    for (; i + 16 <= cols; i += 16)
-      for (int64_t p = 0; p < PARTS; ++p) {
-        Floats v, w;
-        read(x + i + p * LANES, v);
-        read_bfloat16(a + i + p * LANES, w);
-        sums[p] += v * w;
-      }
-    float sum = sixteen(sums);
-    for (; i < cols; ++i) sum += x[i] * from_bfloat16(a[i]);
-    h[r] = sum;
-  }
+  int64_t r = begin;
+  for (; r + 4 <= end; r += 4) inner<4>(static_cast<const uint16_t*>(m.a) + r * cols, cols, x, h + r);
+  for (; r < end; ++r) inner<1>(static_cast<const uint16_t*>(m.a) + r * cols, cols, x, h + r);
 }
 
-// y[begin..end-1] += scale * (h @ b), for b [rank][rows].
-void low_rank_out(const SkLowRank& m, int64_t rows, const float* h, float scale, float* y, int64_t begin, int64_t end) {
-  const uint16_t* b = static_cast<const uint16_t*>(m.b);
+// y[begin..end-1] += scale * (h @ b), begin a multiple of SK_TILE.
+void low_rank_out(const SkLowRank& m, const float* h, float scale, float* y, int64_t begin, int64_t end) {
+  const uint16_t* b = static_cast<const uint16_t*>(m.b) + begin * m.rank;
   int64_t i = begin;
-  for (; i + 16 <= end; i += 16) {
-    Floats sums[PARTS] = {};
-    for (int64_t r = 0; r < m.rank; ++r)
-      for (int64_t p = 0; p < PARTS; ++p) {
-        Floats w;
-        read_bfloat16(b + r * rows + i + p * LANES, w);
-        sums[p] += w * h[r];
-      }
-    for (int64_t p = 0; p < PARTS; ++p) {
-      Floats v;
-      read(y + i + p * LANES, v);
-      write(y + i + p * LANES, v + sums[p] * scale);
-    }
-  }
-  for (; i < end; ++i) {
-    float sum = 0;
-    for (int64_t r = 0; r < m.rank; ++r) sum += from_bfloat16(b[r * rows + i]) * h[r];
-    y[i] = y[i] + sum * scale;
-  }
+  for (; i + 4 * SK_TILE <= end; i += 4 * SK_TILE, b += 4 * SK_TILE * m.rank) outer<4>(b, m.rank, h, scale, y + i, SK_TILE);
+  for (; i < end; i += SK_TILE, b += SK_TILE * m.rank) outer<1>(b, m.rank, h, scale, y + i, end - i < SK_TILE ? end - i : SK_TILE);
 }
 
 }  // namespace ISA

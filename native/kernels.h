@@ -75,7 +75,8 @@ struct SkCache {
   int64_t pages, page_bytes, type;  // type 0: bfloat16, 1: int8 with a float32 scale for each key and value
 };
 
-struct SkLowRank {  // y += (a @ x) @ b, bfloat16: a [rank][in], b [rank][out] with the adapter's scale in it; rank 0: absent
+// y += (a @ x) @ b, bfloat16: a [rank][in]; b, with the adapter's scale in it, in tiles [out / 16 rounded up][rank][16].
+struct SkLowRank {  // rank 0: absent
   const void *a, *b;
   int64_t rank;
 };
@@ -204,7 +205,7 @@ struct SkAttention {  // queries of one kv head of one sequence
   void scale_add(float* y, const float* x, float scale, int64_t width);                                                      \
   /* h[begin..end-1] = a @ x; y[begin..end-1] += scale * h @ b */                                                            \
   void low_rank_in(const SkLowRank& m, int64_t cols, const float* x, float* h, int64_t begin, int64_t end);                  \
-  void low_rank_out(const SkLowRank& m, int64_t rows, const float* h, float scale, float* y, int64_t begin, int64_t end);    \
+  void low_rank_out(const SkLowRank& m, const float* h, float scale, float* y, int64_t begin, int64_t end);                  \
   /* Key and value of one token into its slot of a kv head's block. */                                                       \
   void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v);                       \
   void attend(const SkAttention& a);                                                                                         \

@@ -278,7 +278,7 @@ void multiply(const Step& s, int32_t i, int64_t begin, int64_t end) {
     int64_t first, last;
     if (low.rank == 0 || !clip(s, s.runs[r], first, last)) continue;
     for (int64_t t = first; t < last; ++t)
-      s.table->low_rank_out(low, m.rows, low_row(s, i, t), j.add ? scale : 1.f, j.y[i] + t * j.stride[i], begin, end);
+      s.table->low_rank_out(low, low_row(s, i, t), j.add ? scale : 1.f, j.y[i] + t * j.stride[i], begin, end);
   }
 }
 

@@ -18,6 +18,7 @@ from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.kernels.matrix import Matrix, SkMatrix, library
 
 PAGE = 16  # tokens; SK_PAGE of native/kernels.h
+TILE = 16  # rows; SK_TILE
 CACHE_TYPES = ("bf16", "int8")
 ACTIVATIONS = ("silu", "gelu_tanh")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -407,7 +408,7 @@ class Llama:
         known = adapter.__dict__.get("_laid_out")  # as long as the adapter lives
         if known is not None and known[0] is self:
             return known[1]
-        structs = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))()
+        structs, kept = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))(), []
         for (layer, name), (a, b) in adapter.parts.items():
             if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
                 raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
@@ -420,8 +421,11 @@ class Llama:
                 )
             if any(m.dtype.itemsize != 2 or not m.flags.c_contiguous for m in (a, b)):
                 raise UsageError(f"The adapter's {name} of layer {layer} is not contiguous bfloat16")
-            structs[layer * len(PROJECTIONS) + PROJECTIONS.index(name)] = _SkLowRank(a.ctypes.data, b.ctypes.data, rank)
-        adapter.__dict__["_laid_out"] = (self, structs)
+            tiles = _in_tiles(b)
+            kept.append(tiles)
+            part = _SkLowRank(a.ctypes.data, tiles.ctypes.data, rank)
+            structs[layer * len(PROJECTIONS) + PROJECTIONS.index(name)] = part
+        adapter.__dict__["_laid_out"] = (self, structs, kept)
         return structs
 
 
@@ -457,6 +461,14 @@ def _fits(batch: Batch) -> None:
             raise UsageError(
                 f"The batch's {name} is {array.dtype} {list(array.shape)}, not contiguous int32 {list(shape)}"
             )
+
+
+def _in_tiles(b: np.ndarray) -> np.ndarray:
+    """[rank, out] as [out / TILE rounded up, rank, TILE]: what a few rows of the product need lies together."""
+    rank, out = b.shape
+    padded = np.zeros((rank, -(-out // TILE) * TILE), b.dtype)
+    padded[:, :out] = b
+    return np.ascontiguousarray(padded.reshape(rank, -1, TILE).swapaxes(0, 1))
 
 
 def _int32(values: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -175,6 +176,8 @@ def taken() -> Any:
 )
 def test_bad_flags_are_one_line(words: list[str], said: str, taken: int, capfd: pytest.CaptureFixture[str]) -> None:
     code = cli.exit_code(["serve", *[word.format(taken=taken) for word in words]])
+    for name in ("shoestring.server", "uvicorn"):
+        logging.getLogger(name).handlers.clear()  # they write to what is captured here
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert code == 2 and out == "" and line.startswith("error: ") and said in line

@@ -258,11 +258,11 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     own = logging.getLogger("shoestring.server")
-    own.addHandler(handler)
+    own.handlers = [handler]
     own.setLevel(level)
     own.propagate = False
     others = logging.getLogger("uvicorn")
-    others.addHandler(handler)
+    others.handlers = [handler]
     others.setLevel(logging.ERROR)
     others.propagate = False
 

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -39,7 +40,7 @@ def _only(*known: Any) -> Any:
             return value
         raise ValueError(f"only {' or '.join(repr(k) for k in known)} is supported here")
 
-    return Annotated[Any, AfterValidator(check)]
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *known]})]
 
 
 def _text_list(value: Any) -> Any:
@@ -47,8 +48,13 @@ def _text_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Unsupported = Annotated[Any, BeforeValidator(_refuse)]
-Texts = Annotated[list[str], BeforeValidator(_text_list)]
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Unsupported = Annotated[Any, BeforeValidator(_refuse), WithJsonSchema({"enum": [None, False]})]
+Texts = Annotated[
+    list[str],
+    BeforeValidator(_text_list),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
+]
 
 
 class _Body(BaseModel):
@@ -101,9 +107,9 @@ class Knobs(_Body):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=-1, lt=2**31)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    min_p: Annotated[float | None, Field(ge=0, lt=1)] = None
     typical_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -312,7 +318,13 @@ def _prompts(value: Any) -> Any:
     raise ValueError("it is a text, a list of texts, a list of token ids, or a list of lists of token ids")
 
 
-Prompts = Annotated[list[str | Annotated[list[TokenId], Field(min_length=1)]], BeforeValidator(_prompts)]
+Prompts = Annotated[
+    list[str | Annotated[list[TokenId], Field(min_length=1)]],
+    BeforeValidator(_prompts),
+    WithJsonSchema(
+        {"anyOf": [_TEXT, _IDS, *({"type": "array", "items": item, "minItems": 1} for item in (_TEXT, _IDS))]}
+    ),
+]
 
 
 class CompletionRequest(Knobs):

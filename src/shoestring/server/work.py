@@ -150,8 +150,11 @@ class Work:
 
     def _unfinished(self, delta: Delta) -> ApiError:
         log.warning("an answer could not be finished: %r", delta.error)
-        if self.requests[0].sampling.constraint is not None:
+        given = self.requests[0].sampling
+        if given.constraint is not None:
             return bad("response_format", f"The answer cannot follow its format: {delta.error}", "constraint_failed")
+        if given.logit_bias or given.stop_token_ids or given.min_tokens:
+            return bad("logit_bias", f"The answer cannot go on: {delta.error}", "no_token_possible")
         return ApiError(500, "The answer could not be finished", code="answer_failed")
 
     async def _one(self, i: int) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -219,14 +219,7 @@ class Llama:
             DoesNotFit: it is not to be had.
         """
         shape = (len(self.blocks), pages, self.page_bytes(cache_type))
-        size = shape[0] * shape[1] * shape[2]
-        try:
-            block = mmap.mmap(-1, max(size, 1))
-        except (OSError, ValueError, OverflowError) as error:
-            raise DoesNotFit(f"A cache of {size} bytes is not to be had", str(error)) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
-        return Cache(np.frombuffer(block, np.uint8, size).reshape(shape), cache_type)
+        return Cache(_memory(shape[0] * shape[1] * shape[2], "cache").reshape(shape), cache_type)
 
     def run(
         self,
@@ -408,7 +401,8 @@ class Llama:
         known = adapter.__dict__.get("_laid_out")  # as long as the adapter lives
         if known is not None and known[0] is self:
             return known[1]
-        structs, kept = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))(), []
+        structs = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))()
+        copies = []
         for (layer, name), (a, b) in adapter.parts.items():
             if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
                 raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
@@ -419,13 +413,27 @@ class Llama:
                     f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
                     f"the model's is {matrix.rows} x {matrix.cols}",
                 )
-            if any(m.dtype.itemsize != 2 or not m.flags.c_contiguous for m in (a, b)):
-                raise UsageError(f"The adapter's {name} of layer {layer} is not contiguous bfloat16")
-            tiles = _in_tiles(b)
-            kept.append(tiles)
-            part = _SkLowRank(a.ctypes.data, tiles.ctypes.data, rank)
-            structs[layer * len(PROJECTIONS) + PROJECTIONS.index(name)] = part
-        adapter.__dict__["_laid_out"] = (self, structs, kept)
+            if any(m.dtype.itemsize != 2 for m in (a, b)):
+                raise UsageError(f"The adapter's {name} of layer {layer} is not bfloat16")
+            copies.append(
+                (
+                    layer * len(PROJECTIONS) + PROJECTIONS.index(name),
+                    rank,
+                    np.ascontiguousarray(a).reshape(-1),
+                    _in_tiles(b).reshape(-1),
+                )
+            )
+        # One block in the order of use: eight adapters in a batch are more bytes than some models.
+        memory = _memory(2 * sum(a.size + b.size for _, _, a, b in copies), "low-rank adapter").view(np.uint16)
+        at = 0
+        for number, rank, *both in sorted(copies, key=lambda copy: copy[0]):
+            addresses = []
+            for values in both:
+                memory[at : at + values.size] = values.view(np.uint16)
+                addresses.append(memory.ctypes.data + 2 * at)
+                at += values.size
+            structs[number] = _SkLowRank(*addresses, rank)
+        adapter.__dict__["_laid_out"] = (self, structs, memory)
         return structs
 
 
@@ -461,6 +469,17 @@ def _fits(batch: Batch) -> None:
             raise UsageError(
                 f"The batch's {name} is {array.dtype} {list(array.shape)}, not contiguous int32 {list(shape)}"
             )
+
+
+def _memory(size: int, purpose: str) -> np.ndarray:
+    """Fresh memory, in large pages where the system has them."""
+    try:
+        block = mmap.mmap(-1, max(size, 1))
+    except (OSError, ValueError, OverflowError) as error:
+        raise DoesNotFit(f"{size} bytes for a {purpose} are not to be had", str(error)) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8, size)
 
 
 def _in_tiles(b: np.ndarray) -> np.ndarray:

@@ -91,6 +91,47 @@ def test_it_serves_and_ends_when_told(tiny: Path) -> None:
     assert not any("Traceback" in line or "hello" in line for line in process.lines)
 
 
+def test_adapters_beside_the_model(tiny: Path, tmp_path: Path) -> None:
+    """From a flag, and loaded while running; each in the same batch as the base."""
+    draw = np.random.default_rng(1)
+    for name in ("one", "two"):
+        folder = tmp_path / "loras" / name
+        folder.mkdir(parents=True)
+        given = dict(
+            peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"]
+        )
+        (folder / "adapter_config.json").write_text(json.dumps(given))
+        save_file(
+            {
+                f"base_model.model.model.layers.{layer}.{part}_proj.lora_{half}.weight": draw.normal(
+                    0, 0.3, shape
+                ).astype(np.float32)
+                for layer in range(2)
+                for part, rows, cols in (("self_attn.q", 64, 64), ("mlp.down", 64, 96))
+                for half, shape in (("A", (4, cols)), ("B", (rows, 4)))
+            },
+            folder / "adapter_model.safetensors",
+        )
+    loras = tmp_path / "loras"
+    words = ["--adapter", f"one={loras / 'one'}", "--allow-runtime-adapters", str(loras)]
+    with command(str(tiny), *words) as process:
+        load = {"lora_name": "two", "lora_path": "two"}
+        assert process.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        names = [model["id"] for model in process.http.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "one", "two"]
+        work = [in_background(ask, process, model=name, max_tokens=40, temperature=0) for name in names * 2]
+        for thread, _ in work:
+            thread.join(30)
+        texts = [found[0].json()["choices"][0]["message"]["content"] for _, found in work]
+        assert texts[:3] == texts[3:] and len(set(texts)) == 3
+        assert process.http.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).status_code == 200
+        assert ask(process, model="one").status_code == 404
+        assert (
+            ask(process, model="two", max_tokens=40, temperature=0).json()["choices"][0]["message"]["content"]
+            == texts[2]
+        )
+
+
 def test_running_requests_are_finished(tiny: Path) -> None:
     with command(str(tiny)) as process:
         work = [in_background(ask, process, max_tokens=3900, ignore_eos=True, stream=s) for s in (True, False)]

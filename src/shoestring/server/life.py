@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.core.errors import UsageError
 from shoestring.server.keys import VARIABLE, Keys
 from shoestring.server.settings import Settings
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shoestring.engine.aio import AsyncEngine
     from shoestring.server.service import Service
 
+log = logging.getLogger("shoestring.server")
 _LAST_WORDS = 1.0  # seconds for answers that were cut off to say so
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -92,7 +93,7 @@ def http_server(service: Service) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=max(5, int(settings.header_seconds)),
-        h11_max_incomplete_event_size=settings.max_header_bytes,
+        h11_max_incomplete_event_size=2 * settings.max_header_bytes,  # the limit itself is kept below HTTP
         timeout_graceful_shutdown=1,
     )
     return uvicorn.Server(config)
@@ -174,6 +175,8 @@ class _Life:
             raise self.loading.error
         assert self.loading.engine
         self.service.open(self.loading.engine)
+        if self.loading.engine.engine.note:
+            log.warning("%s", self.loading.engine.engine.note)
 
     async def _until(self, work: Any) -> None:
         """Wait for `work`, or for a signal."""
@@ -257,14 +260,10 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     """The server's own log; libraries say only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    own = logging.getLogger("shoestring.server")
-    own.handlers = [handler]
-    own.setLevel(level)
-    own.propagate = False
+    log.handlers = [handler]
+    log.setLevel(level)
+    log.propagate = False
     others = logging.getLogger("uvicorn")
     others.handlers = [handler]
     others.setLevel(logging.ERROR)
     others.propagate = False
-
-
-__all__ = ["ShoestringError", "log_to_stderr", "serve"]

@@ -52,13 +52,15 @@ def make(family: str, **changes: Any) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def open_runner(kind: str, folder: Path, *, dtype: str = "float32", cache_dtype: str = "bf16") -> Runner:
+def open_runner(
+    kind: str, folder: Path, *, dtype: str = "float32", cache_dtype: str = "bf16", threads: int = 1
+) -> Runner:
     if kind == "torch":
         from shoestring.engine.torch_runner import TorchRunner
 
         return TorchRunner(folder, dtype=dtype, cache_dtype=cache_dtype)
     native = pytest.importorskip("shoestring.engine.native_runner")
-    return native.NativeRunner(folder, dtype=dtype, cache_dtype=cache_dtype, threads=1)
+    return native.NativeRunner(folder, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
 
 
 @dataclass
@@ -132,3 +134,52 @@ def text(length: int, seed: int = 0) -> list[int]:
 def pages(length: int, first: int = 0) -> list[int]:
     """Blocks for so many tokens, not in order."""
     return list(range(first, first + -(-length // BLOCK)))[::-1]
+
+
+def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, made: Batch) -> np.ndarray:
+    """Causal attention of whole prompts in numpy."""
+    out = np.empty_like(q)
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    for start, end in zip(made.starts, made.starts[1:]):
+        scores = np.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / np.sqrt(q.shape[2])
+        scores = np.where(np.tri(end - start, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[start:end] = np.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdims=True), v[start:end])
+    return out
+
+
+PROMPTS = (
+    "The capital of France is", "Once upon a time, there was a small village where", "def fibonacci(n):",
+    "Water boils at", "The three primary colours are", "Dear Sir or Madam,", "In 1969, the first man",
+    "A recipe for bread: take flour,", "The derivative of x squared is", "SELECT name FROM users WHERE",
+    "To be, or not to be,", "The mitochondria is", "Roses are red,", "The quick brown fox", "Paris, London, Berlin,",
+    "1, 1, 2, 3, 5, 8,", "My favourite book is about a dragon who", "Photosynthesis is the process by which plants",
+    "The user asked for a poem about the sea. It goes:\n", "Climate change affects the oceans because warm water",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Tokens [prompts, steps] that were the likeliest, and by how much [prompts, steps] in logits."""
+
+    tokens: np.ndarray
+    margins: np.ndarray
+
+
+def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -> Greedy:
+    """All prompts in one ragged batch, then all their answers side by side."""
+    tables, first = [], 0
+    for prompt in prompts:
+        tables.append(pages(len(prompt) + steps, first))
+        first += len(tables[-1])
+    runner.reserve(first)
+    parts = [Part(list(prompt), table) for prompt, table in zip(prompts, tables)]
+    tokens, margins = [], []
+    for _ in range(steps):
+        made = batch(*parts)
+        found = runner.logits(runner.run(made), made.starts[1:] - 1)
+        best = np.partition(found, -2, axis=1)[:, -2:]
+        tokens.append(found.argmax(1))
+        margins.append(best[:, 1] - best[:, 0])
+        parts = [Part([int(token)], part.table, part.context + len(part.ids)) for part, token in zip(parts, tokens[-1])]
+    return Greedy(np.array(tokens).T, np.array(margins).T)

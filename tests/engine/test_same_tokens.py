@@ -55,11 +55,11 @@ def test_same_greedy_tokens(dtype: str, folder: Path, prompts: list[list[int]], 
 
 def test_same_arithmetic(folder: Path, prompts: list[list[int]]) -> None:
     """With attention in float32 for both, so that no cache rounds anything, the same logits come out."""
-    made = batch(*(Part(ids, [row]) for row, ids in enumerate(prompts)))
+    made = batch(*(Part(ids, [2 * row, 2 * row + 1]) for row, ids in enumerate(prompts)))
     found = []
     for kind in ("native", "torch"):
         runner = open_runner(kind, folder)
-        runner.reserve(len(prompts))
+        runner.reserve(2 * len(prompts))
         runner.attention = lambda _, *arrays: plain_attention(*arrays)
         found.append(runner.logits(runner.run(made), np.arange(made.tokens, dtype=np.int32)).copy())
         runner.close()

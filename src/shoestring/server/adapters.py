@@ -1,4 +1,4 @@
-"""LoRA adapters loaded and dropped by clients: off unless a folder is set aside for them."""
+"""Adapters loaded and dropped by clients: off unless a folder is set aside for them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ async def load(service: Service, given: LoadAdapterRequest) -> None:
         await engine.run(engine.engine.add_adapter, given.lora_name, folder)
     except UsageError as error:
         log.warning("an adapter was refused: %r", str(error))
-        raise bad("lora_path", "It is no LoRA adapter that fits this model", "invalid_adapter") from None
+        raise bad("lora_path", "It is no adapter that fits this model", "invalid_adapter") from None
     except ShoestringError as error:
         log.warning("an adapter was refused: %r", str(error))
         raise ApiError(503, "The engine has stopped", code="engine_failed") from None
     except Exception as error:
         log.warning("an adapter was refused: %s", type(error).__name__)
-        raise bad("lora_path", "It is no LoRA adapter that fits this model", "invalid_adapter") from None
+        raise bad("lora_path", "It is no adapter that fits this model", "invalid_adapter") from None
 
 
 async def unload(service: Service, name: str) -> None:

@@ -23,13 +23,13 @@ class Settings:
         model: hub id, folder, GGUF file, or smollm2.
         host: address to listen on. Another than loopback needs a key, or --no-auth.
         port: to listen on; 0 takes a free one.
-        adapter: a LoRA folder to serve beside the model, as NAME=PATH; repeat for more.
+        adapter: a folder of low-rank additions to serve beside the model, as NAME=PATH; repeat for more.
         served_model_name: what clients call the model; several names with commas; default is the model's own.
         api_key_file: file with one key a line; SHOESTRING_API_KEY holds a single key.
         no_auth: listen on other addresses than loopback without any key.
         allowed_origins: web pages that may call from a browser, with commas; none by default.
         allowed_hosts: names that a request's Host header may have, with commas; default on loopback is loopback's own.
-        allow_runtime_adapters: folder below which clients may load LoRA adapters; off by default.
+        allow_runtime_adapters: folder below which clients may load adapters; off by default.
         max_num_seqs: answers computed at the same time.
         max_queue: answers that may wait; default is 16 for each that is computed.
         max_model_len: longest prompt and answer together, in tokens; default is the model's own.

@@ -70,7 +70,7 @@ struct Product {
 #if defined(__AVX512VNNI__)
   static constexpr int MOST = 6;       // tokens together: with two tiles their sums and dots fill the registers
   static constexpr int TILES = 2;
-  static constexpr int64_t AHEAD = 8192;  // bytes fetched in advance on the first pass over a tile
+  static constexpr int64_t AHEAD = 8192, FAR = 32768;  // bytes fetched in advance on the first pass over a tile
 
   static __m512 numbers(const uint8_t* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -85,7 +85,8 @@ struct Product {
     const int8_t* a = static_cast<const int8_t*>(x.rows) + token * stride;
     const float *scales = x.scales + token * group_stride, *totals = x.sums + token * group_stride;
     const int32_t* offsets = x.offsets + token * group_stride;
-    const int64_t ahead = token == 0 ? AHEAD : 0;
+    // Two tiles side by side fetch the two after them, if those are not too far away.
+    const int64_t ahead = token > 0 ? 0 : N == 2 && 2 * next <= FAR ? 2 * next : AHEAD;
     __m512 sum[T][N];
     for (int i = 0; i < T; ++i)
       for (int n = 0; n < N; ++n) sum[i][n] = _mm512_setzero_ps();
@@ -295,7 +296,7 @@ struct Product {
 
   static void all(const SkMatrix& m, const SkInput& x, const Output& out, int64_t row) {
     // Two tiles share the loads of their tokens; with few tokens one stream is read better than two.
-    if (TILES == 2 && x.count > 3)
+    if (TILES == 2 && x.count > 4)
       for (; row + SK_TILE < out.rows; row += 2 * SK_TILE) all_tokens<TILES>(m, x, out, row);
     for (; row < out.rows; row += SK_TILE) all_tokens<1>(m, x, out, row);
   }

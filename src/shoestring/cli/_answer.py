@@ -37,7 +37,7 @@ def answer_options(max_new_tokens: int, temperature: float, top_p: float) -> Cal
         click.option(
             "--json-schema", metavar="FILE", callback=_schema, help="Answer in JSON that follows this schema."
         ),
-        click.option("--adapter", metavar="DIR", help="A LoRA folder to use with the model."),
+        click.option("--adapter", metavar="DIR", help="A PEFT adapter folder to use with the model."),
         click.option("--system", default="", help="A message that goes first."),
         click.option("--dtype", default="auto", show_default=True, help="What to compute in; auto: as stored."),
         click.option("--threads", type=int, help="For arithmetic. [default: one for each core]"),

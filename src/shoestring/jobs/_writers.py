@@ -36,7 +36,7 @@ class Answering:
         repetition_penalty: above 1, tokens that have occurred become less likely.
         stop: strings that end the answer and are not part of it.
         json_schema: the answer must be JSON that follows this schema, given as text.
-        adapter: a LoRA folder to use with the model.
+        adapter: a PEFT adapter folder to use with the model.
         dtype: what to compute in; "auto" computes on the weights as they are stored.
         threads: for arithmetic; None takes one for each core that the process may use.
     """

@@ -136,16 +136,29 @@ def pages(length: int, first: int = 0) -> list[int]:
     return list(range(first, first + -(-length // BLOCK)))[::-1]
 
 
-def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, made: Batch) -> np.ndarray:
-    """Causal attention of whole prompts in numpy."""
-    out = np.empty_like(q)
-    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
-    for start, end in zip(made.starts, made.starts[1:]):
-        scores = np.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / np.sqrt(q.shape[2])
-        scores = np.where(np.tri(end - start, dtype=bool), scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[start:end] = np.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdims=True), v[start:end])
-    return out
+class FloatPages:
+    """An attention worker in numpy, causal, that keeps keys and values as they come."""
+
+    def __init__(self, blocks: int) -> None:
+        self.slots = blocks * BLOCK
+        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, made: Batch) -> np.ndarray:
+        heads, dim = k.shape[1:]
+        keys, values = self.kept.setdefault(layer, tuple(np.zeros((2, self.slots, heads, dim), np.float32)))
+        out = np.empty_like(q)
+        for table, context, start, end in zip(made.tables, made.contexts, made.starts, made.starts[1:]):
+            new, places = end - start, np.arange(context + end - start)
+            slots = table[places // BLOCK] * BLOCK + places % BLOCK
+            keys[slots[context:]], values[slots[context:]] = k[start:end], v[start:end]
+            mine = q[start:end].reshape(new, heads, -1, dim).transpose(1, 2, 0, 3)
+            scores = mine @ keys[slots].transpose(1, 2, 0)[:, None] / np.sqrt(dim)
+            scores[..., places > context + np.arange(new)[:, None]] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            found = weights @ values[slots].transpose(1, 0, 2)[:, None]
+            out[start:end] = found.transpose(2, 0, 1, 3).reshape(new, -1, dim)
+        return out
 
 
 PROMPTS = (
@@ -166,13 +179,14 @@ class Greedy:
     margins: np.ndarray
 
 
-def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -> Greedy:
-    """All prompts in one ragged batch, then all their answers side by side."""
+def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int, *, exact: bool = False) -> Greedy:
+    """All prompts in one ragged batch, then all their answers side by side; exact: keys and values in float32."""
     tables, first = [], 0
     for prompt in prompts:
         tables.append(pages(len(prompt) + steps, first))
         first += len(tables[-1])
     runner.reserve(first)
+    runner.attention = FloatPages(first) if exact else None
     parts = [Part(list(prompt), table) for prompt, table in zip(prompts, tables)]
     tokens, margins = [], []
     for _ in range(steps):

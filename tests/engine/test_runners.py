@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from runner_cases import CONFIGS, VOCAB, Part, batch, in_chunks, logits, make, open_runner, pages, plain_attention, text
+from runner_cases import CONFIGS, VOCAB, FloatPages, Part, batch, in_chunks, logits, make, open_runner, pages, text
 
 from shoestring.core.errors import UsageError
 from shoestring.engine.runner import BLOCK, Batch, Runner
@@ -290,11 +290,11 @@ def test_adapter_of_another_model(opened: SimpleNamespace, lora: list[Path], tmp
 
 
 def test_attention_worker(opened: SimpleNamespace) -> None:
-    runner, seen = opened.runner, []
+    runner, seen, elsewhere = opened.runner, [], FloatPages(BLOCKS)
 
     def worker(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, made: Batch) -> np.ndarray:
         seen.append((layer, q.shape, k.shape, v.dtype))
-        return plain_attention(q, k, v, made)
+        return elsewhere(layer, q, k, v, made)
 
     made = batch(Part(text(20), pages(20)), Part(text(9, 1), [6]))
     wanted = runner.to_host(runner.run(made))

@@ -23,7 +23,7 @@ _HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
-    "ensure_weight_tying", "init_lora_weights", "bias", "runtime_config",
+    "ensure_weight_tying", "init_lora_weights", "bias", "runtime_config", "fan_in_fan_out",
 }  # fmt: skip
 # Ways to begin that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ ...) change them.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -38,7 +38,7 @@ def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
             shapes, or not finite. The field or tensor is named.
     """
     config = check_adapter(folder)
-    _refuse_more(folder, config)
+    refuse_more(folder, config)
     where = folder / ADAPTER_WEIGHTS
     tensors = open_safetensors(where)
     halves: dict[tuple[int, str], dict[str, np.ndarray]] = {}
@@ -73,13 +73,13 @@ def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
         if len(pair) != 2:
             raise UsageError(f"{where} has only lora_{next(iter(pair))} of {module}", remedy="Save the adapter again")
         a, b = pair["A"], pair["B"]
-        rank = _chosen(folder, config, "rank_pattern", "r", module)
+        rank = chosen(folder, config, "rank_pattern", "r", module)
         if not len(a) == b.shape[1] == rank:
             raise UsageError(
                 f"{where} has ranks {len(a)} and {b.shape[1]} for {module}, and {ADAPTER_CONFIG} says {rank}",
                 remedy="Save the adapter again",
             )
-        alpha = _chosen(folder, config, "alpha_pattern", "lora_alpha", module)
+        alpha = chosen(folder, config, "alpha_pattern", "lora_alpha", module)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         parts[layer, role] = bfloat16(a), bfloat16(np.ascontiguousarray(b.T) * np.float32(scale))
     return Adapter(parts)
@@ -90,7 +90,8 @@ def model_name(layer: int, role: str) -> str:
     return f"model.layers.{layer}.{'mlp' if role in ('gate', 'up', 'down') else 'self_attn'}.{role}_proj"
 
 
-def _refuse_more(folder: Path, config: dict[str, Any]) -> None:
+def refuse_more(folder: Path, config: dict[str, Any]) -> None:
+    """Raises UsageError when adapter_config.json asks for more than y += scale * B A x; the fields are named."""
     where = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise UsageError(
@@ -109,7 +110,7 @@ def _refuse_more(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _chosen(folder: Path, config: dict[str, Any], patterns: str, plain: str, module: str) -> float:
+def chosen(folder: Path, config: dict[str, Any], patterns: str, plain: str, module: str) -> float:
     """The value of a module: that of the first pattern its name ends with, else the plain one."""
     found = config.get(plain, 8)
     table = config.get(patterns) or {}

@@ -14,17 +14,12 @@ import torch
 from torch import nn
 
 from shoestring.core.errors import UsageError
+from shoestring.engine.low_rank import chosen, refuse_more
 from shoestring.engine.runner import Batch
 from shoestring.models.anatomy import features
-from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
-from shoestring.models.load import quiet
+from shoestring.models.folder import ADAPTER_WEIGHTS, check_adapter
 
 _PREFIX = "base_model.model."
-# Fields of a LoRA configuration that ask for more than y += scale * B A x.
-_MORE = (
-    "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias",
-    "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,29 +92,10 @@ class Adapters:
         return output
 
     def _read(self, folder: Path) -> dict[str, _Pair]:
-        from peft import LoraConfig
         from safetensors.torch import load_file
 
-        raw = check_adapter(folder)
-        where = folder / ADAPTER_CONFIG
-        if raw.get("peft_type") != "LORA":
-            raise UsageError(
-                f"{where} is of the type {raw.get('peft_type')!r}",
-                "only LoRA adapters run beside the weights",
-                "Merge it into its base: `shoestring merge`",
-            )
-        more = [name for name in _MORE if raw.get(name)] + (["bias"] if raw.get("bias", "none") != "none" else [])
-        if more:
-            raise UsageError(
-                f"{where} asks for more than low-rank products ({', '.join(more)})",
-                "this cannot be mixed with other adapters in one batch",
-                "Merge it into its base: `shoestring merge`",
-            )
-        try:
-            with quiet():
-                config = LoraConfig.from_pretrained(str(folder))
-        except (TypeError, ValueError, KeyError) as error:
-            raise UsageError(f"{where} cannot be read", str(error)[:300], "Save the adapter again") from error
+        config = check_adapter(folder)
+        refuse_more(folder, config)
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         halves: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -131,7 +107,7 @@ class Adapters:
             halves.setdefault(name.removeprefix(_PREFIX), {})[half] = tensor
         return {name: self._pair(folder, name, pair, config) for name, pair in halves.items()}
 
-    def _pair(self, folder: Path, name: str, halves: dict[str, torch.Tensor], config: Any) -> _Pair:
+    def _pair(self, folder: Path, name: str, halves: dict[str, torch.Tensor], config: dict[str, Any]) -> _Pair:
         module = self._projections.get(name)
         if module is None:
             raise UsageError(
@@ -152,14 +128,8 @@ class Adapters:
             )
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise UsageError(f"{folder} has numbers that are not finite in {name}", remedy="Train the adapter again")
-        alpha = _of(config.alpha_pattern, name, config.lora_alpha)
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        alpha = chosen(folder, config, "alpha_pattern", "lora_alpha", name)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return _Pair(
             a.to(self._device, self._dtype).contiguous(), (b.float() * scale).to(self._device, self._dtype).contiguous()
         )
-
-
-def _of(pattern: Mapping[str, float], name: str, default: float) -> float:
-    from peft.utils.other import get_pattern_key
-
-    return pattern.get(get_pattern_key(list(pattern), name), default) if pattern else default

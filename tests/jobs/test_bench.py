@@ -6,9 +6,11 @@ from fake_server import fake_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoestring.cli._bench_table import alone, served, together
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.jobs._endpoint import Endpoint, Heard, Outcome, outcome
 from shoestring.jobs.bench import ServeRequest, bench_serve, lengths, mix, summary
+from shoestring.jobs.bench_engine import LatencyRequest, ThroughputRequest, bench_latency, bench_throughput
 
 
 def to(fake, **mixed):
@@ -213,3 +215,38 @@ def test_addresses():
     assert Endpoint.at("127.0.0.1:80") == Endpoint("127.0.0.1", 80, False, "/v1")
     assert Endpoint.at("https://a.b/v1/") == Endpoint("a.b", 443, True, "/v1")
     assert Endpoint.at("http://[::1]:8000/api/v1").host == "::1"
+
+
+# ---------------------------------------------------------------- the engine by itself
+
+
+def test_latency_of_the_engine(tiny):
+    found = bench_latency(LatencyRequest(str(tiny), input_tokens=20, output_tokens=6, repeats=3, threads=1))
+    assert set(found["first_token"]) == {"mean", "p50", "p95", "p99", "max"} and found["threads"] == 1
+    assert found["decode_tokens_per_s"] == pytest.approx(1 / found["per_token"]["p50"])
+    assert found["prefill_tokens_per_s"] == pytest.approx(20 / found["first_token"]["p50"])
+    assert found["best_decode_tokens_per_s"] >= found["decode_tokens_per_s"]
+    for wrong in ({"output_tokens": 1}, {"input_tokens": 0}, {"repeats": 0}):
+        with pytest.raises(UsageError):
+            bench_latency(LatencyRequest(str(tiny), **wrong))
+
+
+def test_throughput_of_the_engine(tiny):
+    asked = {"input_tokens": "8", "output_tokens": "5", "requests": 6, "concurrency": 3, "threads": 1}
+    found = bench_throughput(ThroughputRequest(str(tiny), **asked))
+    assert found["tokens"] == {"prompt": 48, "output": 30}
+    assert found["throughput"]["all_tokens_per_s"] == pytest.approx(78 / found["seconds"])
+    assert 10 <= found["steps"] <= 14, "two groups of three, a step for each token and a few for prompts"
+    with pytest.raises(UsageError, match="requests=0"):
+        bench_throughput(ThroughputRequest(str(tiny), requests=0))
+    with pytest.raises(UsageError, match="context is 256"):
+        bench_throughput(ThroughputRequest(str(tiny), input_tokens="300"))
+
+
+def test_tables_for_people(tiny):
+    with fake_server(first=0, gap=0.001, trouble={1: "refuse"}, reuse=2) as fake:
+        text = served(bench_serve(to(fake, ttft=1000)))
+    for words in ("5 of 6 requests answered", "1 x status 429", "counted by usage", "time to first token", "goodput"):
+        assert words in text
+    assert "prefill" in alone(bench_latency(LatencyRequest(str(tiny), input_tokens=4, output_tokens=3, repeats=1)))
+    assert "steps" in together(bench_throughput(ThroughputRequest(str(tiny), "4", "3", requests=2)))

@@ -1,5 +1,7 @@
 import io
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ from job_cases import word_tokenizer
 from shoestring.core.errors import UsageError
 from shoestring.engine.engine import Engine
 from shoestring.jobs.generate import chat, generate
+from shoestring.kernels.loader import load
 from shoestring.lab import tiny
 from shoestring.models import Loaded
 
@@ -185,3 +188,16 @@ def test_a_second_turn_computes_only_what_is_new(folder):
     with Engine(folder, prefix_cache=False) as engine:
         assert chat(engine, lines=lines, out=io.StringIO(), notes=io.StringIO(), **how) == kept
         assert engine.counts().prefix_hits == 0
+
+
+def test_the_native_way_imports_neither_torch_nor_transformers(folder):
+    code = (
+        "import sys; from shoestring.engine.engine import Engine; from shoestring.jobs.generate import generate\n"
+        "engine = Engine(sys.argv[1])\n"
+        "assert list(generate(engine, 'w5', max_new_tokens=3)) is not None\n"
+        "print(engine.facts.backend, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    if load().library is None:
+        pytest.skip("no native library")
+    assert done.stdout == "native []\n", done.stdout + done.stderr

@@ -16,7 +16,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from serving import HELLO, Server, error_of, toy
-from test_bad_input import raw
+from test_bad_requests import raw
 
 from shoestring import server as package
 from shoestring.core.errors import UsageError

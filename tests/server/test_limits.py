@@ -11,7 +11,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from serving import HELLO, Server, error_of, toy
-from test_bad_input import answer_on, connected
+from test_bad_requests import answer_on, connected
 
 from shoestring.core.errors import UsageError
 from shoestring.server.errors import ApiError

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from serving import Server, error_of, events, toy
-from test_bad_input import connected
+from test_bad_requests import connected
 
 ABORTS = 'request_success_total{finished_reason="abort"}'
 

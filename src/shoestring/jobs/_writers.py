@@ -13,7 +13,6 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoestring.core.errors import DoesNotFit, UsageError
-from shoestring.jobs._doors import open_model
 from shoestring.models.load import Loaded
 
 if TYPE_CHECKING:
@@ -108,6 +107,8 @@ def open_writer(ref: str | Path | Loaded | Engine, how: Answering, offline: bool
     except UsageError:
         if adapters:
             raise
+        from shoestring.jobs._doors import open_model  # it looks for methods of other packages, which takes a while
+
         return TransformersWriter(open_model(ref, dtype=how.dtype, offline=offline))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -162,8 +163,9 @@ def test_reserve_comes_first(llama: Any) -> None:
 
 def test_cache_that_does_not_fit(llama: Any) -> None:
     runner = TorchRunner(loaded(llama))
-    with pytest.raises(DoesNotFit):
-        runner.reserve(1 << 40)
+    for blocks in (1 << 40, 2 * psutil.virtual_memory().total // runner.facts.block_bytes):
+        with pytest.raises(DoesNotFit, match="memory"):
+            runner.reserve(blocks)
     runner.close()
 
 

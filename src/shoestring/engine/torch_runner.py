@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -119,23 +120,25 @@ class TorchRunner:
         self._attention.worker = worker
 
     def reserve(self, blocks: int) -> None:
+        size, why = blocks * self.facts.block_bytes, ""
+        if self._device.type == "cpu" and size > (free := psutil.virtual_memory().available):
+            why = f"{show_bytes(free)} of memory are free"
+        attention = self._attention
+        make = partial(Store, blocks, dtype=self._pages_dtype, device=self._device)
         try:
-            if self._attention.windows:
-                self._attention.positions = torch.zeros(blocks, BLOCK, dtype=torch.int32, device=self._device)
-            self._attention.stores = [
-                (
-                    Store(blocks, head.kv_heads, head.key_dim, self._pages_dtype, self._device),
-                    Store(blocks, head.kv_heads, head.value_dim, self._pages_dtype, self._device),
-                )
-                for head in self._heads
-            ]
+            if not why:
+                attention.stores = [(make(h.kv_heads, h.key_dim), make(h.kv_heads, h.value_dim)) for h in self._heads]
+                if attention.windows:
+                    attention.positions = torch.zeros(blocks, BLOCK, dtype=torch.int32, device=self._device)
         except (RuntimeError, MemoryError) as error:
-            self._attention.stores = []
+            attention.stores = []
+            why = str(error).splitlines()[0][:200]
+        if why:
             raise DoesNotFit(
-                f"{show_bytes(blocks * self.facts.block_bytes)} for keys and values are not to be had",
-                str(error).splitlines()[0][:200],
+                f"{show_bytes(size)} for keys and values are not to be had",
+                why,
                 "Give less memory to the cache, or a shorter context",
-            ) from error
+            )
         self._reserved = blocks
 
     def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> torch.Tensor:

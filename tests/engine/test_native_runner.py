@@ -314,7 +314,7 @@ def test_ranks_and_scales_by_pattern(saved: Callable[..., Path], tmp_path: Path)
 MORE: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True}, "bias": {"bias": "all"}, "modules_to_save": {"modules_to_save": ["lm_head"]},
     "layer_replication": {"layer_replication": [[0, 2]]}, "init_lora_weights": {"init_lora_weights": "pissa"},
-    "lora_bias": {"lora_bias": True}, "fan_in_fan_out": {"fan_in_fan_out": True}, "peft_type": {"peft_type": "IA3"},
+    "lora_bias": {"lora_bias": True}, "peft_type": {"peft_type": "IA3"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]}, "some_new_field": {"some_new_field": 3},
     "r=": {"r": 5}, "lora_alpha": {"lora_alpha": "x"}, "rank_pattern": {"rank_pattern": {"(a+)+": 3}},
     "alpha_pattern": {"alpha_pattern": {"(": 3}},

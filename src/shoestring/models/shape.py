@@ -11,9 +11,9 @@ from torch import nn
 
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
+from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, plain_role
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
-from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, plain_role
 from shoestring.models.load import auto_class, choose_dtype, kind_of, quiet
 
 

@@ -100,8 +100,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(words: Sequence[str], port: int, ready: str = "/v1/models", seconds: float = 120) -> Iterator[None]:
-    """A server in a process of its own, from when it answers `ready` until the block ends.
+def served(words: Sequence[str], port: int, ready: str = "/v1/models", seconds: float = 120) -> Iterator[int]:
+    """A server in a process of its own, from when it answers `ready` until the block ends; gives its process id.
 
     Raises:
         RuntimeError: it ended, or did not answer in time; with its last words.
@@ -115,7 +115,7 @@ def served(words: Sequence[str], port: int, ready: str = "/v1/models", seconds: 
                     said.seek(0)
                     raise RuntimeError(f"{' '.join(words[:4])} did not start: {said.read()[-1500:]}")
                 time.sleep(0.1)
-            yield
+            yield server.pid
         finally:
             server.send_signal(signal.SIGTERM)
             try:

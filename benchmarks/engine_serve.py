@@ -7,7 +7,9 @@ so), in a process of its own, one after the other, the order swapped from round 
 `shoestring bench serve`; its share of the cores falls on every server alike.
 
     ours                `shoestring serve` on the GGUF file
-    engine alone        the same work on `Engine` in a process without a server or client: what HTTP costs is the rest
+    engine alone        the same work on `Engine` in a process without a server or client
+    ... a core free     both again with one thread less, so that HTTP and client compute beside the model and not in
+                        its stead: what is lost between these two is what streaming through HTTP costs
     llama.cpp           its own server (`llama-server`) with as many slots as there are streams
     llama-cpp-python    `python -m llama_cpp.server`: it has no slots, one request is answered after another
     transformers        `transformers serve` on the same weights in bfloat16
@@ -22,12 +24,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from _peers import ENVIRONMENT, arguments, circumstances, free_port, gguf, keep, ratios, served, shown, spread, turns
 from shoestring.jobs.bench import ServeRequest, bench_serve, mix
 from shoestring.models import resolve
 
 DELAYS = ("first_token", "per_token", "request")
 OURS, ALONE = "ours", "engine alone"
+FREE = ", a core free"
 
 
 def main() -> int:
@@ -44,25 +49,29 @@ def main() -> int:
         print(json.dumps(alone(given)))
         return 0
     file = gguf(given.model)
-    arms = [OURS, ALONE]
-    arms += ["llama.cpp"] if given.llama_server else []
+    arms = [OURS, ALONE] + ([OURS + FREE, ALONE + FREE] if given.threads > 1 else [])
+    # Its threads spin where they wait for each other, so that with a neighbour fewer of them may be faster.
+    arms += ["llama.cpp", "llama.cpp" + FREE] if given.llama_server else []
     arms += ["llama-cpp-python"] if given.llama_python else []
     arms += ["transformers"] if given.transformers else []
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for turn, arm in turns(arms, given.rounds):
-        measured = in_child(given, file) if arm == ALONE else against(arm, given, file)
+        threads = given.threads - arm.endswith(FREE)
+        name = arm.removesuffix(FREE)
+        measured = in_child(given, file, threads) if name == ALONE else against(name, given, file, threads)
         found[arm].append(measured)
         speed = measured["throughput"]["output_tokens_per_s"]
-        print(f"round {turn + 1}  {arm:18} {speed:8.1f} output tokens/s", file=sys.stderr)
+        print(f"round {turn + 1}  {arm:26} {speed:8.1f} output tokens/s", file=sys.stderr)
     report = summary(found, given)
     print(table(report))
     keep(given.json, report)
     return 0
 
 
-def workload(given: Any, url: str = "", body: dict[str, Any] | None = None) -> ServeRequest:
+def workload(given: Any, url: str = "", body: dict[str, Any] | None = None, model: str | None = None) -> ServeRequest:
     return ServeRequest(
         url=url or "http://127.0.0.1",
+        model=model,
         input_tokens=given.input_tokens,
         output_tokens=given.output_tokens,
         concurrency=given.streams,
@@ -72,11 +81,11 @@ def workload(given: Any, url: str = "", body: dict[str, Any] | None = None) -> S
     )
 
 
-def against(arm: str, given: Any, file: Path) -> dict[str, Any]:
-    port, threads, slots = free_port(), str(given.threads), str(given.streams)
+def against(arm: str, given: Any, file: Path, count: int) -> dict[str, Any]:
+    port, threads, slots = free_port(), str(count), str(given.streams)
     plain = ["--host", "127.0.0.1", "--port", str(port)]
     body: dict[str, Any] = {"ignore_eos": True}
-    ready = "/v1/models"
+    ready, model = "/v1/models", None
     if arm == OURS:
         words = [sys.executable, "-m", "shoestring", "serve", str(file), *plain, "--threads", threads]
         words += ["--max-num-seqs", slots]
@@ -93,12 +102,20 @@ def against(arm: str, given: Any, file: Path) -> dict[str, Any]:
         words = [program, "serve", str(resolve(given.model)), *plain, "--dtype", "bfloat16"]
         body = {}
         ready = "/health"
-    with served(words, port, ready):
-        return bench_serve(workload(given, f"http://127.0.0.1:{port}", body))
+        model = str(resolve(given.model))  # it lists nothing without a network
+    with served(words, port, ready) as pid:
+        before = cpu_of(pid)
+        found = bench_serve(workload(given, f"http://127.0.0.1:{port}", body, model))
+        return found | {"cpu_seconds": cpu_of(pid) - before}
 
 
-def in_child(given: Any, file: Path) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--engine", str(file), "--threads", str(given.threads)]
+def cpu_of(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def in_child(given: Any, file: Path, threads: int) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--engine", str(file), "--threads", str(threads)]
     for name in ("streams", "requests", "input_tokens", "output_tokens"):
         words += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -147,32 +164,42 @@ def summary(found: dict[str, list[dict[str, Any]]], given: Any) -> dict[str, Any
     arms: dict[str, Any] = {}
     for arm, runs in found.items():
         arms[arm] = {"output_tokens_per_s": spread(speeds[arm])}
-        if arm != ALONE:
+        each = [run["cpu_seconds"] / run["tokens"]["output"] for run in runs]
+        arms[arm]["cpu_seconds_per_output_token"] = spread(each)
+        if not arm.startswith(ALONE):
             arms[arm] |= {f"{name}_p95_s": spread([run[name]["p95"] for run in runs]) for name in DELAYS}
-        if arm not in (OURS, ALONE):
+        if not arm.startswith((OURS, ALONE)):
             arms[arm]["ours_over_it"] = ratios(speeds[OURS], speeds[arm])
-    lost = [1 - http / engine for http, engine in zip(speeds[OURS], speeds[ALONE])]
+    lost = {
+        "all cores" if end == "" else "a core free": spread(
+            [1 - a / b for a, b in zip(speeds[OURS + end], speeds[ALONE + end])]
+        )
+        for end in ("", FREE)
+        if OURS + end in speeds
+    }
     asked = {name: getattr(given, name) for name in ("streams", "requests", "input_tokens", "output_tokens")}
     return {
         "asked": asked,
         "circumstances": circumstances(given.threads),
         "arms": arms,
-        "share_lost_to_http_and_client": spread(lost),
+        "share_lost_to_http_and_client": lost,
         "runs": found,
     }
 
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        f"{'':18} {'output tokens/s':>24} {'ours / it':>20} {'p95 first token':>16} {'per token':>10} {'request':>9}"
+        f"{'':26} {'output tokens/s':>24} {'ours / it':>20} {'p95 first token':>16} {'per token':>10} {'request':>9}"
     ]
     for arm, row in report["arms"].items():
         ratio = shown(row["ours_over_it"], ".2f") if "ours_over_it" in row else ""
         p95 = [f"{row[f'{name}_p95_s']['median']:.3f} s" if f"{name}_p95_s" in row else "" for name in DELAYS]
         speed = shown(row["output_tokens_per_s"])
-        lines.append(f"{arm:18} {speed:>24} {ratio:>20} {p95[0]:>16} {p95[1]:>10} {p95[2]:>9}")
+        cpu = f"{row['cpu_seconds_per_output_token']['median'] * 1e3:.2f} ms"
+        lines.append(f"{arm:26} {speed:>24} {ratio:>20} {p95[0]:>16} {p95[1]:>10} {p95[2]:>9} {cpu:>12}")
     around = report["circumstances"]
-    lines.append(f"lost to HTTP and the client: {shown(report['share_lost_to_http_and_client'], '.1%')}")
+    for when, lost in report["share_lost_to_http_and_client"].items():
+        lines.append(f"lost to HTTP and client, {when}: {shown(lost, '.1%')}")
     lines.append(f"{around['threads']} threads on {around['cores']} cores, load average {around['load_average']:.1f}")
     return "\n".join(lines)
 

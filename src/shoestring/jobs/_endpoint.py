@@ -185,6 +185,8 @@ def outcome(heard: Heard) -> Outcome:
                 error = error or "in the stream: " + _kind(event)
                 break
             usage = event.get("usage") or usage
+            if any(choice.get("finish_reason") for choice in event.get("choices") or ()):
+                whole, ended = True, when  # not every server says [DONE] after it
             if any(_said(choice) for choice in event.get("choices") or ()):
                 arrivals.append(when)
     except (ValueError, AttributeError, TypeError):

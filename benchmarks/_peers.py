@@ -90,7 +90,9 @@ def circumstances(threads: int) -> dict[str, Any]:
 def keep(file: Path | None, report: Mapping[str, Any]) -> None:
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **report}, indent=1) + "\n")
+        # Where things lie here is of no use elsewhere.
+        command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+        file.write_text(json.dumps({"command": command, **report}, indent=1) + "\n")
 
 
 def free_port() -> int:

@@ -53,9 +53,11 @@ def benchmarks() -> str:
 
 
 def bullets(found: Any, indent: int = 0) -> list[str]:
-    """Plain data as nested bullets; long lists of raw values are left to the file."""
+    """Plain data as nested bullets; raw values of every run are left to the file."""
     lines = []
     for key, value in found.items() if isinstance(found, dict) else ():
+        if key == "runs":
+            continue
         if isinstance(value, dict):
             lines += [f"{' ' * indent}- {key}", *bullets(value, indent + 4)]
         elif isinstance(value, list):

@@ -239,5 +239,13 @@ struct SkTable {
 };
 const SkTable* sk_table();
 
+// Memory that a thread keeps between calls and that only grows. 64-byte aligned; null when there is none to be had.
+struct SkScratch {
+  void* memory = nullptr;
+  int64_t size = 0;
+  char* at_least(int64_t wanted);
+  ~SkScratch();
+};
+
 // Runs task(context, chunk) for every chunk in 0..chunks-1 on at most `threads` threads, the caller among them.
 void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads);

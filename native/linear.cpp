@@ -1,6 +1,4 @@
 // The quantized linear layer: checks arguments, quantizes the tokens, splits the rows, calls the kernels in use.
-#include <cstdlib>
-
 #include "kernels.h"
 
 namespace {
@@ -10,20 +8,6 @@ constexpr int64_t TILE_ROWS = 32;
 // Weight bytes (times tokens) below which a second thread costs more than it brings: between two short products it either
 // sleeps, and comes late, or spins on a core that torch's own threads want.
 constexpr int64_t ALONE = 1 << 20;
-
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(memory); }
-  char* at_least(size_t wanted) {
-    if (wanted > size) {
-      std::free(memory);
-      memory = std::aligned_alloc(64, (wanted + 63) / 64 * 64);
-      size = memory ? wanted : 0;
-    }
-    return static_cast<char*>(memory);
-  }
-};
 
 struct Job {
   const SkTable* table;
@@ -54,7 +38,7 @@ bool weight(const void* packed, const void* scales, int64_t rows, int64_t in_fea
   return true;
 }
 
-size_t element_size(int32_t type) { return type == 0 ? 4 : 2; }
+int64_t element_size(int32_t type) { return type == 0 ? 4 : 2; }
 
 }  // namespace
 
@@ -69,8 +53,8 @@ int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t tokens, 
   const int64_t most = tokens < SK_MAX_TOKENS ? tokens : SK_MAX_TOKENS;
   j.t.code_stride = (j.w.groups * group + 127) / 128 * 128;
   j.t.group_stride = (j.w.groups + 15) / 16 * 16;
-  static thread_local Scratch scratch;
-  char* memory = scratch.at_least(size_t(most * (j.t.code_stride + 8 * j.t.group_stride)));
+  static thread_local SkScratch scratch;
+  char* memory = scratch.at_least(int64_t(most * (j.t.code_stride + 8 * j.t.group_stride)));
   if (!memory) return 2;
   j.t.codes = reinterpret_cast<int8_t*>(memory);
   j.t.scales = reinterpret_cast<float*>(memory + most * j.t.code_stride);
@@ -78,8 +62,8 @@ int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t tokens, 
 
   for (int64_t first = 0; first < tokens; first += SK_MAX_TOKENS) {
     j.t.count = tokens - first < SK_MAX_TOKENS ? tokens - first : SK_MAX_TOKENS;
-    j.x = static_cast<const char*>(x) + size_t(first * in_features) * element_size(type);
-    j.out = {static_cast<char*>(y) + size_t(first * rows) * element_size(type), layer->bias, rows, type};
+    j.x = static_cast<const char*>(x) + int64_t(first * in_features) * element_size(type);
+    j.out = {static_cast<char*>(y) + int64_t(first * rows) * element_size(type), layer->bias, rows, type};
     const int64_t bytes = rows * j.w.groups * group * bits / 8 * j.t.count;
     const int32_t hands = bytes < ALONE ? 1 : threads;
 
@@ -105,6 +89,6 @@ int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void
   }
   const SkTable* table = sk_table();
   for (int64_t i = 0; i < count; ++i)
-    table->decode_row(w, ids ? ids[i] : first + i, in_features, static_cast<char*>(y) + size_t(i * in_features) * element_size(type), type);
+    table->decode_row(w, ids ? ids[i] : first + i, in_features, static_cast<char*>(y) + int64_t(i * in_features) * element_size(type), type);
   return 0;
 }

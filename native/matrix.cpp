@@ -54,6 +54,17 @@ void product_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
+char* SkScratch::at_least(int64_t wanted) {
+  if (wanted > size) {
+    std::free(memory);
+    memory = std::aligned_alloc(64, size_t(rounded_up(wanted, 64)));
+    size = memory ? wanted : 0;
+  }
+  return static_cast<char*>(memory);
+}
+
+SkScratch::~SkScratch() { std::free(memory); }
+
 int64_t sk_input_size(SkKind kind, int64_t cols, int64_t group, int64_t count) {
   if (kind == SK_FLOAT32) return count * rounded_up(cols, 16) * 4;
   if (kind == SK_BFLOAT16) return count * rounded_up(cols, 32) * 2;

@@ -1,7 +1,6 @@
 // Layers of a Llama-like model over a ragged batch. A layer is five parallel phases when tokens are few: q, k and v; attention;
 // o; gate and up; down. What lies between them (norms, int8 codes) is then too short to share and the caller does it alone.
 // Every phase splits rows or tokens, never a sum, so results do not depend on the number of threads.
-#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
@@ -16,20 +15,7 @@ constexpr int64_t RUN = 32;          // most tokens of a low-rank chunk
 constexpr int64_t MOST_DIM = 512;
 enum Projection { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
 
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(memory); }
-  char* at_least(size_t wanted) {
-    if (wanted > size) {
-      std::free(memory);
-      memory = std::aligned_alloc(64, (wanted + 63) / 64 * 64);
-      size = memory ? wanted : 0;
-    }
-    return static_cast<char*>(memory);
-  }
-};
-thread_local Scratch scratch;
+thread_local SkScratch scratch;
 
 // Hands out pieces of a block of memory; asked twice, first without a block to learn the size.
 struct Pieces {

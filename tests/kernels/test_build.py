@@ -52,6 +52,14 @@ def test_kernel_objects_share_no_symbol(isa, tmp_path):
             assert kind != "T" or symbol.startswith(f"{isa}::"), line
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_where_there_is_a_compiler_there_is_a_library(monkeypatch):
+    """An installation falls back to plain torch without a word, so that sources which do not compile would go unseen."""
+    monkeypatch.delenv("SHOESTRING_ISA", raising=False)
+    found = loader.load()
+    assert found.library is not None, found.reason
+
+
 def test_library_uses_no_openmp():
     library = loader.load().library
     if library is None or not shutil.which("readelf"):

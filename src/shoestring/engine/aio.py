@@ -32,10 +32,10 @@ class AsyncEngine:
         self.state = "ready"
         self.failure = ""
         self.last_step = time.monotonic()
-        self._orders: deque[Callable[[], None]] = deque()
+        self._orders: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()  # what to do, how to refuse it
         self._wake = threading.Event()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | None]]] = {}
-        self._closing = False
+        self._closing = self._freed = False
         self._counts = engine.counts()
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._work, name="shoestring-engine", daemon=True)
@@ -75,7 +75,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """Cancel a request soon; its pages are freed before the next step."""
-        self._order(lambda: self.engine.cancel(request_id))
+        self._order(lambda: self.engine.cancel(request_id), lambda: None)
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function that uses the engine, called on its thread between two steps."""
@@ -95,7 +95,7 @@ class AsyncEngine:
                 result, error = None, raised
             loop.call_soon_threadsafe(settle, result, error)
 
-        self._order(order)
+        self._order(order, lambda: loop.call_soon_threadsafe(settle, None, self._failed()))
         return await future
 
     async def embed(self, request: Request) -> Delta:
@@ -110,23 +110,37 @@ class AsyncEngine:
         self._closing = True
         self._wake.set()
         self._thread.join(deadline)
-        if not self._thread.is_alive() and self.state != "closed":
-            self.state = "closed"
+        if not (self._thread.is_alive() or self._freed):
+            self._freed, self.state = True, "closed"
             self.engine.close()
 
     def _failed(self) -> ShoestringError:
         return ShoestringError("The engine has stopped", self.failure or "it was closed", "Start it again")
 
-    def _order(self, order: Callable[[], None]) -> None:
-        self._orders.append(order)
+    def _order(self, order: Callable[[], None], refuse: Callable[[], None]) -> None:
+        self._orders.append((order, refuse))
         self._wake.set()
+        if self.state != "ready":  # the thread may have ended since the caller looked
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Nobody carries out orders any more: whoever waits for one is told."""
+        while self._orders:
+            try:
+                _, refuse = self._orders.popleft()
+            except IndexError:  # the other thread took it
+                return
+            try:
+                refuse()
+            except RuntimeError:
+                pass  # that loop has ended, and with it whoever waited
 
     def _work(self) -> None:
         engine = self.engine
         try:
             while not self._closing:
                 while self._orders:
-                    self._orders.popleft()()
+                    self._orders.popleft()[0]()
                 self.last_step = time.monotonic()
                 deltas = engine.step() if not engine.idle or engine.hooks.filler else []
                 self._counts = engine.counts()
@@ -140,6 +154,9 @@ class AsyncEngine:
             self.state = "failing"
             raise
         finally:
+            if self.state == "ready":
+                self.state = "closed"
+            self._refuse()
             for loop, queue in list(self._streams.values()):
                 _soon(loop, queue.put_nowait, None)
 

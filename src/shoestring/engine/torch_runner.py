@@ -83,8 +83,7 @@ class TorchRunner:
         anatomy = inspect(self.model)
         self._blocks = [block.module for block in anatomy.blocks]
         self._body = self.model.base_model
-        first = next(self.model.parameters())
-        self._device, self._embedding = first.device, self.model.get_input_embeddings()
+        self._device = next(self.model.parameters()).device
         self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self._pages_dtype = _CACHE_TYPES.get(cache_dtype, self._dtype)
         self._identity: list[Callable[[torch.Tensor], Any]] = []

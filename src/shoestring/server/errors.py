@@ -65,10 +65,6 @@ def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def not_supported(param: str, why: str) -> ApiError:
-    return ApiError(400, f"{param}: {why}", param=param, code="unsupported_parameter")
-
-
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}

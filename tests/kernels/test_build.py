@@ -54,7 +54,7 @@ def test_kernel_objects_share_no_symbol(isa, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_where_there_is_a_compiler_there_is_a_library(monkeypatch):
-    """An installation falls back to plain torch without a word, so that sources which do not compile would go unseen."""
+    """An installation falls back to plain torch in silence: sources that do not compile would go unseen."""
     monkeypatch.delenv("SHOESTRING_ISA", raising=False)
     found = loader.load()
     assert found.library is not None, found.reason

@@ -32,7 +32,7 @@ class AsyncEngine:
         self.state = "ready"
         self.failure = ""
         self.last_step = time.monotonic()
-        self._orders: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()  # what to do, how to refuse it
+        self._orders: deque[tuple[Callable[[], None], Callable[[], object]]] = deque()  # what to do, how to refuse it
         self._wake = threading.Event()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | None]]] = {}
         self._closing = self._freed = False
@@ -117,7 +117,7 @@ class AsyncEngine:
     def _failed(self) -> ShoestringError:
         return ShoestringError("The engine has stopped", self.failure or "it was closed", "Start it again")
 
-    def _order(self, order: Callable[[], None], refuse: Callable[[], None]) -> None:
+    def _order(self, order: Callable[[], None], refuse: Callable[[], object]) -> None:
         self._orders.append((order, refuse))
         self._wake.set()
         if self.state != "ready":  # the thread may have ended since the caller looked

@@ -98,6 +98,19 @@ def test_one_name_one_method(house: Callable[[str, str], Path]) -> None:
         catalog.methods()
 
 
+def test_functions_of_a_file_are_known_without_importing_it(house: Callable[[str, str], Path]) -> None:
+    house("room/plain.py", METHOD + "\n\ndef example(): ...\n")
+    house("room/toy_meter.py", METHOD + "\n\nclass A:\n    def price(self): ...\n\n\ndef measure(a, b, c): ...\n")
+    assert [m.name for m in catalog.that_define("measure")] == ["toy_meter"]
+    assert [m.name for m in catalog.that_define("example")] == ["plain"]
+    assert not catalog.that_define("price")
+
+
+def test_hyphens_are_underscores(house: Callable[[str, str], Path]) -> None:
+    house("room/toy_meter.py", METHOD)
+    assert catalog.get("toy-meter") is catalog.get("toy_meter")
+
+
 def test_unknown_names_get_suggestions() -> None:
     name = next(iter(catalog.methods()))
     with pytest.raises(UsageError, match=f"Did you mean.*{name}"):

@@ -65,11 +65,12 @@ def rooms() -> dict[str, str]:
 
 
 def get(name: str) -> Method:
-    """The method called `name`.
+    """The method called `name`; a hyphen in it is as good as an underscore.
 
     Raises:
         UsageError: no such method; the nearest names are suggested.
     """
+    name = name.replace("-", "_")
     if name not in methods():
         raise UsageError(
             f"unknown method {name}", remedy=nearest(name, methods()) + " `shoestring methods` lists them all."
@@ -97,6 +98,11 @@ def contract(room: str) -> Any:
 
 def in_room(room: str) -> Iterator[str]:
     return (m.name for m in methods().values() if m.room == room)
+
+
+def that_define(word: str) -> list[Method]:
+    """The methods whose file defines the function `word`; none of them is imported."""
+    return [m for m in methods().values() if word in m.words]
 
 
 def adopt_room(room: str) -> None:
@@ -142,6 +148,7 @@ def read(file: Path, package: str) -> Method:
         about=ast.get_docstring(tree) or "",
         module=f"{package}.{room}.{name}",
         file=str(file),
+        words=tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef)),
     )
 
 

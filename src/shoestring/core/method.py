@@ -33,6 +33,7 @@ class Method:
         expects: a check of the room's contract -> the reason why this method cannot pass it.
         default: the plain choice of its room, taken when nothing asks for another.
         name, room, about, module, file: filled in by the catalog from the path and the docstring.
+        words: the functions the file defines, as the catalog reads them in its source.
     """
 
     paper: Paper
@@ -46,6 +47,7 @@ class Method:
     about: str = ""
     module: str = ""
     file: str = ""
+    words: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:

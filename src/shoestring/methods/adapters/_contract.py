@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,16 @@ from shoestring.models.flops import training_flops
 
 VERB = "train"
 WORDS = ("settings", "price")
+OF_ENCODING = ("max_length", "on_long")
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
-# A method may also define TRAINING, the settings of the training loop that suit it; what the user says comes first.
+# A method may also define
+#   TRAINING: the settings of the training loop that suit it; what the user says comes first.
+#   measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, Any]: then it is a meter, which
+#       `shoestring measure NAME` runs. `source` is the folder of the model, loaded with `models.load(str(source))` as
+#       often as needed; `options` are the user's, and it refuses those it does not know with a UsageError; `work.train`
+#       and `work.valid` are examples, which `encoded(loaded, work)` turns into rows; `work.folder` outlives a crash.
+#       It returns plain data: figures by name, lists of mappings for tables, and under "advice" a sentence on what
+#       follows from them.
 
 
 def adopt(module: ModuleType) -> None:
@@ -71,14 +80,8 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     torch.manual_seed(work.seed)
     model = wrap(module, loaded.model, dict(step.options), loaded.kind)
     settings = {**getattr(module, "TRAINING", {}), **work.training}
-    context = models.shape_of(loaded.model).context
-    length, on_long = settings.pop("max_length", None) or context or 2048, settings.pop("on_long", "error")
-    rows = data.encode(work.train, loaded.tokenizer, min(length, context or length), on_long=on_long)
-    valid = (
-        data.encode(work.valid, loaded.tokenizer, min(length, context or length), on_long=on_long)
-        if work.valid
-        else None
-    )
+    rows, valid = encoded(loaded, replace(work, training=settings))
+    settings = {name: value for name, value in settings.items() if name not in OF_ENCODING}
     result = training.train(
         model,
         rows.rows,
@@ -99,6 +102,24 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     work.ledger.record("flops", flops, "FLOP", "modelled", "2 N D forward, as much backward, and attention", "model")
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
             "truncated": rows.truncated}  # fmt: skip
+
+
+def encoded(loaded: models.Loaded, work: Work) -> tuple[data.Encoded, data.Encoded | None]:
+    """Rows of `work.train` and `work.valid` for the model, cut as `max_length` and `on_long` in `work.training` say.
+
+    Raises:
+        UsageError: an example longer than the model's context, and nothing said of what to do with it.
+    """
+    context = models.shape_of(loaded.model).context
+    length = work.training.get("max_length") or context or 2048
+    length, on_long = min(length, context or length), work.training.get("on_long", "error")
+    train, valid = (
+        data.encode(part, loaded.tokenizer, length, on_long=on_long) if part else None
+        for part in (work.train, work.valid)
+    )
+    if train is None:
+        raise UsageError("there is nothing to train on", remedy="Add --data FILE")
+    return train, valid
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------

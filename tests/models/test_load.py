@@ -309,6 +309,25 @@ def test_adapters_from_strangers(folder_of: Maker, tmp_path: Path, changes: dict
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("add", "holds base_model.model.stray"), ("base", "q_proj.base_layer.weight"), ("drop", "lacks .*lora_A")],
+)
+def test_an_adapter_file_holds_the_adapter_alone(folder_of: Maker, tmp_path: Path, change: str, message: str) -> None:
+    folder = _adapter(folder_of(), tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = sorted(weights)[0]
+    if change == "drop":
+        weights.pop(first)
+    else:
+        name = "stray" if change == "add" else "model.layers.0.self_attn.q_proj.base_layer.weight"
+        weights[f"base_model.model.{name}"] = torch.zeros(2)
+    save_file(weights, file)
+    with pytest.raises(UsageError, match=message):
+        load(folder)
+
+
 def test_adapter_of_another_base(folder_of: Maker, tmp_path: Path) -> None:
     folder = _adapter(folder_of(), tmp_path / "adapter")
     other = tmp_path / "other"

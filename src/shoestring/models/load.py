@@ -21,7 +21,7 @@ from shoestring.models.folder import (
     check_folder,
     read_json,
 )
-from shoestring.models.guard import check_gguf, is_gguf, is_pickle
+from shoestring.models.guard import check_gguf, check_safetensors, is_gguf, is_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -413,6 +413,7 @@ def _load_adapter(
     path: Path, ref: str, dtype: str | torch.dtype, device: str, trust_remote_code: bool, offline: bool | None
 ) -> Loaded:
     from peft import PeftConfig, PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config = check_adapter(path)
     base_ref = str(config.get("base_model_name_or_path") or "")
@@ -424,13 +425,15 @@ def _load_adapter(
     base = load(base_ref, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offline=offline)
     try:
         with quiet():
-            options = PeftConfig.from_pretrained(str(path))
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"), PeftConfig)  # type: ignore[arg-type]
+            options = kind.from_pretrained(str(path))
             # The task decides what the wrapper can do; an adapter that was saved without one could not generate.
             options.task_type = options.task_type or _TASKS[base.kind]
             options.inference_mode = True
             model = PeftModel.from_pretrained(
                 base.model, str(path), config=options, torch_device=device, local_files_only=True
             )
+            _refuse_strays(model, path)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
             f"The adapter {path} does not fit its base {base_ref}",
@@ -440,6 +443,20 @@ def _load_adapter(
     model.eval()
     own = _load_tokenizer(path, trust_remote_code)
     return Loaded(model, own or base.tokenizer, path, ref, base.kind)
+
+
+def _refuse_strays(model: Any, path: Path) -> None:
+    """Raises ValueError unless the adapter's file holds exactly the tensors of the adapter: peft drops strays silently,
+    writes those that bear the name of a weight of the base over it, and leaves what is lacking random."""
+    from peft.utils import get_peft_model_state_dict
+
+    held = set(check_safetensors(path / ADAPTER_WEIGHTS))
+    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    allowed = own | set(get_peft_model_state_dict(model, save_embedding_layers=True))
+    for word, keys in (("holds", held - allowed), ("lacks", own - held)):
+        if keys:
+            names = ", ".join(key[:120] for key in sorted(keys)[:3])
+            raise ValueError(f"{ADAPTER_WEIGHTS} {word} {names}{' and more' if len(keys) > 3 else ''}")
 
 
 class quiet:

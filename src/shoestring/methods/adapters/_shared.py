@@ -9,7 +9,6 @@ classes of its own and may still use `Guard`, which refuses files that do not be
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +16,8 @@ import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import PeftType, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -266,12 +266,16 @@ class Guard(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own, adapters = model.state_dict(), list(model.peft_config)  # type: ignore[arg-type]
-        refuse_foreign(found, own, type(config).__name__)
-        wanted = cls._get_adapter_state_dict(
-            model, config, adapter_name, own, [name for name in adapters if name != adapter_name]
-        )
-        lacking = sorted(key for key in wanted if key not in found and _of(adapter_name, key))
+        others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
+        saved = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), others)  # type: ignore[arg-type]
+        own = {key for key in saved if adapter_name in key.split(".") or key.endswith(".bias")}
+        foreign = sorted(key for key in found if key not in own and not _beside(key, model))
+        if foreign:
+            raise ValueError(
+                f"the adapter's file holds {_few(foreign)}, which {type(config).__name__} does not have on this model; "
+                "use the base it was trained on, and an intact file"
+            )
+        lacking = sorted(own - set(found))
         if lacking:
             raise ValueError(f"the adapter's file lacks {_few(lacking)}; save the adapter again")
         return found
@@ -280,17 +284,6 @@ class Guard(BaseTuner):
         """Raises TypeError, naming the module, unless it is one of `kinds`, which `words` say."""
         if not isinstance(target, kinds):
             raise TypeError(f"{key} is a {type(target).__name__}; {self.prefix.rstrip('_')} adapts {words}")
-
-
-def refuse_foreign(found: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raises ValueError when an adapter's file holds tensors that have no place in the model."""
-    known = set(known)
-    foreign = sorted(key for key in found if key not in known)
-    if foreign:
-        raise ValueError(
-            f"the adapter's file holds {_few(foreign)}, for which this model with a {what} has no place; use the base "
-            "it was trained on, and an intact file"
-        )
 
 
 class LinearTuner(Guard):
@@ -336,8 +329,12 @@ class LinearTuner(Guard):
         self._replace_module(parent, target_name, made, target)
 
 
-def _of(adapter_name: str, key: str) -> bool:
-    return adapter_name in key.split(".")
+def _beside(key: str, model: nn.Module) -> bool:
+    """Whether peft itself saves this tensor beside an adapter's: of a module trained in full, or a resized table."""
+    if any(part in key.split(".") for part in EMBEDDING_LAYER_NAMES):
+        return True
+    trained = (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    return any(key.startswith(f"{name}.") for name in trained)
 
 
 def _few(names: list[str], most: int = 3) -> str:

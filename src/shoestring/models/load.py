@@ -433,7 +433,7 @@ def _load_adapter(
             model = PeftModel.from_pretrained(
                 base.model, str(path), config=options, torch_device=device, local_files_only=True
             )
-            _refuse_strays(model, path)
+            refuse_strays(model, path)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
             f"The adapter {path} does not fit its base {base_ref}",
@@ -445,7 +445,7 @@ def _load_adapter(
     return Loaded(model, own or base.tokenizer, path, ref, base.kind)
 
 
-def _refuse_strays(model: Any, path: Path) -> None:
+def refuse_strays(model: Any, path: Path) -> None:
     """Raises ValueError unless the adapter's file holds exactly the tensors of the adapter: peft drops strays silently,
     writes those that bear the name of a weight of the base over it, and leaves what is lacking random."""
     from peft.utils import get_peft_model_state_dict

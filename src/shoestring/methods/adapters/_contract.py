@@ -11,7 +11,9 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from shoestring import data, models
 from shoestring.core.errors import UsageError
@@ -19,6 +21,8 @@ from shoestring.core.files import atomic_folder
 from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
 from shoestring.models.flops import training_flops
+from shoestring.models.folder import ADAPTER_WEIGHTS
+from shoestring.models.load import refuse_strays
 
 VERB = "train"
 WORDS = ("settings", "price")
@@ -185,6 +189,42 @@ def check_disable(module: ModuleType) -> None:
         _same(tiny.logits(model), tiny.logits(tiny.model()))
 
 
+def check_unmerge_restores_the_base(module: ModuleType) -> None:
+    model = _stir(_wrapped(module))
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    out = tiny.logits(model)
+    model.merge_adapter()
+    _same(tiny.logits(model), out, 2e-4)
+    model.unmerge_adapter()
+    now = dict(model.named_parameters())
+    moved = [n for n, p in frozen.items() if not torch.equal(p, now[n])]
+    assert not moved, f"not restored bit for bit: {moved[:3]}"
+    assert torch.equal(tiny.logits(model), out), "after unmerging the adapter answers differently"
+
+
+def check_generates_with_a_cache(module: ModuleType) -> None:
+    model, prompt = _stir(_wrapped(module)), tiny.batch(2, 6)
+    settings = dict(input_ids=prompt, max_new_tokens=8, do_sample=False, min_new_tokens=8)
+    with torch.no_grad():
+        plain = model.generate(**settings, use_cache=False)  # type: ignore[operator]
+        cached = model.generate(**settings, use_cache=True)  # type: ignore[operator]
+    assert torch.equal(plain, cached), "with a cache other tokens come out"
+
+
+def check_transformers_trainer(module: ModuleType) -> None:
+    model = _wrapped(module)
+    rows = [{name: value[i] for name, value in tiny.inputs(model).items()} for i in range(2)]
+    before = tiny.logits(model)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=3, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            per_device_train_batch_size=2, logging_strategy="no", remove_unused_columns=False,
+        )  # fmt: skip
+        trained = Trainer(model, settings, train_dataset=rows).train()  # type: ignore[arg-type]
+    assert torch.isfinite(torch.tensor(trained.training_loss))
+    assert not torch.equal(tiny.logits(model.eval()), before), "transformers' Trainer changes nothing"
+
+
 def check_two_adapters(module: ModuleType) -> None:
     model = _stir(_wrapped(module))
     one = tiny.logits(model)
@@ -195,6 +235,12 @@ def check_two_adapters(module: ModuleType) -> None:
     model.set_adapter("default")
     _same(tiny.logits(model), one)
     assert not torch.allclose(one, two), "the second adapter changes nothing"
+    model.set_adapter("two")
+    _fit(model, 3)
+    model.set_adapter("default")
+    _same(tiny.logits(model), one)
+    model.delete_adapter("two")
+    _same(tiny.logits(model), one)
 
 
 def check_bfloat16(module: ModuleType) -> None:
@@ -226,6 +272,36 @@ def check_other_families_or_a_clear_error(module: ModuleType) -> None:
 
 def check_wrong_target_is_a_clear_error(module: ModuleType) -> None:
     _refused(lambda: wrap(module, tiny.model(), {"target_modules": ["no_such_layer"]}), "no_such_layer")
+
+
+def check_bad_values_are_clear_errors(module: ModuleType) -> None:
+    fields = type(module.example()).__dataclass_fields__
+    bad = [(name, value) for name in ("r", "rank", "num_virtual_tokens") if name in fields for value in (0, -1)]
+    for name, value in [*bad, *([("target_modules", [])] if "target_modules" in fields else [])]:
+        try:
+            wrap(module, tiny.model(), {name: value})
+        except UsageError:
+            continue
+        raise AssertionError(f"{name}={value!r} was accepted")
+
+
+def check_files_of_strangers_are_refused(module: ModuleType) -> None:
+    for change in ("add", "drop", "base"):
+        with tempfile.TemporaryDirectory() as folder:
+            _wrapped(module).save_pretrained(folder)
+            file = Path(folder) / ADAPTER_WEIGHTS
+            tensors = load_file(file)
+            if change == "drop":
+                tensors.popitem()
+            else:
+                stray = "stray" if change == "add" else "model.layers.0.mlp.up_proj.base_layer.weight"
+                tensors[f"base_model.model.{stray}"] = torch.zeros(2)
+            save_file(tensors, file)
+            try:
+                refuse_strays(PeftModel.from_pretrained(tiny.model(), folder), Path(folder))
+            except (ValueError, RuntimeError, KeyError):
+                continue
+            raise AssertionError(f"a file with a tensor {'too many' if change != 'drop' else 'too few'} was accepted")
 
 
 def check_unknown_option_is_a_clear_error(module: ModuleType) -> None:

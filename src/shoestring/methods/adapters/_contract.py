@@ -212,7 +212,7 @@ def check_generates_with_a_cache(module: ModuleType) -> None:
 
 
 def check_transformers_trainer(module: ModuleType) -> None:
-    model = _wrapped(module)
+    model: Any = _wrapped(module)
     rows = [{name: value[i] for name, value in tiny.inputs(model).items()} for i in range(2)]
     before = tiny.logits(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -120,10 +120,17 @@ def read_weight(base: Any) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
+def read_bias(base: Any) -> Tensor | None:
+    """The bias of `base`, None where it has none or its kind knows none."""
+    return getattr(base, "bias", None)
+
+
 def sizes(base: Any) -> tuple[int, int]:
-    """(in, out) features of a linear layer."""
-    if isinstance(base, Conv1D):
+    """(in, out) features of a layer: a linear layer, a convolution, an embedding (rows, width), or a norm."""
+    if isinstance(base, Conv1D | nn.Embedding):
         return base.weight.shape[0], base.weight.shape[1]
+    if not hasattr(base, "in_features"):
+        return base.weight.shape[1 % base.weight.dim()], base.weight.shape[0]
     return base.in_features, base.out_features
 
 
@@ -196,7 +203,7 @@ class LinearLayer(nn.Module, BaseTunerLayer):
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:
         """Output (..., out) for x (..., in) under the adapters `names`, by the changed weight."""
         base: Any = self.get_base_layer()
-        weight, bias = read_weight(base), base.bias
+        weight, bias = read_weight(base), read_bias(base)
         for name in names:
             weight, bias = self.changed(name, weight, bias)
         return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -225,13 +232,13 @@ class LinearLayer(nn.Module, BaseTunerLayer):
                 "packed from"
             )
         with torch.no_grad():
-            weight, bias = read_weight(base).clone(), base.bias
+            weight, bias = read_weight(base).clone(), read_bias(base)
             for name in names:
                 weight, bias = self.changed(name, weight, bias)
             if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
                 raise ValueError(f"the weight would not be finite; the adapter {', '.join(names)} seems to be broken")
             if self._kept is None:
-                self._kept = [p.detach().clone() for p in (base.weight, base.bias) if p is not None]
+                self._kept = [p.detach().clone() for p in (base.weight, read_bias(base)) if p is not None]
             self._write(weight, bias)
         self.merged_adapters.extend(names)
 
@@ -242,9 +249,9 @@ class LinearLayer(nn.Module, BaseTunerLayer):
             return
         base: Any = self.get_base_layer()
         assert self._kept is not None
-        for parameter, kept in zip((base.weight, base.bias), self._kept):
+        for parameter, kept in zip((base.weight, read_bias(base)), self._kept):
             parameter.data.copy_(kept)
-        if len(self._kept) == 1:
+        if len(self._kept) == 1 and read_bias(base) is not None:
             base.bias = None
         self._kept = None
         self.merged_adapters.clear()
@@ -252,7 +259,7 @@ class LinearLayer(nn.Module, BaseTunerLayer):
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         base: Any = self.get_base_layer()
         base.weight.data.copy_(weight.T if isinstance(base, Conv1D) else weight)
-        if base.bias is not None:
+        if read_bias(base) is not None:
             base.bias.data.copy_(bias)
         elif bias is not None:
             base.bias = nn.Parameter(bias.detach().to(base.weight.dtype), requires_grad=False)

@@ -7,7 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import lora
 
 from shoestring.lab import tiny
-from shoestring.training.loss import NextTokenLoss, chunked_cross_entropy, last_hidden_and_head
+from shoestring.training.loss import (
+    IGNORED,
+    NextTokenLoss,
+    auxiliary_loss,
+    chunked_cross_entropy,
+    last_hidden_and_head,
+)
 
 MIXTRAL = {
     "hidden_size": 64,
@@ -222,3 +228,66 @@ def check_against_own_loss(model, chunked: bool) -> str:
         if other is not None:
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     return ours.reason or ""
+
+
+class Mixture(torch.nn.Module):
+    """A block whose router wants its own term in the loss; `adds` puts it into a labelled call's loss as well."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.router = block, torch.nn.Linear(64, 4)
+        self.term = None
+
+    def forward(self, x):
+        self.term = 0.1 * self.router(x).softmax(-1).mean((0, 1)).pow(2).sum() if self.training else None
+        return self.block(x)
+
+    def auxiliary_loss(self):
+        return self.term
+
+
+def mixture(adds):
+    torch.manual_seed(0)
+    model = tiny.model().train()
+    mixed = model.model.layers[1].mlp = Mixture(model.model.layers[1].mlp)
+
+    def add(module, args, output):
+        if output.loss is not None and mixed.term is not None:
+            output.loss = output.loss + mixed.term
+
+    if adds:
+        model.register_forward_hook(add)
+    return model, mixed
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_module_adds_its_own_term_once(adds):
+    model, mixed = mixture(adds)
+    inputs = tiny.inputs(model)
+    plain = model(**inputs).loss + (0 if adds else mixed.term)
+    next_token = NextTokenLoss()
+    ours = next_token(model, inputs)
+    assert next_token.reason is None
+    torch.testing.assert_close(ours, plain)
+    ours.backward()
+    assert mixed.router.weight.grad.abs().sum() > 0
+    model.eval()
+    torch.testing.assert_close(next_token(model, inputs), model(**inputs).loss)
+
+
+def test_the_term_of_a_part_of_the_batch_counts_as_the_part_does():
+    model, mixed = mixture(True)
+    inputs = tiny.inputs(model)
+    labels = int((inputs["labels"][:, 1:] != IGNORED).sum())
+    half = NextTokenLoss()(model, inputs, torch.tensor(2.0 * labels))
+    torch.testing.assert_close(half, model(**inputs).loss / 2)
+
+
+def test_terms_are_asked_of_classes_and_not_through_wrappers():
+    model = lora(mixture(True)[0])
+    model.train()
+    inputs = tiny.inputs(model)
+    model(**inputs)
+    mixed = next(m for m in model.modules() if isinstance(m, Mixture))
+    assert torch.equal(auxiliary_loss(model), mixed.term.float())
+    assert auxiliary_loss(tiny.model()) is None

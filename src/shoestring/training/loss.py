@@ -92,12 +92,35 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """What the modules of `model` add to the loss of the batch they saw last; None when none has anything to add.
+
+    A module joins by a method `auxiliary_loss() -> Tensor | None`: the term of its last forward pass, a scalar that
+    carries its coefficient and is a mean over the batch, as the loss is; None after a pass that is not to be
+    trained on. Whoever defines it also adds it to `output.loss` where the model is called with labels, as models of
+    transformers with experts do: that serves a plain `Trainer`. Training asks for it only where it computes the loss
+    itself, from a call without labels, so nothing counts twice.
+    """
+    # A peft model hands unknown names on to what it wraps, so only what a class itself defines counts.
+    asked = (m.auxiliary_loss() for m in model.modules() if hasattr(type(m), "auxiliary_loss"))  # type: ignore[operator]
+    terms = [term for term in asked if term is not None]
+    return torch.stack([term.float() for term in terms]).sum() if terms else None
+
+
+def with_auxiliary(loss: Tensor, model: nn.Module, labels: Tensor, num_items: Any = None) -> Tensor:
+    """`loss` of a training pass with the auxiliary one, which counts as the batch does among `num_items` labels."""
+    extra = auxiliary_loss(model) if model.training else None
+    if extra is None:
+        return loss
+    return loss + (extra if num_items is None else extra * (labels[..., 1:] != IGNORED).sum() / num_items)
+
+
 class NextTokenLoss:
     """The loss of a transformers model: chunked where that equals the model's own loss, else the model's own.
 
     The first batch decides: the model's own logits and loss on a few tokens are compared with what this module would
-    compute. Models that cap, scale or cut their logits, add auxiliary losses or do not predict the next token differ,
-    and keep their own loss; `reason` then says why.
+    compute, `auxiliary_loss` included. Models that cap, scale or cut their logits, add other losses or do not predict
+    the next token differ, and keep their own loss; `reason` then says why.
     """
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -124,7 +147,8 @@ class NextTokenLoss:
         if self.reason is None:
             hidden, head, _ = last_hidden_and_head(model, batch)
             labels = _pad_left(batch["labels"], hidden.shape[1])
-            return chunked_cross_entropy(hidden, head, labels, num_items, chunk_bytes=self.chunk_bytes)
+            loss = chunked_cross_entropy(hidden, head, labels, num_items, chunk_bytes=self.chunk_bytes)
+            return with_auxiliary(loss, model, labels, num_items)
         labels = batch["labels"][..., 1:] if own_shifts else batch["labels"]
         count = (labels != IGNORED).sum()
         output = model(**batch)
@@ -177,8 +201,10 @@ def why_own_loss(model: nn.Module, batch: Mapping[str, Any], tokens: int = 64) -
     if not torch.allclose(theirs, ours, rtol=0.0, atol=1.0 if coarse else 0.01):
         return "the model changes the logits after its head"
     shifted = F.cross_entropy(theirs[:, :-1].flatten(0, 1), _pad_left(labels, ours.shape[1])[:, 1:].flatten())
-    if not torch.allclose(output.loss.float(), shifted, rtol=2e-4, atol=1e-5):
-        return f"the model's own loss is {float(output.loss):.5g}, plain next-token loss is {float(shifted):.5g}"
+    extra = auxiliary_loss(model)
+    possible = [shifted] if extra is None else [shifted + extra, shifted]
+    if not any(torch.allclose(output.loss.float(), loss, rtol=2e-4, atol=1e-5) for loss in possible):
+        return f"the model's own loss is {float(output.loss):.5g}, plain next-token loss is {float(possible[0]):.5g}"
     return None
 
 

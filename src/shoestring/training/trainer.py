@@ -1,7 +1,8 @@
 """One training run on transformers' `Trainer`: chunked loss, whole checkpoints, a time limit that is kept.
 
 `train` is the only entry. What transformers does well stays there: the loop, gradient accumulation, schedules,
-callbacks.
+callbacks. Adapters that act between steps are called there (`training/between_steps.py`: `update_and_allocate`), and
+modules with a term of their own for the loss are heard (`training/loss.py`: `auxiliary_loss`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from shoestring.core.files import locked, write_text
 from shoestring.models import surgery
 from shoestring.training import checkpoints
 from shoestring.training.batches import Batches
+from shoestring.training.between_steps import BetweenSteps, load_weights
 from shoestring.training.checkpoints import Checkpoint
 from shoestring.training.clock import Clock
 from shoestring.training.fingerprint import HARMLESS, fingerprint
 from shoestring.training.interrupt import Interrupted, StopRequest, stop_on_signal
-from shoestring.training.loss import CHUNK_BYTES, IGNORED, NextTokenLoss
+from shoestring.training.loss import CHUNK_BYTES, IGNORED, NextTokenLoss, with_auxiliary
 from shoestring.training.options import TrainOptions, TrainResult
 from shoestring.training.precision import held_for_training
 
@@ -92,7 +94,8 @@ def train(
             checkpoints.refuse_changes(found.fingerprint, started_from, HARMLESS, resume == "force")
             if found.progress["stopped_because"]:
                 logger.warning("The run in %s has finished at step %d; nothing is left to do", folder, found.step)
-                _load_weights(model, found.weights())
+                BetweenSteps(model).load(found.state().get("between steps", {}))
+                load_weights(model, found.weights())
                 return _result(folder, found.step, found.progress)
         elif options.save_steps:
             _check_room(folder, sum(p.numel() for p in trained))
@@ -142,6 +145,7 @@ class _Run(Trainer):
         self.clock = Clock(options.max_seconds)
         self.progress: dict[str, Any] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "stopped_because": ""}
         self.in_step: list[int] = []
+        self.between_steps = BetweenSteps(model)
         self.started_from: dict[str, Any] = {}
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -239,7 +243,8 @@ class _Run(Trainer):
     def _loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         with self.precision():
             if self.loss_func is not None:
-                return super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)  # type: ignore[return-value]
+                loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+                return with_auxiliary(loss, model, inputs["labels"], num_items)  # type: ignore[arg-type]
             return self.next_token(model, inputs, num_items, self._own_shifts())
 
     def _own_shifts(self) -> bool:
@@ -305,6 +310,7 @@ class _Run(Trainer):
     def set_total_steps(self, total: int) -> None:
         """End after `total` steps, the learning rate following its schedule over that many from here on."""
         self.state.max_steps = total
+        self.between_steps.shorten(total)
         throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         made = get_scheduler(
             self.args.lr_scheduler_type,
@@ -341,6 +347,7 @@ class _Run(Trainer):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "random": _random_state(),
+            "between steps": self.between_steps.state(),
         }
         checkpoints.write(
             self.folder,
@@ -355,7 +362,9 @@ class _Run(Trainer):
         self.clock.put_aside("save", time.monotonic() - began)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _load_weights(self.model, checkpoints.read(Path(resume_from_checkpoint)).weights())
+        found = checkpoints.read(Path(resume_from_checkpoint))
+        self.between_steps.load(found.state().get("between steps", {}))
+        load_weights(self.model, found.weights())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -373,6 +382,13 @@ class _Watch(TrainerCallback):
 
     def __init__(self, run: _Run) -> None:
         self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.between_steps.begin(state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        run = self.run
+        run.between_steps.act(state.global_step, run.optimizer, lambda: list(run.get_decay_parameter_names(run.model)))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.batches.epoch = state.global_step // self.run.updates_per_epoch
@@ -469,13 +485,6 @@ def _set_gradient_checkpointing(model: Any, on: bool) -> None:
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
 
 
 def _random_state() -> dict[str, Any]:

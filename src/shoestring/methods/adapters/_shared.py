@@ -9,17 +9,23 @@ classes of its own and may still use `Guard`, which refuses files that do not be
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from shoestring.models.folder import ADAPTER_WEIGHTS
 
 
 def join(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
@@ -334,6 +340,44 @@ class LinearTuner(Guard):
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
+
+
+def write_lora(
+    out: Path,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    alphas: Mapping[str, float],
+    beside: Mapping[str, Tensor],
+) -> None:
+    """Write a plain LoRA folder that any reader of peft's adapters takes.
+
+    Args:
+        config: the fields of the adapter that it replaces; what both have in common is kept.
+        pairs: layer's full name -> (A (r, in), B (out, r)); the rank may differ from layer to layer.
+        alphas: layer's full name -> what B A is scaled by, times its r.
+        beside: tensors of modules trained in full, by their names in the file.
+    """
+    ranks = {layer: len(a) for layer, (a, _) in pairs.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=config.get("dropout") or 0.0,
+        target_modules=sorted(pairs),
+        rank_pattern={layer: own for layer, own in ranks.items() if own != rank},
+        alpha_pattern={layer: own for layer, own in alphas.items() if own != alpha},  # type: ignore[misc]
+        modules_to_save=config.get("modules_to_save"),
+        task_type=config.get("task_type"),
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        inference_mode=True,
+    )
+    tensors = {name: tensor.contiguous() for name, tensor in beside.items()}
+    for layer, halves in pairs.items():
+        for side, half in zip("AB", halves):
+            tensors[f"base_model.model.{layer}.lora_{side}.weight"] = half.contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(str(out))
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def _beside(key: str, model: nn.Module) -> bool:

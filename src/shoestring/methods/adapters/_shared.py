@@ -146,6 +146,12 @@ def compute_dtype(base: Any) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
+def answer_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer answers x: that of x, or autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class LinearLayer(nn.Module, BaseTunerLayer):
     """A linear layer under adapters that change its weight (out, in) and perhaps its bias (out).
 
@@ -219,7 +225,7 @@ class LinearLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
         elif not self.merged and self.acting:
-            return self.adapted(x, self.acting).to(x.dtype)
+            return self.adapted(x, self.acting).to(answer_dtype(x))
         return self.base_layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -288,7 +288,7 @@ class Guard(BaseTuner):
         others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
         saved = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), others)  # type: ignore[arg-type]
         own = {key for key in saved if adapter_name in key.split(".") or key.endswith(".bias")}
-        foreign = sorted(key for key in found if key not in own and not _beside(key, model))
+        foreign = sorted(key for key in found if key not in own and not saved_beside(key, model))
         if foreign:
             raise ValueError(
                 f"the adapter's file holds {_few(foreign)}, which {type(config).__name__} does not have on this model; "
@@ -386,7 +386,7 @@ def write_lora(
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _beside(key: str, model: nn.Module) -> bool:
+def saved_beside(key: str, model: nn.Module) -> bool:
     """Whether peft itself saves this tensor beside an adapter's: of a module trained in full, or a resized table."""
     if any(part in key.split(".") for part in EMBEDDING_LAYER_NAMES):
         return True

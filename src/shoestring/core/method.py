@@ -30,6 +30,7 @@ class Method:
         provides: the class or function that `catalog.load(name)` returns: the neighbour's config, sampler, strategy ...
         saves: resources it saves, from `RESOURCES`.
         combines: what it may follow or precede -> "yes", or the reason why not; keys are rooms or method names.
+        traits: what distinguishes it within its room -> text; the room's contract names the keys it wants.
         expects: a check of the room's contract -> the reason why this method cannot pass it.
         default: the plain choice of its room, taken when nothing asks for another.
         name, room, about, module, file: filled in by the catalog from the path and the docstring.
@@ -40,6 +41,7 @@ class Method:
     provides: str
     saves: tuple[str, ...]
     combines: Mapping[str, str] = field(default_factory=dict)
+    traits: Mapping[str, str] = field(default_factory=dict)
     expects: Mapping[str, str] = field(default_factory=dict)
     default: bool = False
     name: str = ""

@@ -59,5 +59,8 @@ def inputs(made: PreTrainedModel, ids: torch.Tensor | None = None) -> dict[str, 
 
 
 def logits(made: torch.nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+    given = inputs(made, ids)  # type: ignore[arg-type]
+    if not made.config.is_encoder_decoder:  # type: ignore[union-attr]
+        given.pop("labels")
     with torch.no_grad():
-        return made(**inputs(made, ids)).logits.float()  # type: ignore[arg-type]
+        return made(**given).logits.float()

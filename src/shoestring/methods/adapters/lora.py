@@ -33,6 +33,12 @@ METHOD = Method(
     provides="LoraConfig",
     saves=("parameters", "memory", "storage"),
     combines={"quantizers": "yes"},
+    traits={
+        "family": "reparameterised",
+        "acts_on": "weight",
+        "merges": "yes",
+        "parameters": "r (in + out) per weight",
+    },
     expects={"check_unmerge_restores_the_base": "peft subtracts what it added, which may leave the last bit different"},
     default=True,
 )

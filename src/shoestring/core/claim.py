@@ -102,11 +102,15 @@ class ClaimFile:
         return self.file.parent / "records" / f"{self.slug}.json"
 
     def code(self) -> str:
-        """Hash of everything that decides the figures: claim, methods with their rooms' shared part, measuring code."""
+        """Hash of everything that decides the figures: claim, methods and what they share, measuring code."""
         files = [self.file, FOLDER.parent / "lab" / "arms.py", *sorted(FOLDER.glob("_[!_]*.py"))]
         for name in self.methods:
             method = Path(catalog.get(name).file)
-            files += [method, *(p for p in [method.parent / "_shared.py"] if p.exists())]
+            source = method.read_text(encoding="utf-8")
+            files += [
+                method,
+                *(p for p in sorted(method.parent.glob("_[!_]*.py")) if re.search(rf"\b{p.stem}\b", source)),
+            ]
         digest = hashlib.sha256()
         for file in files:
             digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -16,8 +16,9 @@ Where it bends
     zero. The columns are written for the time of a product and put back after it, forward and backward (two writes
     of out x r numbers beside a product of tokens x in x out): the base is always whole, so adapters, tied modules,
     recomputation and saving need no care.
-    Outside training, over packed integers (the paper's QPaCA), with several adapters active, under torch.compile or
-    on a weight that trains too, y = base(x) + (s D) x[c] is computed: the same function, and it too keeps only x[c].
+    Outside training, over packed integers (the paper's QPaCA), with several adapters active, under torch.compile, on
+    a weight that trains too or a layer with hooks, y = base(x) + (s D) x[c] is computed: the same function, and it
+    too keeps only x[c].
     Columns are drawn at random, or by the largest or smallest norm; choosing by gradients is left out. One adapter
     trains in one thread at a time. On narrow layers there is little time to win; memory is saved everywhere.
 """
@@ -37,6 +38,7 @@ from peft.tuners._buffer_dict import BufferDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import PROJECTIONS, Shape
@@ -155,6 +157,12 @@ def _trained(own: Tensor, change: Tensor, scale: float) -> Tensor:
     return torch.add(own.to(change.dtype), change, alpha=scale).to(own.dtype)  # (eq. 2)
 
 
+def _plain(base: Any) -> bool:
+    """Whether the layer is the product with its weight and no more: not packed, offloaded or watched."""
+    product = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
+    return product and not base._forward_hooks and not base._forward_pre_hooks
+
+
 class PacaLinear(_shared.LinearLayer):
     """A linear layer some of whose input columns are trained."""
 
@@ -206,9 +214,9 @@ class PacaLinear(_shared.LinearLayer):
         )
 
     def _writes(self, base: Any) -> bool:
-        """Whether the columns are written into the weight: in training alone, and where nothing else depends on it."""
+        """Whether the columns are written into the weight: in training alone, and where it does nothing else."""
         training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return training and not _shared.is_packed(base) and not base.weight.requires_grad
+        return training and not base.weight.requires_grad and _plain(base)
 
 
 class PacaModel(_shared.LinearTuner):
@@ -218,15 +226,23 @@ class PacaModel(_shared.LinearTuner):
     tuner_layer_cls = PacaLinear
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
-        table = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        model: Any = self.model
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         if table is not None and getattr(target, "weight", None) is table.weight:
             raise ValueError(
                 f"{current_key} shares its weight with the input embeddings, which would change with it; leave it out "
                 "of target_modules, or load the model with tie_word_embeddings=False"
             )
-        super()._create_and_replace(peft_config, adapter_name, target, *args, current_key=current_key, **kwargs)
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -263,7 +279,7 @@ def settings() -> tuple[dict[str, Any], ...]:
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    """r out trainable parameters per adapted weight, and biases if asked for; the merged model costs what the base does."""
+    """r out trainable parameters per adapted weight, and biases if asked for; merged it costs what the base does."""
     chosen = {"bias": "none", **settings()[0], **options}
     adapted = [w for w in shape.of(*PROJECTIONS) if len(w.dims) == 2]
     trained = sum(int(chosen["r"]) * w.dims[0] for w in adapted)
@@ -288,6 +304,7 @@ def as_lora(folder: Path, out: Path) -> None:
     for key in [key for key in tensors if key.endswith(".paca_change")]:
         layer = key.removesuffix(".paca_change")
         change, columns, width = (tensors.pop(f"{layer}.paca_{part}") for part in ("change", "columns", "width"))
+        _check_columns(layer, columns, width, int(width), config["r"])
         picks = torch.zeros(len(columns), int(width), dtype=change.dtype)
         picks[torch.arange(len(columns)), columns] = 1.0
         pairs[layer.removeprefix("base_model.model.")] = picks, change
@@ -298,8 +315,8 @@ def _check_columns(layer: str, columns: Tensor, width: Tensor, inputs: int, r: i
     """Raises ValueError unless a file's columns are `r` different ones of a layer with `inputs` of them."""
     if width.numel() != 1 or int(width) != inputs:
         raise ValueError(
-            f"the adapter's file is for a {layer} of {width.tolist()} input columns, and this one has {inputs}; use the "
-            "base it was trained on"
+            f"the adapter's file is for a {layer} of {width.tolist()} input columns, and this one has {inputs}; use "
+            "the base it was trained on"
         )
     whole = columns.dtype == torch.int64 and columns.shape == (r,)
     if not whole or columns.min() < 0 or columns.max() >= inputs or len(columns.unique()) < r:

@@ -95,6 +95,18 @@ def test_an_adapted_model_shows_the_same_parts() -> None:
     assert model.get_submodule(anatomy.embeddings) is model.get_input_embeddings()
 
 
+def test_an_adapted_block_shows_the_projections_inside() -> None:
+    class Around(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+    model = tiny("llama")
+    model.model.layers[0].mlp = Around(model.model.layers[0].mlp)
+    found = inspect(model).blocks[0].projections
+    assert found["gate"] == "model.layers.0.mlp.base_layer.gate_proj" and set(found) == _SPLIT | {"gate", "up", "down"}
+
+
 def test_a_packed_matrix_keeps_its_role() -> None:
     class Packed(nn.Linear):
         def __init__(self, inner: nn.Linear) -> None:

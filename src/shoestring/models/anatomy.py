@@ -175,7 +175,9 @@ def model_kind(model: nn.Module) -> str:
 
 def is_projection(module: nn.Module) -> bool:
     """A module that multiplies by one weight matrix: nn.Linear, GPT-2's Conv1D, a packed or an adapted replacement."""
-    if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+    if hasattr(module, "base_layer"):
+        return is_projection(module.base_layer)  # type: ignore[arg-type]  # what is adapted may be a whole block
+    if isinstance(module, nn.Linear):
         return True
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return True

@@ -253,7 +253,7 @@ def mixture(adds):
 
     def add(module, args, output):
         if output.loss is not None and mixed.term is not None:
-            output.loss = output.loss + mixed.term
+            output.loss, output.aux_loss = output.loss + mixed.term, mixed.term
 
     if adds:
         model.register_forward_hook(add)

@@ -190,7 +190,7 @@ def why_own_loss(model: nn.Module, batch: Mapping[str, Any], tokens: int = 64) -
     finally:
         hook.remove()
         head.train(was_training)
-    if getattr(output, "aux_loss", None) is not None:
+    if getattr(output, "aux_loss", None) is not None and auxiliary_loss(model) is None:
         return "the model adds an auxiliary loss"
     if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
         return "the model returns no loss or no logits"

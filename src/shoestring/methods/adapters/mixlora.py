@@ -674,7 +674,6 @@ class MixLoraModel(shared.Guard):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         blocks = (name for name, _ in model.named_modules() if name.endswith(".mlp"))
         if not any(self._check_target_module_exists(peft_config, name) for name in blocks):
-            form = FORMS[model.config.model_type]  # type: ignore[union-attr]
             raise ValueError(
                 f"target_modules={peft_config.target_modules} reaches no feed-forward block; name at least one of "
                 f"{', '.join(self._form().linears)}, or take a method without experts"

@@ -212,8 +212,8 @@ class MixLoraConfig(shared.AdapterConfig):
         return PairSettings(**(own | (self.expert_lora or {}) if experts else own))
 
     def to_dict(self) -> dict[str, Any]:
-        """As the authors' reader wants it: settings that are not made are left out."""
-        made = {k: v for k, v in super().to_dict().items() if v is not None or k not in ("expert_lora", "act_fn")}
+        """As the authors' reader wants it: without `expert_lora` where there is none."""
+        made = {k: v for k, v in super().to_dict().items() if v is not None or k != "expert_lora"}
         if isinstance(self.target_modules, set):
             made["target_modules"] = sorted(self.target_modules)
         return made
@@ -669,6 +669,9 @@ class MixLoraModel(shared.Guard):
             )
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = {*FORMS[family].attention, *FORMS[family].linears}
+        if peft_config.act_fn is None:
+            # The model's own; the authors' reader wants it by name.
+            peft_config.act_fn = model_config.get("hidden_activation") or model_config.get("hidden_act")
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

@@ -32,6 +32,7 @@ def method_page(found: dict[str, Any]) -> str:
         f"```python\n{found['example']}\n```" if found["example"] else "",
         "## What it saves",
         ", ".join(found["saves"]),
+        "\n".join(f"- {trait.replace('_', ' ')}: {text}" for trait, text in found["traits"].items()),
         combines(found["combines"], found["expects"]),
         "## Claims",
         claims(found["claims"]),
@@ -62,14 +63,18 @@ def claims(rows: list[dict[str, Any]]) -> str:
 def room_section(name: str) -> str:
     found = explain(name)
     body = found["about"].partition("\n")[2].strip()
-    rows = [f"| [{m}]({m}.md) | {summary} |" for m, summary in found["methods"].items()]
+    methods = [catalog.get(m) for m in found["methods"]]
+    traits = list(dict.fromkeys(trait for m in methods for trait in m.traits))
+    header = ["method", "what it does", *(trait.replace("_", " ") for trait in traits)]
+    rows = [[f"[{m.name}]({m.name}.md)", m.summary, *(m.traits.get(t, "") for t in traits)] for m in methods]
+    table = [header, ["---"] * len(header), *rows]
     checks = ", ".join(check.removeprefix("check_").replace("_", " ") for check in found["checks"])
     return "\n\n".join(
         [
             f"## {name}",
             found["about"].partition("\n")[0],
             body,
-            "\n".join(["| method | what it does |", "| --- | --- |", *rows]),
+            "\n".join("| " + " | ".join(cells) + " |" for cells in table),
             f"Every method of this room must pass: {checks}.",
         ]
     )

@@ -7,9 +7,10 @@ from shoestring.cli._screen import current, table
 
 
 @click.command("methods", cls=Command)
-@click.option("--room", help="Only those of one room.")
+@click.option("--room", help="Only those of one room, with what distinguishes them there.")
 @click.option("--saves", help="Only those that save this resource.")
-def command(room: str | None, saves: str | None) -> None:
+@click.option("--all", "with_others", is_flag=True, help="Also what the room's library has and no method here carries.")
+def command(room: str | None, saves: str | None, with_others: bool) -> None:
     """List the methods: room, what each saves, its paper's date, and how its claim stands."""
     from shoestring.core import catalog, claim
     from shoestring.core.errors import UsageError, nearest
@@ -24,13 +25,27 @@ def command(room: str | None, saves: str | None) -> None:
             "name": m.name,
             "room": m.room,
             "saves": list(m.saves),
+            "traits": dict(m.traits),
             "paper": {"title": m.paper.title, "date": m.paper.date, "arxiv": m.paper.arxiv},
             "summary": m.summary,
             "claim": claim.state_of(m.name),
         }
         for m in found
     ]
+    traits = list(dict.fromkeys(trait for m in found for trait in m.traits)) if room else []
+    header = ("name", *(traits or ("room", "saves", "paper")), "claim", "summary")
     cells = [
-        (m.name, m.room, ", ".join(m.saves), m.paper.date, str(r["claim"]), m.summary) for m, r in zip(found, rows)
+        (
+            m.name,
+            *([m.traits.get(t, "") for t in traits] or (m.room, ", ".join(m.saves), m.paper.date)),
+            str(row["claim"]),
+            m.summary,
+        )
+        for m, row in zip(found, rows)
     ]
-    current().show(rows, lambda: table(("name", "room", "saves", "paper", "claim", "summary"), cells))
+    if with_others:
+        for place in [room] if room else catalog.rooms():
+            for other in getattr(catalog.contract(place), "others", list)():
+                rows.append({**other, "room": place})
+                cells.append((other["name"], *[""] * (len(header) - 3), other["why"], other["provides"]))
+    current().show(rows, lambda: table(tuple(word.replace("_", " ") for word in header), cells))

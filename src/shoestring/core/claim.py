@@ -14,7 +14,7 @@ import operator
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ class ClaimFile:
     @property
     def record(self) -> Path:
         return self.file.parent / "records" / f"{self.slug}.json"
+
+    def of(self, method: str) -> tuple[Claim, ...]:
+        """The claims that name the method as an arm or as what is measured; all of them when none does."""
+        return tuple(c for c in self.claims if method in (c.arm, c.against, c.measure)) or self.claims
 
     def code(self) -> str:
         """Hash of everything that decides the figures: claim, methods and what they share, measuring code."""
@@ -232,7 +236,12 @@ def state_of(method: str) -> str:
     for claim_file in files().values():
         if method in claim_file.methods:
             record = read_record(claim_file)
-            states.append(NO_RECORD if record is None else _standing(record))
+            own = claim_file.of(method)
+            states.append(
+                NO_RECORD
+                if record is None
+                else _standing(replace(record, claims=tuple(pair for pair in record.claims if pair[0] in own)))
+            )
     for state in (NO_RECORD, NOT_SHOWN, SHOWN, CANNOT):
         for found in states:
             if found.startswith(state):

@@ -74,6 +74,7 @@ def _method(method: Method) -> dict[str, Any]:
     source = Path(method.file).read_text(encoding="utf-8")
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     slugs = [f.slug for f in claim.files().values() if method.name in f.methods]
+    own = {slug: {c.name for c in claim.get(slug).of(method.name)} for slug in slugs}
     return {
         "kind": "method",
         "name": method.name,
@@ -83,12 +84,13 @@ def _method(method: Method) -> dict[str, Any]:
         "paper": {name: getattr(method.paper, name) for name in method.paper.__dataclass_fields__},
         "provides": f"{method.module}.{method.provides}",
         "saves": list(method.saves),
+        "traits": dict(method.traits),
         "combines": dict(method.combines),
         "expects": dict(method.expects),
         "settings": _returned(functions.get("settings")),
         "example": _returned(functions.get("example")),
         "file": method.file,
-        "claims": [row for row in claim_table.rows() if row["slug"] in slugs],
+        "claims": [row for row in claim_table.rows() if row["slug"] in slugs and row["claim"] in own[row["slug"]]],
         "claim": claim.state_of(method.name),
     }
 
@@ -143,6 +145,7 @@ def _method_text(found: Mapping[str, Any]) -> str:
     where = [f"arXiv:{paper['arxiv']}" if paper["arxiv"] else "", f"code {paper['code']}" if paper["code"] else ""]
     lines = [found["about"], "", f"Paper     {paper['title']} ({', '.join(filter(None, [paper['date'], *where]))})"]
     lines += [f"Room      {found['room']}", f"Saves     {', '.join(found['saves'])}", f"Gives     {found['provides']}"]
+    lines += [f"{trait.replace('_', ' ').capitalize():9} {text}" for trait, text in found["traits"].items()]
     lines += [f"With      {other}: {reason}" for other, reason in found["combines"].items()]
     lines += [f"Expected  {check} cannot hold: {reason}" for check, reason in found["expects"].items()]
     lines += [f"Settings  {found['settings']}"] if found["settings"] else []

@@ -50,7 +50,7 @@ def examine(name: str, *, only: str = "") -> Iterator[Outcome]:
 
 
 def words(name: str, method: Method) -> ModuleType:
-    """What every method file of any room owes: its sections, its room's words, reasons for checks that exist."""
+    """What every method file of any room owes: sections, its room's words and traits, reasons for checks that exist."""
     contract, module = catalog.contract(method.room), catalog.module(name)
     for heading in ("How it works", "Where it bends"):
         if not method.section(heading):
@@ -60,6 +60,9 @@ def words(name: str, method: Method) -> ModuleType:
     for word in (method.provides, "example", *contract.WORDS):
         if not hasattr(module, word):
             raise ShoestringError(f"{method.file} does not define {word}", f"the room {method.room} asks for it")
+    unsaid = [trait for trait in getattr(contract, "TRAITS", ()) if not method.traits.get(trait)]
+    if unsaid:
+        raise ShoestringError(f"METHOD in {method.file} says no {', '.join(unsaid)} in its traits")
     unknown = set(method.expects) - {c.__name__ for c in contract.CHECKS}
     if unknown:
         raise ShoestringError(f"{method.file} expects checks that do not exist: {', '.join(sorted(unknown))}")

@@ -18,10 +18,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from shoestring import data, models
+from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.core.files import atomic_folder
 from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
+from shoestring.methods.adapters._peft import NEEDS
 from shoestring.models.flops import training_flops
 from shoestring.models.folder import ADAPTER_WEIGHTS
 from shoestring.models.load import refuse_strays
@@ -93,6 +95,22 @@ def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: st
 
 def _fitted(module: ModuleType, model: nn.Module) -> dict[str, Any]:
     return dict(module.fitted(models.shape_of(model))) if hasattr(module, "fitted") else {}
+
+
+def others() -> list[dict[str, str]]:
+    """Types that peft has and no method of this room carries: name, config class, and why they have no file here."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    carried = {catalog.module(name).example().peft_type for name in catalog.in_room("adapters")}
+    left = {str(kind.value): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind not in carried}
+    return [
+        {
+            "name": kind.lower(),
+            "provides": f"{made.__module__}.{made.__name__}",
+            "why": f"it needs {NEEDS[kind]}" if kind in NEEDS else "no file yet",
+        }
+        for kind, made in sorted(left.items())
+    ]
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
@@ -349,8 +367,6 @@ def check_price(module: ModuleType) -> None:
 
 def check_traits(module: ModuleType) -> None:
     traits = module.METHOD.traits
-    if not traits:
-        return
     assert set(traits) == set(TRAITS), f"traits are {', '.join(sorted(traits))}, not {', '.join(TRAITS)}"
     assert traits["family"] in FAMILIES and traits["acts_on"] in PLACES, f"{traits['family']} on {traits['acts_on']}"
     model = _stir(_wrapped(module))

@@ -1,4 +1,4 @@
-"""What the files that expose peft's own tuners share: which weights their options reach."""
+"""What the files that expose peft's own tuners share: which weights their options reach, and what they leave out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shoestring.core.shape import PROJECTIONS, Shape, Weight
+
+# Types of peft that ask for more than a model and examples, and so have no file here.
+NEEDS = {
+    "XLORA": "several trained LoRA adapters, which it mixes",
+    "POLY": "examples that say which of several tasks they belong to",
+    "MULTITASK_PROMPT_TUNING": "examples that say which of several tasks they belong to",
+    "CPT": "a prompt of labelled examples, token by token",
+    "CARTRIDGE": "a text whose key-value cache it begins with",
+}
 
 
 def linear(

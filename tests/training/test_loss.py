@@ -159,6 +159,20 @@ def test_a_head_that_carries_an_adapter_is_chunked_and_trained():
     check_against_own_loss(model, chunked=True)
 
 
+def test_a_head_whose_forward_was_taken_over_is_called():
+    model = tiny.model()
+    head = model.get_output_embeddings()
+    own = head.forward
+    head.forward = lambda hidden: own(hidden.tanh())
+    rows = tiny.inputs(model)
+    loss = NextTokenLoss()
+    assert torch.allclose(loss(model, rows), model(**rows).loss, atol=1e-5)
+    assert loss.reason is None, "it is chunked nevertheless"
+    changed = loss(model, rows)
+    del head.forward
+    assert not torch.allclose(changed, loss(model, rows), atol=1e-3)
+
+
 def test_tied_weights_that_are_trained_get_both_gradients():
     check_against_own_loss(tiny.model("llama", tie_word_embeddings=True), chunked=True)
 

@@ -7,7 +7,7 @@ label are cut into chunks; each chunk's logits, loss and gradient are computed a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ def why_own_loss(model: nn.Module, batch: Mapping[str, Any], tokens: int = 64) -
 
 
 def _summed_loss(rows: Tensor, head: nn.Module, targets: Tensor, chunk_bytes: int) -> Tensor:
-    if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+    if _plain(head):
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
         chunk = max(16, chunk_bytes // (4 * head.out_features))
@@ -223,6 +223,12 @@ def _summed_loss(rows: Tensor, head: nn.Module, targets: Tensor, chunk_bytes: in
         else:
             total = total + _loss_through(head, piece, wanted)
     return total
+
+
+def _plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the head does nothing but multiply: no other class, no hooks, no forward put in place of its own."""
+    taken = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return type(head) is nn.Linear and not taken
 
 
 def _loss_through(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:

@@ -53,8 +53,14 @@ METHOD = Method(
     provides="SsfConfig",
     saves=("parameters", "memory", "storage", "network"),
     combines={"quantizers": "yes"},
+    traits={
+        "family": "additive",
+        "acts_on": "activation",
+        "merges": "yes",
+        "parameters": "2 out per weight, d per norm",
+    },
 )
-TRAINING = {"learning_rate": 5e-3}
+TRAINING = {"learning_rate": 2e-3}
 _SHIFTS = ("foldable", "always", "never")
 _EPSILON = 1e-8
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import PROJECTIONS
 from shoestring.models import inspect
-from shoestring.models.anatomy import features, is_projection
+from shoestring.models.anatomy import closing_norms, features, is_projection
 
 _SPLIT, _FUSED = {"q", "k", "v", "o"}, {"qkv", "o"}
 ROLES = {
@@ -134,3 +134,30 @@ def test_a_missing_part_is_named() -> None:
     model.model.layers[1].mlp.down_proj = nn.Identity()
     with pytest.raises(UsageError, match=r"up and down projections in model\.layers\.1"):
         inspect(model)
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED, *SEQ2SEQ])
+def test_which_blocks_end_with_their_norm(family: str) -> None:
+    model = tiny(family)
+    found = closing_norms(model)
+    blocks = inspect(model).blocks
+    assert set(found) in (set(), {block.name for block in blocks}), "some blocks end otherwise than the others"
+    if family in ("bert", "roberta", "distilbert", "bart"):
+        assert found and all(name.startswith(block + ".") for block, name in found.items())
+        norm, seen = model.get_submodule(found[blocks[-1].name]), []
+        norm.register_forward_hook(lambda *call: seen.append(call[2]))
+        blocks[-1].module.register_forward_hook(lambda *call: seen.append(call[2]))
+        ids = torch.arange(3, 9)[None]
+        model(input_ids=ids, **({"decoder_input_ids": ids} if family == "bart" else {}))
+        left = seen[1][0] if isinstance(seen[1], tuple) else seen[1]
+        assert torch.equal(left, seen[0])
+    if family in ("llama", "gpt2", "t5", "mbart", "gemma2"):
+        assert not found
+
+
+def test_a_model_that_needs_more_than_tokens_is_named() -> None:
+    model = tiny("bert")
+    model.bert.embeddings.forward = lambda **_: 1 / 0
+    with pytest.raises(UsageError, match="tokens could not be passed through BertForMaskedLM"):
+        closing_norms(model)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from shoestring.core.errors import UsageError
@@ -208,6 +209,49 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Full name -> the list that holds a stack's blocks."""
     core = getattr(model, "get_base_model", lambda: model)()
     return {_name_of(model, core) + name: modules for name, modules in _stacks(core)}
+
+
+def closing_norms(model: nn.Module) -> dict[str, str]:
+    """Full name of a block -> its normalisation whose output is the block's own; blocks that end by adding are absent.
+
+    Names do not tell, since families use the same ones in either order: a few tokens are passed and looked at.
+
+    Raises:
+        UsageError: the model cannot be called with tokens alone.
+    """
+    anatomy = inspect(model)
+    core: Any = getattr(model, "get_base_model", lambda: model)()
+    found: dict[str, str] = {}
+    hooks = []
+    for block in anatomy.blocks:
+        seen: list[tuple[str, torch.Tensor]] = []
+        for name in block.norms:
+            norm = model.get_submodule(name)
+            hooks.append(norm.register_forward_hook(lambda _, args, out, n=name, seen=seen: seen.append((n, out))))
+
+        def look(_: nn.Module, args: Any, out: Any, block: Block = block, seen: list = seen) -> None:
+            left = out[0] if isinstance(out, tuple) else out
+            if seen and torch.equal(left, seen[-1][1]):
+                found[block.name] = seen[-1][0]
+
+        hooks.append(block.module.register_forward_hook(look))
+    # Several tokens, since one that pads may be embedded as zeros, which a norm leaves as they are.
+    ids = torch.arange(4, device=core.get_input_embeddings().weight.device)[None]
+    more = {"decoder_input_ids": ids} if anatomy.kind == "seq2seq" else {}
+    was_training = core.training
+    core.eval()
+    try:
+        with torch.no_grad():
+            core(input_ids=ids, **more)
+    except Exception as error:
+        raise UsageError(
+            f"tokens could not be passed through {type(core).__name__}", f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        core.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def renumber(blocks: nn.ModuleList) -> None:

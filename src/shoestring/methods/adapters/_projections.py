@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -174,6 +174,8 @@ def sparse(counts: Sequence[int], d: int, seed: int) -> Sparse:
 
 def to(part: Projection, device: torch.device | None) -> Projection:
     """The projection with its tensors on another device."""
-    return replace(
-        part, **{f.name: v.to(device) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
-    )
+    moved: dict[str, Any] = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        moved[f.name] = value.to(device) if isinstance(value, Tensor) else value
+    return type(part)(**moved)

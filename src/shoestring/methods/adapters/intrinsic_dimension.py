@@ -30,6 +30,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
-from shoestring.methods.adapters import _shared
+from shoestring.core.step import Work
+from shoestring.methods.adapters import _meter, _shared
 from shoestring.methods.adapters._projections import Projection, dense, fastfood, project, sparse, to
 from shoestring.methods.adapters._shared import answer_dtype, is_packed, read_bias, read_weight, whole
 
@@ -414,3 +416,9 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     """d trainable parameters, and one more a block with `layer_scalars`; the merged model costs what the base does."""
     chosen = {**settings()[0], **options}
     return Price(shape, trainable=int(chosen["d"]) + shape.layers * bool(chosen.get("layer_scalars")), train_flops=3.0)
+
+
+def measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    """d90 of a task on a model, and what it says of a LoRA's rank; see `_meter.measure`."""
+    register()
+    return _meter.measure(RandomSubspaceConfig, source, options, work)

@@ -29,7 +29,8 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "words", [["--help"], ["fit", "--help"], ["methods"], ["methods", "--json"], ["explain", "adapters"],
-              ["claims", "table"], ["claims", "ls"], ["runs"], ["no-such-command"]], ids=" ".join,
+              ["claims", "table"], ["claims", "ls"], ["runs"], ["measure"], ["train", "--help"],
+              ["no-such-command"]], ids=" ".join,
 )  # fmt: skip
 def test_light_commands_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     ask = f"print(sorted(set(sys.modules) & {set(HEAVY)!r}))"

@@ -61,15 +61,15 @@ def fields(module: str, name: str) -> list[Field]:
     ]
 
 
-def request_options(module: str, name: str) -> Callable[[Any], Any]:
-    """A flag for every field of a request but `model`; `training` becomes the flags of the training loop."""
+def request_options(module: str, name: str, without: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """A flag for every field of a request but `model` and `without`; `training` becomes the training loop's flags."""
 
     def decorate(function: Any) -> Any:
         for field in reversed(fields(module, name)):
             if field.name == "training":
                 for setting in reversed(_training_fields()):
                     function = _option(setting)(function)
-            elif field.name != "model":
+            elif field.name not in ("model", *without):
                 function = _option(field)(function)
         return function
 

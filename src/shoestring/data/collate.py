@@ -13,7 +13,8 @@ class Collator:
 
     Calling it with rows gives int64 tensors of shape (rows, longest): `input_ids`, `labels` (-100 in the padding) and
     `attention_mask`; for packed rows `position_ids` in place of the mask, because models look for packed rows only
-    when no mask is given. Their padding then counts as one more row that nothing is trained on.
+    when no mask is given. Their padding then counts as one more row that nothing is trained on. Rows that bring a
+    `context`, lists of tokens to be read before, give a tensor (rows, most lists, longest list), -1 in its padding.
 
     Args:
         pad_id: token id of the padding.
@@ -40,4 +41,16 @@ class Collator:
                 batch["position_ids"].append([*row.get("position_ids", range(size)), *range(padding)])
             else:
                 batch["attention_mask"].append([1] * size + [0] * padding)
-        return {name: torch.tensor(values, dtype=torch.long) for name, values in batch.items()}
+        made = {name: torch.tensor(values, dtype=torch.long) for name, values in batch.items()}
+        return made | (self._context(rows) if any("context" in row for row in rows) else {})
+
+    def _context(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        found = [row.get("context", []) for row in rows]
+        longest = max((len(part) for parts in found for part in parts), default=0)
+        padded = torch.full((len(rows), max(map(len, found)), longest), -1, dtype=torch.long)
+        for row, parts in enumerate(found):
+            for line, part in enumerate(parts):
+                padded[row, line, : len(part)] = torch.tensor(part, dtype=torch.long)
+        return {"context": padded}

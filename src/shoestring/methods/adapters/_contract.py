@@ -40,7 +40,6 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 #   fitted(shape: Shape) -> dict[str, Any]: options that depend on the model, where neither settings nor user name them.
 #   encode(corpus, tokenizer, max_length, *, options, on_long) -> data.Encoded: rows of another form than `data.encode`
 #       makes, such as with a `context` that is read before the question.
-#   callbacks(model: PeftModel) -> list[TrainerCallback]: what the training loop must call while the method learns.
 #   measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, Any]: then it is a meter, which
 #       `shoestring measure NAME` runs. `source` is the folder of the model, loaded with `models.load(str(source))` as
 #       often as needed; `options` are the user's, and it refuses those it does not know with a UsageError; `work.train`
@@ -135,7 +134,6 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         tokenizer=loaded.tokenizer,
         ledger=work.ledger,
         resume=work.resume,
-        callbacks=module.callbacks(model) if hasattr(module, "callbacks") else (),
     )
     with atomic_folder(out) as folder:
         model.peft_config["default"].base_model_name_or_path = str(source)
@@ -146,7 +144,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     flops = training_flops(models.shape_of(loaded.path), result.tokens, length, base_trained=False)
     work.ledger.record("flops", flops, "FLOP", "modelled", "2 N D forward, as much backward, and attention", "model")
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
-            "truncated": rows.truncated}  # fmt: skip
+            "truncated": rows.truncated, "stopped_because": result.stopped_because}  # fmt: skip
 
 
 def encoded(

@@ -110,7 +110,7 @@ class _Columns(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, change: Tensor, columns: Tensor, scale: float
     ) -> Tensor:
-        few = x.reshape(-1, x.shape[-1]).index_select(1, columns)
+        few = _take(x.reshape(-1, x.shape[-1]), columns)
         ctx.save_for_backward(few, weight, change, columns)  # (eq. 4)
         ctx.scale = scale
         with _written(weight, change, columns, scale, x.dtype) as whole:
@@ -140,7 +140,7 @@ def _written(weight: Tensor, change: Tensor, columns: Tensor, scale: float, dtyp
     # Nobody sees the weight changed, so its version, which tells autograd of changes, must not count these writes.
     held = weight.data
     with _writing:
-        own = held.index_select(1, columns)
+        own = _take(held, columns)
         trained = _trained(own, change, scale)
         if held.dtype != dtype:
             yield held.to(dtype).index_copy_(1, columns, trained.to(dtype))
@@ -150,6 +150,12 @@ def _written(weight: Tensor, change: Tensor, columns: Tensor, scale: float, dtyp
             yield held
         finally:
             held.index_copy_(1, columns, own)
+
+
+def _take(matrix: Tensor, columns: Tensor) -> Tensor:
+    """The columns of a matrix, contiguous."""
+    # index_select would copy all of a matrix that lies transposed, and is slow in bfloat16.
+    return matrix.gather(1, columns.expand(len(matrix), -1))
 
 
 def _trained(own: Tensor, change: Tensor, scale: float) -> Tensor:
@@ -191,7 +197,7 @@ class PacaLinear(_shared.LinearLayer):
 
     def changed(self, adapter_name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         columns = self.paca_columns[adapter_name]
-        own = weight.index_select(1, columns)
+        own = _take(weight, columns)
         trained = _trained(own, self.paca_change[adapter_name], self.scaling[adapter_name])
         return weight.index_copy(1, columns, trained), bias
 

@@ -47,11 +47,11 @@ def fingerprint(model: nn.Module, rows: Sequence[dict[str, Any]], options: Train
 
 
 def data_digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Hash of all token ids, labels and positions, in order."""
+    """Hash of all token ids, labels, positions and contexts, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        for name in ("input_ids", "labels", "position_ids"):
-            digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes() + b"|")
+        for values in (*map(row.get, ("input_ids", "labels", "position_ids")), *row.get("context", ())):
+            digest.update(np.asarray(() if values is None else values, dtype=np.int64).tobytes() + b"|")
     return digest.hexdigest()[:16]
 
 

@@ -327,3 +327,31 @@ def test_env_masks_secrets(shoestring: Shoestring, monkeypatch: pytest.MonkeyPat
     assert "HF_TOKEN=(set)" in said.out and "HF_ENDPOINT=https://***@mirror.example/x" in said.out
     found = shoestring("env", "--json").json
     assert found["software"]["torch"] and "isa" in found["kernels"] and found["machine"]["cores"] >= 1
+
+
+# ---------------------------------------------------------------- a trial of methods
+
+
+def test_a_trial_prints_its_table(tiny: Path, data: Path, tmp_path: Path, shoestring: Shoestring) -> None:
+    words = ["--data", data, "--method", "lora", "--max_steps", "2", "--eval-examples", "4", "--out", "tried"]
+    said = shoestring("train", tiny, "--trial", "--budget", "time=5m", *words)
+    assert said.code == 0, said.err
+    head, first, base = said.out.splitlines()
+    assert "held-out loss" in head and first.split()[:2] == ["*", "lora"] and base.split()[0] == "untrained"
+    assert "pareto.svg" in said.err
+    said = shoestring("train", tiny, "--trial", "--budget", "time=5m", *words, "--resume", "--json")
+    assert said.code == 0 and said.json["rows"][0]["steps"] == 2, said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--method", "all"], "Add --trial"),
+        (["--method", "lora,ia3"], "Add --trial"),
+        (["--budget", "memory=2GB"], "belongs to a trial"),
+        (["--trial", "--budget", "latency=2ms"], "does not measure latency"),
+    ],
+)
+def test_trials_asked_for_in_part(words: list[str], error: str, tiny: Path, shoestring: Shoestring) -> None:
+    said = shoestring("train", tiny, *words)
+    assert said.code == 2 and error in said.error

@@ -82,7 +82,7 @@ def train(
         say("measuring the held-out loss after")
         with ledger.stage("after"):
             after = heldout(open_model(folder).model, rows)
-        _name_base(folder, request.model)
+        name_base(folder, request.model)
         if not run.model.exists():
             folder.replace(run.model)
         result = {
@@ -96,7 +96,7 @@ def train(
     return result
 
 
-def _name_base(folder: Path, ref: str) -> None:
+def name_base(folder: Path, ref: str) -> None:
     """An adapter of a named model names it, not the cache folder it was read from, which exists here alone."""
     file = folder / ADAPTER_CONFIG
     if file.is_file() and not Path(ref).expanduser().exists():

@@ -37,6 +37,7 @@ OF_ENCODING = ("max_length", "on_long")
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 # A method may also define
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
+#   NEEDS_FLOAT = True: it computes with the base's own weights, so packed integers will not do.
 #   fitted(shape: Shape) -> dict[str, Any]: options that depend on the model, where neither settings nor user name them.
 #   encode(corpus, tokenizer, max_length, *, options, on_long) -> data.Encoded: rows of another form than `data.encode`
 #       makes, such as with a `context` that is read before the question.
@@ -76,6 +77,12 @@ def config(module: ModuleType, options: dict[str, Any], kind: str = "causal") ->
 def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: str = "causal") -> PeftModel:
     """`get_peft_model`, with peft's complaints about a model that does not fit turned into a UsageError."""
     name = type(config(module, options, kind)).__name__
+    if getattr(module, "NEEDS_FLOAT", False) and any(hasattr(part, "unpacked") for part in model.modules()):
+        raise UsageError(
+            f"{name} does not fit {type(model).__name__} with packed weights",
+            "it computes with the weights themselves, and these are integers",
+            "Train on the model they were packed from and compress afterwards, or take another method",
+        )
     try:
         made = config(module, {**_fitted(module, model), **options}, kind)
         if isinstance(made, peft.PromptLearningConfig) and made.num_virtual_tokens < 1:

@@ -51,3 +51,9 @@ def targets(
 def ending(name: str) -> str:
     """What follows the block's number in a tensor's name, without the tensor's own word: `self_attn.q_proj`."""
     return re.split(r"\.\d+\.", name)[-1].rpartition(".")[0]
+
+
+def stacks(shape: Shape) -> int:
+    """2 for an encoder-decoder, else 1."""
+    parts = {part for weight in shape.weights for part in weight.name.split(".")}
+    return 2 if {"encoder", "decoder"} <= parts else 1

@@ -9,11 +9,13 @@ How it works
        zero.
 
 Where it bends
-    peft's own tuner, unchanged. It wants to be called after every optimizer step with gradients still there;
-    `callbacks` does that when `shoestring train` runs it, and stretches the schedule over the run: a tenth of the
-    steps before the budget falls and three tenths after, unless total_step is set.
+    peft's own tuner, unchanged. It wants to know how many steps there will be and to be called after each;
+    `shoestring train` does both, so total_step is but a placeholder. With a loop of one's own set it and call
+    `model.base_model.update_and_allocate(step)` before the gradients are cleared. tinit and tfinal keep the budget
+    still at either end.
 
-    The pruned triplets stay in memory until the adapter is saved: the file is smaller, training is not.
+    What is pruned stays in memory until the adapter is saved: the file is smaller, training is not. peft cannot give
+    the loss of a loaded adapter, only its answers.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import AdaLoraConfig
-from transformers import TrainerCallback
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
@@ -51,7 +52,6 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 1e-3}
-RUN = 1  # steps of a schedule that nobody has set: it takes the length of the run
 
 
 def example() -> AdaLoraConfig:
@@ -60,7 +60,7 @@ def example() -> AdaLoraConfig:
 
 def settings() -> tuple[dict[str, Any], ...]:
     """The configurations worth trying, most parameters first."""
-    return ({"init_r": 24, "target_r": 16, "lora_alpha": 32, "total_step": RUN, "target_modules": "all-linear"},)
+    return ({"init_r": 24, "target_r": 16, "lora_alpha": 32, "total_step": 10_000, "target_modules": "all-linear"},)
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
@@ -69,22 +69,3 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     rank = int(chosen["init_r"])
     trained = sum(rank * (n_in + n_out + 1) for n_out, n_in in linear(shape, chosen))
     return Price(shape, trainable=trained, train_flops=2.0)
-
-
-def callbacks(model: Any) -> list[TrainerCallback]:
-    """What the training loop must call for `model` while it learns."""
-    return [_Allocate(model)]
-
-
-class _Allocate(TrainerCallback):
-    def __init__(self, model: Any) -> None:
-        self.tuner = model.base_model
-        self.config = model.peft_config[self.tuner.trainable_adapter_name]
-        self.own_schedule = self.config.total_step != RUN
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.own_schedule:
-            total = state.max_steps
-            self.config.total_step, self.config.deltaT = total, max(1, total // 100)
-            self.config.tinit, self.config.tfinal = total // 10, 3 * total // 10
-        self.tuner.update_and_allocate(state.global_step)

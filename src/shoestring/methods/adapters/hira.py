@@ -36,6 +36,7 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 5e-3}
+NEEDS_FLOAT = True
 
 
 def example() -> HiraConfig:

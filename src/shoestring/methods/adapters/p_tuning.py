@@ -19,6 +19,7 @@ from peft import PromptEncoderConfig
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
+from shoestring.methods.adapters._peft import stacks
 
 METHOD = Method(
     paper=Paper(
@@ -61,5 +62,5 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     """The vectors (n h) and an MLP h -> H -> H -> h with biases."""
     chosen = {**settings()[0], **options}
     tokens, inner, hidden = int(chosen["num_virtual_tokens"]), int(chosen["encoder_hidden_size"]), shape.hidden
-    trained = tokens * hidden + (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
+    trained = tokens * stacks(shape) * hidden + (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
     return Price(shape, trainable=trained, train_flops=2.0)

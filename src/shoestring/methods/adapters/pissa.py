@@ -50,6 +50,7 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 2e-4}
+NEEDS_FLOAT = True
 
 
 def example() -> LoraConfig:

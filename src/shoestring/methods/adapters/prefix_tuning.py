@@ -21,6 +21,7 @@ from peft import PrefixTuningConfig
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
+from shoestring.methods.adapters._peft import stacks
 
 METHOD = Method(
     paper=Paper(
@@ -61,7 +62,7 @@ def settings() -> tuple[dict[str, Any], ...]:
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    """A key and a value of every layer for each virtual token, as wide as those that the cache holds."""
+    """A key and a value of every layer for each virtual token, as wide as the cache; only one stack has them."""
     tokens = int({**settings()[0], **options}["num_virtual_tokens"])
-    trained = tokens * 2 * shape.layers * shape.kv_heads * shape.head_dim
+    trained = tokens * 2 * (shape.layers // stacks(shape)) * shape.kv_heads * shape.head_dim
     return Price(shape, trainable=trained, train_flops=2.0)

@@ -19,6 +19,7 @@ from peft import PromptTuningConfig
 
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
+from shoestring.methods.adapters._peft import stacks
 
 METHOD = Method(
     paper=Paper(
@@ -58,6 +59,6 @@ def settings() -> tuple[dict[str, Any], ...]:
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    """One vector of the hidden width for each virtual token; an encoder-decoder has them in both stacks."""
+    """One vector of the hidden width for each virtual token, in both stacks of an encoder-decoder."""
     tokens = int({**settings()[0], **options}["num_virtual_tokens"])
-    return Price(shape, trainable=tokens * shape.hidden, train_flops=2.0)
+    return Price(shape, trainable=tokens * stacks(shape) * shape.hidden, train_flops=2.0)

@@ -42,6 +42,7 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 5e-3}
+NEEDS_FLOAT = True
 
 
 def example() -> PsoftConfig:

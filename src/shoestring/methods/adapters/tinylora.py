@@ -42,6 +42,7 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 1e-2}
+NEEDS_FLOAT = True
 
 
 def example() -> TinyLoraConfig:

@@ -40,6 +40,7 @@ METHOD = Method(
     },
 )
 TRAINING = {"learning_rate": 1e-3}
+NEEDS_FLOAT = True
 
 
 def example() -> TrainableTokensConfig:

@@ -396,14 +396,21 @@ class TriAdaptLoraModel(_shared.LinearTuner):
         terms = [term for layer in self._layers(name).values() for term in layer.orthogonality(name)]
         return config.orth_reg_weight * torch.stack(terms).mean()  # (eq. 7)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled():
-            self._warn_once()
-        out = super().forward(*args, **kwargs)
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # Only some of peft's models go through the tuner on their way to the wrapped one.
+        self._hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        self._warn_once()
         extra = self.auxiliary_loss() if kwargs.get("labels") is not None else None
         if extra is not None and getattr(out, "loss", None) is not None:
             out.loss = out.loss + extra
-        return out
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _warn_once(self) -> None:
         name = None if self._told else self._growing()

@@ -50,6 +50,28 @@ def read(source: str | Path, *, format: str | None = None, skip_bad: int = 0, li
     return _collect(items, name, format, skip_bad, limit)
 
 
+def rows(source: str | Path) -> Iterator[_Item]:
+    """(line number, row) one after another, whatever the keys; in place of a bad row the reason. Tables are read whole.
+
+    Raises:
+        UsageError: as `read`, for the source as such.
+    """
+    return _items(str(source), 1)
+
+
+def lines(path: Path | str) -> Iterator[tuple[int, str | BadRow]]:
+    """(line number, line without its end) of a text file, packed by gzip or not.
+
+    Raises:
+        UsageError: there is no such file, or it is not whole.
+    """
+    path = Path(path)
+    try:
+        return _lines(_open(path, path.suffix == ".gz"))
+    except OSError as error:
+        raise UsageError(f"data file {path} cannot be read", str(error)) from None
+
+
 def _collect(items: Iterator[_Item], name: str, shape: str | None, skip_bad: int, limit: int | None) -> Corpus:
     examples: list[Example] = []
     skipped: list[str] = []

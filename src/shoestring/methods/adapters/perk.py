@@ -322,7 +322,7 @@ class PerkModel(LinearTuner):
         if not unrolled or config.constant_steps == config.inner_steps:
             return
         remedy = "set first_order=True, or leave it out"
-        if self.training and getattr(self.model, "is_gradient_checkpointing", False):
+        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             raise ValueError(f"gradient checkpointing keeps no graph for second derivatives; {remedy}")
         if any(is_packed(m.base_layer) for m in self.model.modules() if isinstance(m, PerkLinear)):
             raise ValueError(f"a base of packed integers has no second derivatives; {remedy}")

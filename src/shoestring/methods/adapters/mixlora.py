@@ -22,7 +22,7 @@ Where it bends
     The last product of a block runs once a token, not k times as in the authors' code (with DoRA on it: k times). The
     rest of eq. 3, 1 - sum w, goes to the frozen block; the authors leave it out for the two other routings, which
     shrinks the block's output before anything is learnt. Capacity is counted over the tokens of a text that one call
-    sees, and padding takes none. `router_jitter` noise reaches the router alone, in training alone. A temperature
+    sees, and padding takes none. `jitter_noise` reaches the router alone, in training alone. A temperature
     divides the logits. One adapter acts on a row of a batch: rows are assigned with `adapter_names`, in training as
     well. Folders are written and read in the authors' layout. No merging: which weights a token meets depends on it.
 """
@@ -296,6 +296,7 @@ class Load:
         probability: (E,) sum of p.
         squared: sum of the squared log-sum-exp of the logits.
         trained: whether it was a pass to train on; gradients flow then.
+        learns: whether the router itself is being trained.
     """
 
     tokens: Tensor
@@ -303,6 +304,7 @@ class Load:
     probability: Tensor
     squared: Tensor
     trained: bool
+    learns: bool = True
 
 
 def balance(loads: Sequence[Load]) -> Tensor:
@@ -322,6 +324,7 @@ class Call:
         rows: that of the present pass, which stays for what a checkpoint computes anew.
         mask: (rows, length so far) 0 for padding, as the model was given it.
         positions: (rows, length) of the tokens in their texts.
+        loads: adapter -> decoder layer's number -> what its router did.
         open: within the model's forward; outside it, a layer that runs is computed anew and counts no more.
     """
 
@@ -329,7 +332,11 @@ class Call:
     rows: list[str] | None = None
     mask: Tensor | None = None
     positions: Tensor | None = None
+    loads: dict[str, dict[int, Load]] = field(default_factory=dict)
     open: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Call, ()  # a copied or stored model starts without a past
 
     def real(self, x: Tensor) -> Tensor | None:
         """(tokens,) False for padding; None when there is none. `x` is (rows, length, width) or (tokens, width)."""
@@ -483,12 +490,9 @@ class MixLoraLinear(MixLoraLayer, shared.LinearLayer):  # type: ignore[misc]
 
 
 class MixLoraBlock(nn.Module, MixLoraLayer):
-    """A feed-forward block with a router and experts for each adapter; the base block keeps its linear layers.
+    """A feed-forward block with a router and experts for each adapter; the base block keeps its linear layers."""
 
-    `loads` holds what each adapter's router did in the last pass of the model.
-    """
-
-    other_param_names = ("configs", "loads")
+    other_param_names = ("configs",)
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, key: str, form: Form, call: Call
@@ -497,7 +501,7 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
         self.base_layer, self.form, self.call, self.layer = base_layer, form, call, _number(key)
         self._disable_adapters, self._active_adapter = False, adapter_name
         self.merged_adapters = []
-        self.configs, self.loads = {}, dict[str, Load]()
+        self.configs = {}
         self.mixlora_router = nn.ParameterDict()
         containers = [f"mixlora_{part}_{name}" for name in form.linears for part in _SAVED_AS]
         for container in containers:
@@ -508,7 +512,8 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
     def update_layer(self, adapter_name: str, config: MixLoraConfig, key: str) -> None:
         """Add an adapter to the block, or make it anew."""
         first: Any = getattr(self.base_layer, self.form.inner[0])
-        router = torch.empty(config.num_experts, shared.sizes(first)[0], device=first.weight.device)
+        router = torch.empty(config.num_experts, shared.sizes(first)[0], dtype=torch.float32,
+                             device=first.weight.device)  # fmt: skip
         self.mixlora_router[adapter_name] = nn.Parameter(router.normal_(0.0, config.router_init_range or 0.0))
         for name in self.form.linears:
             if check_target_module_exists(config, f"{key}.{name}"):
@@ -545,7 +550,7 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
             rest = rest.index_copy(0, tokens, routing.rest.to(rest.dtype))
             activation = ACT2FN[config.act_fn] if config.act_fn else own_activation
             pairs = {linear: self._pairs(name, linear) for linear in form.linears}
-            for expert, working in enumerate((routing.weights.detach() > 0).unbind(1)):
+            for expert, working in enumerate((routing.weights.detach() != 0).unbind(1)):
                 rows = working.nonzero()[:, 0]
                 if not len(rows):
                     continue
@@ -594,22 +599,23 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.mixlora_router[name].float())
         routing = ROUTES[config.routing_strategy](logits, config)
-        load = self._load(logits, routing.chosen, real)
+        load = self._load(name, logits, routing.chosen, real)
         if self.call.open:  # a checkpoint computes the same anew, and its load is of no pass
-            self.loads[name] = load
+            self.call.loads.setdefault(name, {})[self.layer] = load
         if config.routing_strategy == "mixlora-switch":
             everywhere = torch.ones(len(x), dtype=torch.bool, device=x.device)
             routing = within_capacity(routing, config.expert_capacity, everywhere if real is None else real, begins)
         return routing
 
-    def _load(self, logits: Tensor, chosen: Tensor, real: Tensor | None) -> Load:
+    def _load(self, name: str, logits: Tensor, chosen: Tensor, real: Tensor | None) -> Load:
         if not self.training:
             logits = logits.detach()
         if real is not None:
             logits, chosen = logits[real], chosen[real]
         squared = logits.logsumexp(-1).square().sum()
         tokens = torch.tensor(float(len(logits)), device=logits.device)
-        return Load(tokens, chosen.sum(0).float(), logits.softmax(-1).sum(0), squared, self.training)
+        learns = self.mixlora_router[name].requires_grad
+        return Load(tokens, chosen.sum(0).float(), logits.softmax(-1).sum(0), squared, self.training, learns)
 
     def _pairs(self, name: str, linear: str) -> Pairs | None:
         """The experts' pairs beside one linear layer; None where the adapter has none."""
@@ -768,9 +774,7 @@ class MixLoraModel(shared.Guard):
         call: Call = self.call
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         call.mask = mask if isinstance(mask, Tensor) else None
-        call.positions, call.rows, call.open = kwargs.get("position_ids"), call.assigned, True
-        for block in self._blocks():
-            block.loads.clear()
+        call.positions, call.rows, call.loads, call.open = kwargs.get("position_ids"), call.assigned, {}, True
 
     def _end(self, *_: Any) -> None:
         self.call.open = False
@@ -799,17 +803,16 @@ class MixLoraModel(shared.Guard):
         """
         found: list[Tensor] = []
         configs: Mapping[str, Any] = self.peft_config
-        for name, config in configs.items():
-            loads = [block.loads[name] for block in self._blocks() if name in block.loads]
-            if not config.router_loss or not loads or not loads[0].trained:
+        for name, by_layer in self.call.loads.items():
+            config, loads = configs[name], list(by_layer.values())
+            if not config.router_loss or not loads[0].trained:
                 continue
             term = config.router_aux_loss_coef * balance(loads)
             if config.routing_strategy == "mixlora-switch":
                 squared = torch.stack([load.squared for load in loads]).sum()
                 tokens = torch.stack([load.tokens for load in loads]).sum().clamp(min=1)
                 term = term + config.router_z_loss_coef * squared / tokens
-            routers = [block.mixlora_router[name] for block in self._blocks() if name in block.loads]
-            if torch.is_grad_enabled() and any(p.requires_grad for p in routers) and not term.requires_grad:
+            if torch.is_grad_enabled() and loads[0].learns and not term.requires_grad:
                 raise ValueError(
                     "gradient checkpointing with use_reentrant=True cuts the routers off the balance term; enable it "
                     "with use_reentrant=False, or set router_loss=False"
@@ -826,17 +829,13 @@ class MixLoraModel(shared.Guard):
         """
         name = adapter_name or self.active_adapters[0]
         report: list[dict[str, Any]] = []
-        for block in self._blocks():
-            if name in block.loads:
-                tokens = block.loads[name].chosen
-                share = tokens / tokens.sum().clamp(min=1)
-                entropy = float(-(share * share.clamp(min=1e-12).log()).sum()) / math.log(max(2, len(share)))
-                counts = [int(n) for n in tokens]
-                report.append({"layer": block.layer, "tokens": counts, "share": share.tolist(), "entropy": entropy})
+        for layer, load in self.call.loads.get(name, {}).items():
+            tokens = load.chosen
+            share = tokens / tokens.sum().clamp(min=1)
+            entropy = float(-(share * share.clamp(min=1e-12).log()).sum()) / math.log(max(2, len(share)))
+            counts = [int(n) for n in tokens]
+            report.append({"layer": layer, "tokens": counts, "share": share.tolist(), "entropy": entropy})
         return report
-
-    def _blocks(self) -> list[MixLoraBlock]:
-        return [module for module in self.model.modules() if isinstance(module, MixLoraBlock)]
 
     # ---- files, in the authors' layout
 

@@ -618,11 +618,11 @@ def test_folders_are_in_the_authors_layout(tmp_path: Path):
     third = tensors["mixlora.layers.0.mlp.gate_proj.experts.3.lora_A.weight"]
     assert torch.equal(third, block.mixlora_A_gate_proj["default"][6:])
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (
-        saved["peft_type"] == "MIXLORA" and saved["routing_strategy"] == "mixlora" and saved["expert_lora"] == {"r": 2}
-    )
-    assert saved["num_experts"] == 4 and saved["top_k"] == 2 and saved["router_aux_loss_coef"] == 0.01
-    assert saved["target_modules"] == sorted(saved["target_modules"]) and "act_fn" not in saved
+    wanted = {
+        "peft_type": "MIXLORA", "routing_strategy": "mixlora", "expert_lora": {"r": 2}, "num_experts": 4, "top_k": 2,
+        "router_aux_loss_coef": 0.01, "act_fn": "silu",
+    }  # fmt: skip
+    assert saved.items() >= wanted.items() and saved["target_modules"] == sorted(saved["target_modules"])
 
 
 AUTHORS = {  # what the authors' code writes

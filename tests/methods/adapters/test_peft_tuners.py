@@ -120,11 +120,11 @@ def test_on_packed_weights_each_works_or_says_why_not(tmp_path: Path) -> None:
 
 def test_options_follow_the_model_until_they_are_given() -> None:
     module = catalog.module("c3a")
-    assert _contract.wrap(module, tiny.model(), {}).peft_config["default"].block_size == 32
-    assert _contract.wrap(module, tiny.model(), {"block_size": 16}).peft_config["default"].block_size == 16
-    assert catalog.module("adaption_prompt").fitted(shape_of(tiny.model(num_hidden_layers=32))) == {
-        "adapter_layers": 30
-    }
+    for options, size in (({}, 32), ({"block_size": 16}, 16)):
+        config: Any = _contract.wrap(module, tiny.model(), options).peft_config["default"]
+        assert config.block_size == size
+    deep = shape_of(tiny.model(num_hidden_layers=32))
+    assert catalog.module("adaption_prompt").fitted(deep) == {"adapter_layers": 30}
 
 
 def test_adalora_spends_its_budget_over_the_run(tmp_path: Path) -> None:

@@ -555,8 +555,9 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
                 if not len(rows):
                     continue
                 at, weight = tokens[rows], routing.weights[rows, expert, None]
+                own = flat[at]
                 parts = [
-                    part[at] if (own := pairs[linear]) is None else own.output(expert, flat[at], part[at])
+                    part[at] if (pair := pairs[linear]) is None else pair.output(expert, own, part[at])
                     for linear, part in zip(form.inner, shared_parts)
                 ]
                 middle = form.middle(activation, parts)

@@ -10,8 +10,10 @@ documentation, in a process of its own; the arms take turns, so that a slow minu
     ours         the same batches through `train`
     ours grouped `train` with rows of like length in a batch, its default; other batches, so no equal loss is expected
 
-Tokens a second count real tokens, not padding, over all steps but the first. Peak memory is the process's high-water
-mark (VmHWM), imports and weights included.
+Tokens a second count real tokens, not padding, over all steps but the first; tokens a CPU second are the same in time
+that the processors worked for the process, which other work on the machine moves less. Peak memory is the process's
+high-water mark (VmHWM), imports and weights included; "above" is what of it training added. Threads wait without
+spinning in every arm: where neighbours hold the cores, spinning would time them instead.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,9 +64,10 @@ def main() -> None:
 
 def in_child(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", arm]
-    for name in ("model", "steps", "batch", "max_length", "seed"):
+    for name in ("model", "steps", "batch", "max_length", "seed", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     found = re.search(r"^RESULT (.*)$", done.stdout, re.M)
     if not found:
         raise SystemExit(f"{arm} failed:\n{done.stdout}\n{done.stderr}")
@@ -79,6 +83,7 @@ def run_arm(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     from shoestring.models import resolve
     from shoestring.training.batches import Batches
 
+    torch.set_num_threads(args.threads)
     path = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = encode(split(read("python-docs"))[0], tokenizer, args.max_length, on_long="drop").rows
@@ -89,13 +94,13 @@ def run_arm(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.float32 if arm == "plain fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, float, int]] = []
     losses: list[float] = []
     seen = [0]
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append((time.perf_counter(), seen[0]))
+            marks.append((time.perf_counter(), time.process_time(), seen[0]))
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
@@ -109,10 +114,12 @@ def run_arm(arm: str, args: argparse.Namespace) -> dict[str, Any]:
             trainer.train()
         else:
             ours(model, tokenizer, rows, arm, args, folder, seen, Watch())
-    (start, before), (end, after) = marks[0], marks[-1]
+    (start, cpu_start, before), (end, cpu_end, after) = marks[0], marks[-1]
     return {
         "tokens_per_second": round((after - before) / (end - start), 1),
+        "tokens_per_cpu_second": round((after - before) / (cpu_end - cpu_start), 1),
         "peak_memory": high_water(),
+        "above": high_water() - memory_before,
         "peak_memory_before_training": memory_before,
         "first_loss": losses[0],
         "last_loss": losses[-1],
@@ -197,22 +204,26 @@ def summary(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) 
                     "median": round(median(a[name] / b[name] for a, b in pairs), 3),
                     "range": [round(f(a[name] / b[name] for a, b in pairs), 3) for f in (min, max)],
                 }
-                for name in ("tokens_per_second", "peak_memory", "last_loss")
+                for name in ("tokens_per_second", "tokens_per_cpu_second", "peak_memory", "above", "last_loss")
             }
-    setup = {name: getattr(args, name) for name in ("model", "steps", "batch", "max_length", "rounds", "seed")}
+    setup = {
+        name: getattr(args, name) for name in ("model", "steps", "batch", "max_length", "rounds", "seed", "threads")
+    }
     return {"setup": setup | {"cpus": len(os.sched_getaffinity(0))}, "arms": arms, "ratios": ratios, "runs": results}
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [f"{'':28}{'tokens/s':>10}{'peak MB':>10}{'first loss':>12}{'last loss':>12}"]
+    lines = [f"{'':28}{'tokens/s':>10}{'/CPU s':>10}{'peak MB':>10}{'above MB':>10}{'first loss':>12}{'last loss':>12}"]
     for arm, run in report["arms"].items():
         lines.append(
-            f"{arm:28}{run['tokens_per_second']:10.0f}{run['peak_memory'] / 1e6:10.0f}"
+            f"{arm:28}{run['tokens_per_second']:10.0f}{run['tokens_per_cpu_second']:10.0f}"
+            f"{run['peak_memory'] / 1e6:10.0f}{run['above'] / 1e6:10.0f}"
             f"{run['first_loss']:12.4f}{run['last_loss']:12.4f}"
         )
     for name, ratio in report["ratios"].items():
-        speed, memory, loss = (ratio[key]["median"] for key in ("tokens_per_second", "peak_memory", "last_loss"))
-        lines.append(f"{name:28}{speed:9.2f}x{memory:9.2f}x{'':12}{loss:11.4f}x")
+        names = ("tokens_per_second", "tokens_per_cpu_second", "peak_memory", "above")
+        shown = "".join(f"{ratio[key]['median']:9.2f}x" for key in names)
+        lines.append(f"{name:28}{shown}{'':12}{ratio['last_loss']['median']:11.4f}x")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ from shoestring.training.checkpoints import Checkpoint
 from shoestring.training.clock import Clock
 from shoestring.training.fingerprint import HARMLESS, fingerprint
 from shoestring.training.interrupt import Interrupted, StopRequest, stop_on_signal
-from shoestring.training.lean import LeanBackward
+from shoestring.training.lean import lean_backward
 from shoestring.training.loss import CHUNK_BYTES, IGNORED, NextTokenLoss, with_auxiliary
 from shoestring.training.options import TrainOptions, TrainResult
 from shoestring.training.precision import held_for_training
@@ -147,7 +147,6 @@ class _Run(Trainer):
         self.progress: dict[str, Any] = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "stopped_because": ""}
         self.in_step: list[int] = []
         self.between_steps = BetweenSteps(model)
-        self.lean = LeanBackward(model)
         self.started_from: dict[str, Any] = {}
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -234,7 +233,7 @@ class _Run(Trainer):
     ) -> Any:
         samples = inputs.pop("sample").tolist()
         self.in_step += samples
-        with self.lean():
+        with lean_backward():
             loss = self._loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._not_finite(f"The loss of step {self.state.global_step + 1} is {loss.item()}", samples)

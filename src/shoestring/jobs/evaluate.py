@@ -86,13 +86,18 @@ def heldout(model: Any, rows: Sequence[Row] | Encoded, *, batch_tokens: int = BA
     but in bfloat16 the size of a batch moves it by rounding, about 1e-3 relative (1e-6 in float32).
 
     Args:
-        rows: `input_ids` and `labels` (-100 where nothing counts), as `data.encode` returns them.
+        rows: `input_ids` and `labels` (-100 where nothing counts), as `data.encode` returns them; those with a
+            `context` are given to the model one by one, because it reads that first.
         batch_tokens: positions in one batch, padding included; a longer row makes a batch of its own.
 
     Raises:
         UsageError: nothing is labelled, or a model that does not predict the next token.
     """
     sums = np.zeros((len(_rows(rows)), 2))
+    if any("context" in row for row in _rows(rows)):
+        for number, row in enumerate(_rows(rows)):
+            _add(sums, *_after_reading(model, number, row))
+        return _quality(sums, seed)
     for index, ids, labels in _batches(_rows(rows), batch_tokens):
         for owners, targets, logits in _labelled(model, ids, labels):
             scores = logits.float().log_softmax(-1)
@@ -266,6 +271,21 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[np.ndarra
             ids[line, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             labels[line, : len(row["labels"])] = torch.tensor(row["labels"])
         yield np.array(index), ids, labels
+
+
+def _after_reading(model: Any, number: int, row: Row) -> tuple[np.ndarray, torch.Tensor]:
+    """Row number and loss (labels, 1) of each labelled token of a row whose context the model reads first."""
+    import torch
+
+    from shoestring.data import Collator
+
+    batch = Collator(0)([dict(row)])
+    targets = batch.pop("labels")[0, 1:]
+    with torch.no_grad():  # reading may take gradients, which inference mode forbids
+        logits = model(**batch).logits[0, :-1]
+    kept = targets != -100
+    losses = -logits[kept].float().log_softmax(-1).gather(1, targets[kept][:, None])
+    return np.full(len(losses), number), losses
 
 
 def _labelled(

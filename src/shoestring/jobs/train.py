@@ -9,6 +9,7 @@ from typing import Any
 
 from shoestring import data as datasets
 from shoestring import models
+from shoestring.core import catalog
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import open_doors, open_model
@@ -68,7 +69,9 @@ def train(
         limit = min(request.training.get("max_length") or context, context)
         count = max(1, len(parts[2]) // max(1, request.eval_examples))
         test = parts[2].part(parts[2].examples[::count][: request.eval_examples])
-        rows = datasets.encode(test, loaded.tokenizer, limit, on_long=request.training.get("on_long", "error")).rows
+        cut = {"max_length": limit, "on_long": request.training.get("on_long", "error")}
+        rows = datasets.encode(test, loaded.tokenizer, **cut).rows
+        rows_after = encoder(method, request.options)(test, loaded.tokenizer, **cut).rows
         say("measuring the held-out loss before")
         with ledger.stage("before"):
             before = heldout(loaded.model, rows)
@@ -81,7 +84,7 @@ def train(
         folder, facts = execute([step], source, work)
         say("measuring the held-out loss after")
         with ledger.stage("after"):
-            after = heldout(open_model(folder).model, rows)
+            after = heldout(open_model(folder).model, rows_after)
         name_base(folder, request.model)
         if not run.model.exists():
             folder.replace(run.model)
@@ -94,6 +97,12 @@ def train(
     run.write("result.json", result)
     ledger.save(run.inside / "ledger.json")
     return result
+
+
+def encoder(method: str, options: Mapping[str, Any]) -> Callable[..., datasets.Encoded]:
+    """What turns a corpus into rows as the method reads them, with the arguments of `data.encode`."""
+    contract = catalog.contract(catalog.get(method).room)
+    return contract.encoder(catalog.module(method), options)  # type: ignore[no-any-return]
 
 
 def name_base(folder: Path, ref: str) -> None:

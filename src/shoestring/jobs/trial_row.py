@@ -36,7 +36,7 @@ def row(asked: Mapping[str, Any]) -> dict[str, Any]:
     from shoestring.jobs._doors import open_doors, open_model
     from shoestring.jobs.evaluate import heldout
     from shoestring.jobs.pipeline import execute
-    from shoestring.jobs.train import name_base
+    from shoestring.jobs.train import encoder, name_base
 
     source, folder, method = Path(asked["source"]), Path(asked["folder"]), asked["method"]
     open_doors(source)
@@ -61,7 +61,8 @@ def row(asked: Mapping[str, Any]) -> dict[str, Any]:
     context = models.shape_of(source).context or 2048
     limit = min(asked["training"].get("max_length") or context, context)
     on_long = asked["training"].get("on_long", "error")
-    quality = heldout(loaded.model, data.encode(held_out, loaded.tokenizer, limit, on_long=on_long).rows)
+    encode = encoder(method, asked["options"]) if method else data.encode
+    quality = heldout(loaded.model, encode(held_out, loaded.tokenizer, max_length=limit, on_long=on_long).rows)
     return {"loss": quality.loss.value, "interval": quality.loss.interval, **found}
 
 

@@ -317,3 +317,14 @@ def test_a_context_is_never_passed_over() -> None:
 def test_an_empty_context() -> None:
     with pytest.raises(ValueError, match="context is empty"):
         tuner(wrapped()).read([])
+
+
+def test_held_out_loss_is_that_of_the_answer_after_reading() -> None:
+    from shoestring.jobs.evaluate import heldout
+
+    model, batch = wrapped(), episode()
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "context": [s.tolist() for s in segments(seed=0)]}
+    with torch.no_grad():
+        expected = float(model(**batch).loss)
+    assert heldout(model, [row]).loss.value == pytest.approx(expected, rel=1e-5)
+    assert heldout(model, [{**row, "context": [[9, 10, 11]]}]).loss.value != pytest.approx(expected, rel=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -88,6 +89,7 @@ def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: st
         if isinstance(made, peft.PromptLearningConfig) and made.num_virtual_tokens < 1:
             raise ValueError("num_virtual_tokens must be at least 1")
         wrapped = get_peft_model(model, made)  # type: ignore[arg-type]
+        _freeze_what_stands_beside(wrapped)
         if not any(p.requires_grad and p.numel() for p in wrapped.parameters()):
             raise ValueError("it would train nothing")
     except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
@@ -97,6 +99,15 @@ def wrap(module: ModuleType, model: nn.Module, options: dict[str, Any], kind: st
             f"{name} does not fit {type(model).__name__}", why, "Name other target_modules, or other options"
         ) from None
     return wrapped  # type: ignore[return-value]
+
+
+def _freeze_what_stands_beside(model: nn.Module) -> None:
+    """Numbers that a tuner's layers keep beside their adapters; peft sets them free when it makes them float32."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for kept in (getattr(layer, name, None) for name in layer.other_param_names):
+                if isinstance(kept, nn.ParameterDict):
+                    kept.requires_grad_(False)
 
 
 def _fitted(module: ModuleType, model: nn.Module) -> dict[str, Any]:
@@ -129,8 +140,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     torch.manual_seed(work.seed)
     model = wrap(module, loaded.model, dict(step.options), loaded.kind)
     settings = {**getattr(module, "TRAINING", {}), **work.training}
-    encode = partial(module.encode, options=dict(step.options)) if hasattr(module, "encode") else data.encode
-    rows, valid = encoded(loaded, replace(work, training=settings), encode)
+    rows, valid = encoded(loaded, replace(work, training=settings), encoder(module, step.options))
     settings = {name: value for name, value in settings.items() if name not in OF_ENCODING}
     result = training.train(
         model,
@@ -152,6 +162,11 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     work.ledger.record("flops", flops, "FLOP", "modelled", "2 N D forward, as much backward, and attention", "model")
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
             "truncated": rows.truncated, "stopped_because": result.stopped_because}  # fmt: skip
+
+
+def encoder(module: ModuleType, options: Mapping[str, Any]) -> Callable[..., data.Encoded]:
+    """What turns a corpus into the method's rows, with the arguments of `data.encode`."""
+    return partial(module.encode, options=dict(options)) if hasattr(module, "encode") else data.encode
 
 
 def encoded(

@@ -97,6 +97,8 @@ def measure(config: type[Any], source: Path, options: Mapping[str, Any], work: W
 
     meter = Meter.read(options)
     lengths = {"max_length": 96, "on_long": "truncate", **work.training}
+    if "learning_rate" in lengths:
+        raise UsageError("the meter has two learning rates", remedy="Give the options rate and direct_rate")
     loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
     rows, valid = catalog.contract("adapters").encoded(loaded, replace(work, training=lengths))
     if valid is None or not valid.rows:
@@ -216,11 +218,11 @@ class _Runner:
         from shoestring.training import TrainOptions, train
 
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        few = [self.rows[i] for i in order[: self.meter.steps * self.meter.batch]]
-        options = TrainOptions(
-            learning_rate=rate, max_steps=self.meter.steps, per_device_train_batch_size=self.meter.batch, seed=seed,
-            save_steps=0,
-        )  # fmt: skip
+        given = {name: value for name, value in self.work.training.items() if name not in ("max_length", "on_long")}
+        own = {"max_steps": self.meter.steps, "per_device_train_batch_size": self.meter.batch, "save_steps": 0}
+        options = TrainOptions(**{**own, **given, "learning_rate": rate, "seed": seed})
+        most = options.max_steps * options.per_device_train_batch_size
+        few = [self.rows[i] for i in (order[:most] if most > 0 else order)]
         with tempfile.TemporaryDirectory(dir=self.work.folder) as folder:
             train(model, few, [], options, Path(folder), tokenizer=self.loaded.tokenizer)
         return self.held_out()

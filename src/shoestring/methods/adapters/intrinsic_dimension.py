@@ -14,6 +14,8 @@ How it works
     5. The gradient of v is P^T times that of theta; for Fastfood the chain of 4 backwards                      (eq. 5)
     6. `measure`: d90 is the smallest d whose mean score over seeds reaches 0.9 of what training all covered weights
        reaches; d is raised on a logarithmic grid until it does, then refined between the last two             (eq. 6)
+       Its options: grid, refine, seeds, share, baseline, steps, batch, rate, direct_rate, examples, projection,
+       target_modules; fewer seeds, steps and examples take less time.
 
 Where it bends
     Above 4 million weights one Fastfood transform a tensor is taken instead of one for the model, with the same v; each

@@ -338,7 +338,7 @@ def _stacked_experts(module: nn.Module) -> bool:
     # Packed linear layers can have three-dimensional weights too.
     if is_projection(module) or isinstance(module, nn.Embedding | nn.Conv1d):
         return False
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    return any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
 
 
 def _is_router(name: str, module: nn.Module) -> bool:

@@ -87,7 +87,7 @@ def _weights(
         in_blocks.add(block.name)
         always_on |= {name for key, name in block.projections.items() if key.startswith("expert.shared")}
     active, passes = _active_share(config), _passes(config, anatomy)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     parameters = _tensors(model)
     names = {name for name, _ in parameters}
     on_disk = _stored(parameters, modules, folder) if folder else {}

@@ -15,7 +15,7 @@ from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.lab import tiny
 from shoestring.methods.adapters import _contract, _peft
-from shoestring.models import shape_of
+from shoestring.models import inspect, shape_of
 from shoestring.training import TrainOptions, train
 
 TUNERS = [n for n in catalog.in_room("adapters") if type(catalog.module(n).example()).__module__.startswith("peft.")]
@@ -142,3 +142,18 @@ def test_adalora_spends_its_budget_over_the_run(tmp_path: Path) -> None:
     ranks = {n: p.shape[0] for n, p in again.named_parameters() if "lora_E" in n}
     assert ranks == left, "the file holds more than what is left"
     torch.testing.assert_close(tiny.logits(again), tiny.logits(model), atol=1e-5, rtol=1e-4)
+
+
+def test_what_stands_beside_an_adapter_is_not_trained_in_bfloat16_either() -> None:
+    model = _contract.wrap(catalog.module("adalora"), tiny.model(dtype=torch.bfloat16), {})
+    promised = catalog.module("adalora").price(shape_of(tiny.model()), {}).trainable
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == promised
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_the_parts_of_an_adapted_model_are_still_found(name: str) -> None:
+    plain, model = tiny.model(), tiny.model()
+    _contract.wrap(catalog.module(name), model, {})
+    found, was = inspect(model), inspect(plain)
+    assert [b.projections.keys() for b in found.blocks] == [b.projections.keys() for b in was.blocks]
+    assert shape_of(model).context == shape_of(plain).context

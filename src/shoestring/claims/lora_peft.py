@@ -174,7 +174,7 @@ def _at_work(arms: Arms, name: str) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-4)
         seconds = []
-        for _ in range(4):
+        for _ in range(arms.size(2, 4)):
             began = time.perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()

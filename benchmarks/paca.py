@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,8 +102,9 @@ class Child:
 
     def ask(self, what: str) -> Any:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{' '.join(map(str, self.process.args))} ended")  # type: ignore[arg-type]
@@ -111,8 +112,9 @@ class Child:
 
     def end(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(60)
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
 
 
 def child(name: str, dtype: str, arm: str, args: argparse.Namespace) -> None:

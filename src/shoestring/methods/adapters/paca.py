@@ -19,6 +19,7 @@ Where it bends
     Outside training, over packed integers (the paper's QPaCA), with several adapters active, under torch.compile, on
     a weight that trains too or a layer with hooks, y = base(x) + (s D) x[c] is computed: the same function, and it
     too keeps only x[c].
+    On a bfloat16 base the columns of training are rounded to it, as merged ones are; before merging, answers are not.
     Columns are drawn at random, or by the largest or smallest norm; choosing by gradients is left out. One adapter
     trains in one thread at a time. On narrow layers there is little time to win; memory is saved everywhere.
 """

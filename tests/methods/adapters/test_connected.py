@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
+from shoestring.core import catalog
 from shoestring.engine.runner import Batch
 from shoestring.engine.torch_runner import TorchRunner
 from shoestring.lab import tiny
@@ -212,6 +213,32 @@ def test_the_block_stays_what_it_is() -> None:
         model.model.layers[1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
         model(tiny.batch())
     assert torch.equal(states[1], entering[0]), "recorded states are those of the adapted blocks"
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_it_learns_on_frozen_integers(name: str, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "float")
+    packed = lambda: AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=catalog.load(name)(group_size=32)
+    )
+    torch.manual_seed(0)
+    model: Any = get_peft_model(packed(), ConnectedConfig(r=4))
+    frozen = {n: v.clone() for n, v in model.state_dict().items()}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(**tiny.inputs(model)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2, losses
+    assert all(torch.equal(v, frozen[n]) for n, v in model.state_dict().items() if n not in trained), "the base moved"
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert torch.equal(
+        tiny.logits(PeftModel.from_pretrained(packed(), tmp_path / "adapter").eval()), tiny.logits(model)
+    )
 
 
 def test_the_engine_runs_adapted_blocks() -> None:

@@ -241,6 +241,14 @@ def test_blocks_may_have_a_factor_of_their_own() -> None:
     assert scalars.grad.abs().min() > 0
 
 
+def test_a_model_that_could_not_be_adapted_is_left_clean() -> None:
+    base = models.model()
+    with pytest.raises(ValueError, match="no_such"):
+        wrapped(base, d=10, target_modules=["no_such"])
+    assert not base._forward_pre_hooks and not base._forward_hooks
+    assert not wrapped(base, d=10).unload()._forward_pre_hooks
+
+
 def test_more_dimensions_than_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="d=99999 is more than the 24576 covered weights"):
         wrapped(d=99_999)

@@ -18,6 +18,7 @@ from shoestring.jobs.merge import merge
 from shoestring.lab import tiny
 from shoestring.methods.adapters.ssf import SsfConfig, register
 from shoestring.models import shape_of
+from shoestring.training import TrainOptions, train
 
 register()
 CONTRACT = catalog.contract("adapters")
@@ -404,6 +405,18 @@ def test_a_pool_trains_with_transformers_loss() -> None:
     assert model.base_model.ssf_keys["default"].grad.abs().sum() > 0
 
 
+def test_a_pool_trains_with_the_chunked_loss(tmp_path: Path) -> None:
+    model = wrapped(pool=4, choose=2)
+    keys = model.base_model.ssf_keys["default"]
+    before = keys.detach().clone()
+    rows = [{"input_ids": row, "labels": row} for row in tiny.batch(4).tolist()]
+    options = TrainOptions(learning_rate=1e-2, max_steps=3, per_device_train_batch_size=2, save_steps=0)
+    found = train(model, rows, [], options, tmp_path)
+    assert found.own_loss is None, "the key term is heard beside the chunked loss"
+    assert not torch.equal(keys, before)
+    assert int(model.base_model.usage().sum()) >= 3 * 2 * 2
+
+
 def test_disabled_pools_ask_nothing_and_change_nothing() -> None:
     model = stirred(wrapped(pool=4, choose=2))
     with model.disable_adapter():
@@ -444,6 +457,14 @@ def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
     if "task_type" not in options:
         with pytest.raises(UsageError, match=words):
             CONTRACT.config(catalog.module("ssf"), options)
+
+
+def test_a_model_that_could_not_be_adapted_is_left_clean() -> None:
+    base = tiny.model()
+    with pytest.raises(ValueError, match="no_such"):
+        wrapped(base, target_modules=["no_such"])
+    assert not base._forward_pre_hooks and not base._forward_hooks
+    assert not wrapped(base).unload()._forward_pre_hooks
 
 
 def test_a_site_that_is_no_layer_is_named() -> None:

@@ -285,7 +285,7 @@ class RandomSubspaceModel(_shared.Guard):
             self.intrinsic_dimension_v, self.intrinsic_dimension_scalars = nn.ParameterDict(), nn.ParameterDict()
             self.spaces: dict[str, Subspace] = {}
             self._standing: dict[str, tuple[str, ...]] = {}
-            self._hooks = [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
+            self._hooks: list[Any] = []
         space = self.spaces[adapter_name] = Subspace(config, adapter_name, self.intrinsic_dimension_v)
         self._met: dict[int, SubspaceSite] = {}
         device = next((p.device for p in model.parameters()), None)
@@ -305,6 +305,8 @@ class RandomSubspaceModel(_shared.Guard):
             space.scalars = self.intrinsic_dimension_scalars
             self.intrinsic_dimension_scalars[adapter_name] = nn.Parameter(torch.ones(len(space.groups), device=device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if not self._hooks:  # a model that could not be adapted keeps none
+            self._hooks = [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules in (None, "all"):

@@ -262,10 +262,7 @@ class SsfModel(_shared.Guard):
             self.ssf_keys = nn.ParameterDict()
             self.choices: dict[str, Choice] = {}
             self._asking = False
-            self._hooks = [
-                model.register_forward_pre_hook(self._before, with_kwargs=True),
-                model.register_forward_hook(self._after, with_kwargs=True),
-            ]
+            self._hooks: list[Any] = []
         config: Any = self.peft_config[adapter_name]
         self.choices[adapter_name] = Choice(torch.zeros(config.pool, dtype=torch.long))
         if config.pool > 1:
@@ -276,6 +273,11 @@ class SsfModel(_shared.Guard):
             device = next((p.device for p in model.parameters()), None)
             self.ssf_keys[adapter_name] = nn.Parameter(keys.to(device))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self._hooks:  # a model that could not be adapted keeps none
+            self._hooks = [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, with_kwargs=True),
+            ]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:

@@ -30,7 +30,7 @@ struct Span {
   int64_t first, keys;  // slots
 };
 
-template <int R, bool INT8>
+template <int R, int TYPE>
 void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
   const int64_t dims = layout.head_dim;
   for (int64_t key = 0; key < span.keys; key += KEYS * LANES) {
@@ -43,7 +43,21 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
     Floats dot[R][KEYS] = {};
     const float* q = rows.q[0];
     constexpr int64_t NEXT = MOST_DIM + 16;  // from one query to the next
-    if (!INT8) {
+    if (TYPE == SK_CACHE_FLOAT32) {
+      for (int64_t d = 0; d < dims; ++d, ++q) {
+        Floats key_dim[KEYS];
+        for (int v = 0; v < KEYS; ++v) {
+          read(k[v] + d * (SK_PAGE * 4), key_dim[v]);
+          if (R <= FETCHED) {
+            __builtin_prefetch(later[v] + d * (SK_PAGE * 4));
+            __builtin_prefetch(k[v] + layout.values + d * (SK_PAGE * 4));
+          }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < KEYS; ++v) dot[r][v] += key_dim[v] * q[r * NEXT];
+      }
+    } else if (TYPE != SK_CACHE_INT8) {
       for (int64_t d = 0; d < dims; d += 2, q += 2) {
         Floats even[KEYS], odd[KEYS];
         for (int v = 0; v < KEYS; ++v) {
@@ -122,7 +136,7 @@ void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool
     power_of_two(weight);
     weight = s == -__builtin_inff() ? Floats{} : weight;
     total[key / LANES % (16 / LANES)] += weight;
-    if (layout.type) {
+    if (layout.type == SK_CACHE_INT8) {
       Floats scale;
       read(span.heads[key / SK_PAGE] + layout.scales + SK_PAGE * 4 + key % SK_PAGE * 4, scale);
       weight *= scale;
@@ -144,9 +158,9 @@ void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool
 }
 
 // The weighted sums of D registers of dimensions.
-template <int R, int D, bool INT8>
+template <int R, int D, int TYPE>
 void values(const SkPageLayout& layout, const Span& span, Rows& rows, int64_t dim, const float* before, const float* now) {
-  constexpr int64_t EACH = INT8 ? 4 : 2;  // keys in a word
+  constexpr int64_t EACH = 4 / SK_CACHE_SIZES[TYPE];  // keys in a word
   Floats sum[R][D] = {};
   const int64_t stride = layout.value_width * 4, keys = span.keys;
   for (int64_t first = 0; first < keys; first += SK_PAGE) {
@@ -163,7 +177,9 @@ void values(const SkPageLayout& layout, const Span& span, Rows& rows, int64_t di
         if (i >= some) break;
         Floats x[D];
         for (int d = 0; d < D; ++d) {
-          if (INT8)
+          if (TYPE == SK_CACHE_FLOAT32)
+            x[d] = Floats(word[d]);
+          else if (TYPE == SK_CACHE_INT8)
             x[d] = __builtin_convertvector(Ints(word[d] << (24 - 8 * i)) >> 24, Floats);
           else
             x[d] = Floats(i ? word[d] & 0xffff0000u : word[d] << 16);
@@ -206,7 +222,7 @@ bool look(const SkAttention& a, const Span& span, int64_t token, int32_t* seen) 
   return any != 0;
 }
 
-template <int R, bool INT8>
+template <int R, int TYPE>
 void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
   const SkPageLayout& layout = *a.layout;
   const int64_t dims = layout.head_dim, width = layout.value_width, group = a.group;
@@ -237,13 +253,13 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
       for (int r = 0; r < R; ++r) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
       if (!any) continue;
     }
-    scores<R, INT8>(layout, span, rows);
+    scores<R, TYPE>(layout, span, rows);
     float before[R], now[R];
     for (int r = 0; r < R; ++r) weigh(layout, span, rows, r, masked, before[r], now[r]);
     constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
     int64_t dim = 0;
-    for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, INT8>(layout, span, rows, dim, before, now);
-    for (; dim < width; dim += LANES) values<R, 1, INT8>(layout, span, rows, dim, before, now);
+    for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, TYPE>(layout, span, rows, dim, before, now);
+    for (; dim < width; dim += LANES) values<R, 1, TYPE>(layout, span, rows, dim, before, now);
   }
   for (int r = 0; r < R; ++r) {
     float* out = a.out + (row + r) / group * a.stride + (row + r) % group * dims;
@@ -253,25 +269,25 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
 }
 
 // Rows in blocks of at most R.
-template <int R, bool INT8>
+template <int R, int TYPE>
 int64_t blocks(const SkAttention& a, int64_t row, Rows& rows) {
   if constexpr (R <= ROWS)
-    for (; a.count * a.group - row >= R; row += R) some_rows<R, INT8>(a, row, rows);
+    for (; a.count * a.group - row >= R; row += R) some_rows<R, TYPE>(a, row, rows);
   return row;
 }
 
-template <bool INT8>
+template <int TYPE>
 void all_rows(const SkAttention& a) {
   Rows rows;
-  int64_t row = blocks<12, INT8>(a, 0, rows);
-  row = blocks<9, INT8>(a, row, rows);
-  row = blocks<8, INT8>(a, row, rows);
-  row = blocks<6, INT8>(a, row, rows);
-  row = blocks<5, INT8>(a, row, rows);
-  row = blocks<4, INT8>(a, row, rows);
-  row = blocks<3, INT8>(a, row, rows);
-  row = blocks<2, INT8>(a, row, rows);
-  blocks<1, INT8>(a, row, rows);
+  int64_t row = blocks<12, TYPE>(a, 0, rows);
+  row = blocks<9, TYPE>(a, row, rows);
+  row = blocks<8, TYPE>(a, row, rows);
+  row = blocks<6, TYPE>(a, row, rows);
+  row = blocks<5, TYPE>(a, row, rows);
+  row = blocks<4, TYPE>(a, row, rows);
+  row = blocks<3, TYPE>(a, row, rows);
+  row = blocks<2, TYPE>(a, row, rows);
+  blocks<1, TYPE>(a, row, rows);
 }
 
 }  // namespace
@@ -280,7 +296,14 @@ namespace ISA {
 
 void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v) {
   const int64_t dims = layout.head_dim, width = layout.value_width;
-  if (layout.type == 0) {
+  if (layout.type == SK_CACHE_FLOAT32) {
+    float* keys = reinterpret_cast<float*>(head) + slot;
+    for (int64_t d = 0; d < dims; ++d) keys[d * SK_PAGE] = k[d];
+    float* value = reinterpret_cast<float*>(head + layout.values) + slot * width;
+    for (int64_t d = 0; d < width; ++d) value[d] = d < dims ? v[d] : 0;
+    return;
+  }
+  if (layout.type != SK_CACHE_INT8) {
     uint16_t* keys = reinterpret_cast<uint16_t*>(head) + slot * 2;
     for (int64_t d = 0; d < dims; ++d) keys[d / 2 * (SK_PAGE * 2) + d % 2] = to_bfloat16(k[d]);
     uint16_t* value = reinterpret_cast<uint16_t*>(head + layout.values) + slot / 2 * width * 2 + slot % 2;
@@ -309,6 +332,9 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
   }
 }
 
-void attend(const SkAttention& a) { a.layout->type ? all_rows<true>(a) : all_rows<false>(a); }
+void attend(const SkAttention& a) {
+  if (a.layout->type == SK_CACHE_FLOAT32) return all_rows<SK_CACHE_FLOAT32>(a);
+  a.layout->type == SK_CACHE_INT8 ? all_rows<SK_CACHE_INT8>(a) : all_rows<0>(a);
+}
 
 }  // namespace ISA

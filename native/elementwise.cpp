@@ -1,5 +1,5 @@
-// What a token passes between matrices: norms, rotary positions, the gate, low-rank additions. Every level sums in the same
-// sixteen lanes, so that activations do not depend on the instruction set.
+// What a token passes between matrices: norms, rotary positions, the gate. Every level sums in the same sixteen lanes, so that
+// activations do not depend on the instruction set.
 #include "kernels.h"
 #include "lanes.h"
 #include "number.h"
@@ -29,48 +29,6 @@ inline __attribute__((always_inline)) void gated(Floats& g, const Floats& up, in
   if (activation) s = g * 1.59576912f * (1.f + g * g * 0.044715f);  // tanh(z) = 2 sigmoid(2z) - 1
   sigmoid(s);
   g = g * s * up;
-}
-
-// R dot products with x.
-template <int R>
-void inner(const uint16_t* a, int64_t cols, const float* x, float* h) {
-  Floats sums[R][PARTS] = {};
-  int64_t i = 0;
-  for (; i + 16 <= cols; i += 16)
-    for (int64_t p = 0; p < PARTS; ++p) {
-      Floats v, w;
-      read(x + i + p * LANES, v);
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(a + (R + r) * cols + i + p * LANES);  // rows are too short for the hardware to see a stream
-        read_bfloat16(a + r * cols + i + p * LANES, w);
-        sums[r][p] += v * w;
-      }
-    }
-  for (int r = 0; r < R; ++r) {
-    h[r] = sixteen(sums[r]);
-    for (int64_t j = i; j < cols; ++j) h[r] += x[j] * from_bfloat16(a[r * cols + j]);
-  }
-}
-
-// R tiles of y += scale * (h @ b), the last of them `width` wide.
-template <int R>
-void outer(const uint16_t* b, int64_t rank, const float* h, float scale, float* y, int64_t width) {
-  Floats sums[R][PARTS] = {};
-  for (int64_t r = 0; r < rank; ++r)
-    for (int i = 0; i < R; ++i)
-      for (int64_t p = 0; p < PARTS; ++p) {
-        Floats w;
-        read_bfloat16(b + (i * rank + r) * SK_TILE + p * LANES, w);
-        sums[i][p] += w * h[r];
-      }
-  for (int i = 0; i < R; ++i) {
-    float tile[SK_TILE];
-    for (int64_t p = 0; p < PARTS; ++p) write(tile + p * LANES, sums[i][p] * scale);
-    if (i < R - 1 || width == SK_TILE)
-      for (int64_t j = 0; j < SK_TILE; ++j) y[i * SK_TILE + j] += tile[j];
-    else
-      for (int64_t j = 0; j < width; ++j) y[i * SK_TILE + j] += tile[j];
-  }
 }
 
 }  // namespace
@@ -138,21 +96,6 @@ void gate(float* g, const float* up, int64_t width, int64_t activation) {
 
 void scale_add(float* y, const float* x, float scale, int64_t width) {
   for (int64_t i = 0; i < width; ++i) y[i] = y[i] + x[i] * scale;
-}
-
-// h[begin..end-1] = a @ x, for a [rank][cols].
-void low_rank_in(const SkLowRank& m, int64_t cols, const float* x, float* h, int64_t begin, int64_t end) {
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) inner<4>(static_cast<const uint16_t*>(m.a) + r * cols, cols, x, h + r);
-  for (; r < end; ++r) inner<1>(static_cast<const uint16_t*>(m.a) + r * cols, cols, x, h + r);
-}
-
-// y[begin..end-1] += scale * (h @ b), begin a multiple of SK_TILE.
-void low_rank_out(const SkLowRank& m, const float* h, float scale, float* y, int64_t begin, int64_t end) {
-  const uint16_t* b = static_cast<const uint16_t*>(m.b) + begin * m.rank;
-  int64_t i = begin;
-  for (; i + 4 * SK_TILE <= end; i += 4 * SK_TILE, b += 4 * SK_TILE * m.rank) outer<4>(b, m.rank, h, scale, y + i, SK_TILE);
-  for (; i < end; i += SK_TILE, b += SK_TILE * m.rank) outer<1>(b, m.rank, h, scale, y + i, end - i < SK_TILE ? end - i : SK_TILE);
 }
 
 }  // namespace ISA

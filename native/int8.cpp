@@ -1,4 +1,4 @@
-// int8 codes in groups of 32, 64 or 128 columns with bfloat16 scales, stored as kernels.h says. value = scale * q.
+// int8 codes in groups of 16, 32, 64 or 128 columns with bfloat16 scales, stored as kernels.h says. value = scale * q.
 #include "tiles.h"
 
 namespace {
@@ -6,7 +6,7 @@ namespace {
 struct Int8 {
   static constexpr int BITS = 8;
   static constexpr bool HALF = false, MINIMUM = false;
-  static bool fits(int64_t, int64_t group) { return group == 32 || group == 64 || group == 128; }
+  static bool fits(int64_t, int64_t group) { return group == 16 || group == 32 || group == 64 || group == 128; }
   static int64_t row_bytes(int64_t cols, int64_t group) { return (cols + group - 1) / group * group; }
   static void read(const void* source, const void* scales, int64_t row, int64_t cols, int64_t group, int64_t g,
                    uint8_t* codes, uint16_t* scale, uint16_t*) {

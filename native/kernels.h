@@ -72,13 +72,12 @@ struct SkModel {
 // Keys and values in pages of SK_PAGE tokens: data + (layer * pages + page) * page_bytes.
 struct SkCache {
   void* data;
-  int64_t pages, page_bytes, type;  // type 0: bfloat16, 1: int8 with a float32 scale for each key and value
+  int64_t pages, page_bytes, type;  // 0: bfloat16, 1: int8 with a float32 scale for each key and value, 2: float32
 };
 
-// y += (a @ x) @ b, bfloat16: a [rank][in]; b, with the adapter's scale in it, in tiles [out / 16 rounded up][rank][16].
-struct SkLowRank {  // rank 0: absent
-  const void *a, *b;
-  int64_t rank;
+// y += b @ (a @ x): a [rank][in], b [out][rank] with all scales in it, without biases. a.rows 0: absent.
+struct SkLowRank {
+  SkMatrix a, b;
 };
 
 // Attention computed elsewhere: q [tokens][heads][head_dim] after rotation, k and v; writes out like q. Null: computed here.
@@ -107,6 +106,9 @@ SK_API int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t
 
 constexpr int64_t SK_PAGE = 16;
 constexpr int64_t SK_TILE = 16;  // rows of a packed tile: one row a 32-bit lane
+constexpr int64_t SK_LEAST_GROUP = 16;
+constexpr int64_t SK_CACHE_INT8 = 1, SK_CACHE_FLOAT32 = 2;
+constexpr int64_t SK_CACHE_SIZES[] = {2, 1, 4};  // bytes of a number, by SkCache.type
 
 // What a format wants to be multiplied with. Q8: int8 codes in the matrix's groups, as in SkTokens.
 enum SkKind : int32_t { SK_FLOAT32 = 0, SK_BFLOAT16 = 1, SK_Q8 = 2 };
@@ -165,8 +167,8 @@ struct SkOutput {
 struct SkPageLayout {  // bytes; a page holds one block a kv head, then, where a layer has a window, its tokens' positions
   int64_t type, head_dim;
   int64_t value_width;  // head_dim rounded up to whole registers
-  // Of a block: keys [head_dim / 2][SK_PAGE][2] bfloat16 or [head_dim / 4][SK_PAGE][4] int8 come first, then at `values`
-  // [SK_PAGE / 2][value_width][2] or [SK_PAGE / 4][value_width][4], then at `scales`, for int8, float32 [2][SK_PAGE].
+  // Of a block, where a 32-bit word holds n numbers: keys [head_dim / n][SK_PAGE][n] come first, then at `values`
+  // [SK_PAGE / n][value_width][n], then at `scales`, for int8, float32 [2][SK_PAGE].
   int64_t values, scales, head_bytes;
   int64_t positions;  // int32 [SK_PAGE] in a page
   int64_t bytes;      // of a page, a multiple of 64
@@ -203,9 +205,6 @@ struct SkAttention {  // queries of one kv head of one sequence
   /* g = activation(g) * up */                                                                                               \
   void gate(float* g, const float* up, int64_t width, int64_t activation);                                                   \
   void scale_add(float* y, const float* x, float scale, int64_t width);                                                      \
-  /* h[begin..end-1] = a @ x; y[begin..end-1] += scale * h @ b */                                                            \
-  void low_rank_in(const SkLowRank& m, int64_t cols, const float* x, float* h, int64_t begin, int64_t end);                  \
-  void low_rank_out(const SkLowRank& m, const float* h, float scale, float* y, int64_t begin, int64_t end);                  \
   /* Key and value of one token into its slot of a kv head's block. */                                                       \
   void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v);                       \
   void attend(const SkAttention& a);                                                                                         \
@@ -231,8 +230,6 @@ struct SkTable {
   decltype(&base::rotate) rotate;
   decltype(&base::gate) gate;
   decltype(&base::scale_add) scale_add;
-  decltype(&base::low_rank_in) low_rank_in;
-  decltype(&base::low_rank_out) low_rank_out;
   decltype(&base::store) store;
   decltype(&base::attend) attend;
   const SkFormat* formats[SK_FORMAT_COUNT];
@@ -247,5 +244,8 @@ struct SkScratch {
   ~SkScratch();
 };
 
-// Runs task(context, chunk) for every chunk in 0..chunks-1 on at most `threads` threads, the caller among them.
+// Runs task(context, chunk) for every chunk in 0..chunks-1 on at most `threads` threads, the caller among them. Chunks begin
+// in order, so a chunk may wait for earlier ones.
 void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, int32_t threads);
+// Returns when *done, which other threads raise by __atomic_fetch_add, has reached `wanted`.
+void sk_wait(const int64_t* done, int64_t wanted);

@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 
 // How long a worker stays awake after its last chunk, and from when on it gives way to any thread that wants the core.
 constexpr std::chrono::microseconds LINGER{200}, POLITE{40};
-// How long the caller waits awake for a claimed chunk, and how long it then sleeps at a time.
+// How long a thread waits awake for chunks that others have claimed, and how long it then sleeps at a time.
 constexpr std::chrono::microseconds PATIENCE{100}, NAP{50};
 
 inline void pause_briefly() {
@@ -38,7 +38,8 @@ struct Pool {
   std::atomic<int32_t> width{0};             // workers that may join
   void (*task)(void*, int64_t) = nullptr;
   void* context = nullptr;
-  alignas(64) std::atomic<int64_t> done{0};
+  int64_t all = 0;
+  alignas(64) int64_t done = 0;
 
   alignas(64) std::mutex owner;  // one job at a time; a second caller works alone
   std::mutex door;
@@ -50,8 +51,8 @@ struct Pool {
     int64_t left = open.load(std::memory_order_acquire);
     while (left > 0)
       if (open.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) {
-        task(context, left - 1);
-        done.fetch_add(1, std::memory_order_release);
+        task(context, all - left);
+        __atomic_fetch_add(&done, 1, __ATOMIC_RELEASE);
         return true;
       }
     return false;
@@ -96,26 +97,14 @@ struct Pool {
     if (workers < helpers) grow(helpers);
     task = job;
     context = argument;
-    done.store(0, std::memory_order_relaxed);
+    all = chunks;
+    __atomic_store_n(&done, 0, __ATOMIC_RELAXED);
     width.store(helpers, std::memory_order_relaxed);
     open.store(chunks);
     if (asleep.load() > 0) bell.notify_all();
     while (claim_one()) {
     }
-    if (done.load(std::memory_order_acquire) < chunks) wait(chunks);
-  }
-
-  // For chunks that workers have claimed.
-  void wait(int64_t chunks) {
-    const auto limit = Clock::now() + PATIENCE;
-    bool lost = false;
-    for (int spins = 1; done.load(std::memory_order_acquire) < chunks; ++spins) {
-      pause_briefly();
-      if (lost)
-        std::this_thread::sleep_for(NAP);
-      else if (spins % 64 == 0)
-        lost = Clock::now() > limit;
-    }
+    sk_wait(&done, chunks);
   }
 };
 
@@ -147,4 +136,17 @@ void sk_parallel(void (*task)(void*, int64_t), void* context, int64_t chunks, in
     return;
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) task(context, chunk);
+}
+
+void sk_wait(const int64_t* done, int64_t wanted) {
+  if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= wanted) return;
+  const auto limit = Clock::now() + PATIENCE;
+  bool lost = false;
+  for (int spins = 1; __atomic_load_n(done, __ATOMIC_ACQUIRE) < wanted; ++spins) {
+    pause_briefly();
+    if (lost)
+      std::this_thread::sleep_for(NAP);
+    else if (spins % 64 == 0)
+      lost = Clock::now() > limit;
+  }
 }

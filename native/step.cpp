@@ -1,5 +1,7 @@
 // Layers of a Llama-like model over a ragged batch. A layer is five parallel phases when tokens are few: q, k and v; attention;
 // o; gate and up; down. What lies between them (norms, int8 codes) is then too short to share and the caller does it alone.
+// Low-rank additions need no phase: their first half is the first chunks of the phase that they belong to, and the others
+// wait for it when their own product is done.
 // Every phase splits rows or tokens, never a sum, so results do not depend on the number of threads.
 #include <cstring>
 
@@ -65,6 +67,7 @@ struct Step {
   int32_t threads;
   SkPageLayout layout;
   int64_t q_width, kv_width, rank;  // rank: the highest of the adapters in use, 0 for none
+  int64_t low_bytes, low_x_bytes;   // of one token: a @ x as some matrix b wants it, x as some matrix a wants it
 
   const SkBlock* block;
   int64_t layer, begin, count;  // tokens of the present part
@@ -72,16 +75,17 @@ struct Step {
   int64_t tokens_each;
   const Tile* first_tile;
 
-  float *q, *k, *v, *out, *normed, *gate, *up, *added, *low;
-  char* input;
+  float *q, *k, *v, *out, *normed, *gate, *up, *added, *sums;
+  char *input, *low, *low_x;
   int32_t* sequence_of;  // [tokens]
   Run* runs;
   Tile* tiles;
   int64_t run_count;
+  int64_t low_done;  // runs whose a @ x is there
 };
 
 int64_t input_bound(int64_t cols, int64_t count) {
-  const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8, cols, 32, count);
+  const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8, cols, SK_LEAST_GROUP, count);
   return rounded_up(larger(plain, codes), 64);
 }
 
@@ -96,7 +100,11 @@ void lay_out(Step& s, Pieces& pieces) {
   pieces.take(s.gate, part * m.intermediate);
   pieces.take(s.up, part * m.intermediate);
   pieces.take(s.added, m.residual_scale == 1 ? 0 : part * m.hidden);
-  pieces.take(s.low, 3 * part * s.rank);
+  s.low_bytes = input_bound(s.rank, 1);
+  s.low_x_bytes = input_bound(larger(larger(m.hidden, s.q_width), m.intermediate), 1);
+  pieces.take(s.sums, part * s.rank);
+  pieces.take(s.low, s.rank ? 3 * part * s.low_bytes : 0);
+  pieces.take(s.low_x, s.rank ? part * s.low_x_bytes : 0);
   pieces.take(s.input, larger(3 * input_bound(m.hidden, part), input_bound(larger(s.q_width, m.intermediate), part)));
   pieces.take(s.sequence_of, tokens);
   pieces.take(s.runs, s.rank ? tokens : 0);
@@ -115,16 +123,17 @@ bool fits(const SkTable* table, const SkMatrix& m, int64_t rows, int64_t cols) {
 }
 
 bool page_layout(const SkModel& m, int64_t type, SkPageLayout& out) {
-  if (type < 0 || type > 1 || m.layers < 1 || !m.blocks) return false;
+  if (type < 0 || type > 2 || m.layers < 1 || !m.blocks) return false;
   if (m.head_dim < 2 || m.head_dim > MOST_DIM || m.head_dim % 2 || m.kv_heads < 1 || m.kv_heads > 65536) return false;
   bool window = false;
   for (int64_t l = 0; l < m.layers; ++l) window |= m.blocks[l].window > 0;
   out.type = type;
   out.head_dim = m.head_dim;
   out.value_width = rounded_up(m.head_dim, 16);
-  out.values = type ? rounded_up(m.head_dim, 4) * SK_PAGE : m.head_dim * SK_PAGE * 2;
-  out.scales = out.values + out.value_width * SK_PAGE * (type ? 1 : 2);
-  out.head_bytes = out.scales + (type ? 2 * SK_PAGE * 4 : 0);
+  const int64_t size = SK_CACHE_SIZES[type];
+  out.values = rounded_up(m.head_dim, 4 / size) * SK_PAGE * size;
+  out.scales = out.values + out.value_width * SK_PAGE * size;
+  out.head_bytes = out.scales + (type == SK_CACHE_INT8 ? 2 * SK_PAGE * 4 : 0);
   out.positions = out.head_bytes * m.kv_heads;
   out.bytes = out.positions + (window ? SK_PAGE * 4 : 0);
   return true;
@@ -172,8 +181,13 @@ bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, int64
   return true;
 }
 
-// The highest rank of the adapters in use, -1 when one of them does not exist.
-int64_t highest_rank(const SkBatch& b) {
+const SkMatrix& matrix_of(const SkBlock& b, int64_t projection) {
+  const SkMatrix* all[PROJECTIONS] = {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down};
+  return *all[projection];
+}
+
+// The highest rank of the adapters in use, -1 when one of them does not exist or does not fit.
+int64_t highest_rank(const SkTable* table, const SkModel& m, const SkBatch& b) {
   int64_t rank = 0;
   if (!b.adapters) return 0;
   int32_t known = -1;
@@ -183,8 +197,12 @@ int64_t highest_rank(const SkBatch& b) {
     if (adapter < 0 || adapter >= b.adapter_count || !b.low_rank || !b.low_rank[adapter]) return -1;
     const SkLowRank* parts = b.low_rank[adapter];
     for (int64_t i = b.first_layer * PROJECTIONS; i < b.last_layer * PROJECTIONS; ++i) {
-      if (parts[i].rank < 0 || parts[i].rank > 65536 || (parts[i].rank && (!parts[i].a || !parts[i].b))) return -1;
-      rank = larger(rank, parts[i].rank);
+      const SkLowRank& part = parts[i];
+      if (part.a.rows == 0) continue;
+      const SkMatrix& whole = matrix_of(m.blocks[i / PROJECTIONS], i % PROJECTIONS);
+      if (part.a.rows < 0 || part.a.rows > 65536 || part.a.bias || part.b.bias) return -1;
+      if (!fits(table, part.a, part.a.rows, whole.cols) || !fits(table, part.b, whole.rows, part.a.rows)) return -1;
+      rank = larger(rank, part.a.rows);
     }
     known = adapter;
   }
@@ -224,10 +242,6 @@ const SkLowRank& low_rank(const Step& s, const Run& run, int32_t projection) {
   return run.adapter[s.layer * PROJECTIONS + projection];
 }
 
-float* low_row(const Step& s, int32_t matrix, int64_t token) {
-  return s.low + (matrix * smaller(s.batch->tokens, PART) + token) * s.rank;
-}
-
 // The tokens of a run that lie in the present part, counted from its beginning.
 bool clip(const Step& s, const Run& run, int64_t& begin, int64_t& end) {
   begin = larger(run.begin, s.begin) - s.begin;
@@ -235,43 +249,98 @@ bool clip(const Step& s, const Run& run, int64_t& begin, int64_t& end) {
   return begin < end;
 }
 
-void low_rank_chunk(void* context, int64_t chunk) {
-  const Step& s = *static_cast<Step*>(context);
+// Tokens begin..end-1 of those that a job has prepared.
+SkInput some_of(const SkInput& in, SkKind kind, int64_t begin, int64_t end) {
+  const int64_t bytes = kind == SK_FLOAT32 ? 4 : kind == SK_BFLOAT16 ? 2 : 1;
+  SkInput some = in;
+  some.rows = static_cast<const char*>(in.rows) + begin * in.stride * bytes;
+  some.count = end - begin;
+  if (kind != SK_Q8) return some;
+  some.scales += begin * in.group_stride;
+  some.sums += begin * in.group_stride;
+  some.offsets += begin * in.group_stride;
+  return some;
+}
+
+bool same_input(const Step& s, const SkMatrix& a, const SkMatrix& b) {
+  const SkKind kind = format_of(s.table, a)->kind;
+  return kind == format_of(s.table, b)->kind && (kind != SK_Q8 || a.group == b.group);
+}
+
+// a @ x of tokens begin..end-1 and the job's matrix i.
+SkInput low_input(const Step& s, int32_t i, const SkMatrix& b, int64_t begin, int64_t end) {
+  char* memory = s.low + (i * smaller(s.batch->tokens, PART) + begin) * s.low_bytes;
+  return sk_input(memory, format_of(s.table, b)->kind, b.cols, b.group, end - begin);
+}
+
+// a @ x of a run's tokens for every matrix of the job.
+void reduce(const Step& s, const Run& run) {
   const Job& j = s.job;
-  const int32_t i = int32_t(chunk % j.count);
-  const Run& run = s.runs[chunk / j.count];
-  const SkLowRank& m = low_rank(s, run, j.projection[i]);
-  const int64_t cols = j.matrix[i]->cols;
-  const float* x = j.norm ? s.normed : j.x;
-  const int64_t stride = j.norm ? cols : j.x_stride;
   int64_t begin, end;
-  if (m.rank == 0 || !clip(s, run, begin, end)) return;
-  for (int64_t t = begin; t < end; ++t) s.table->low_rank_in(m, cols, x + t * stride, low_row(s, i, t), 0, m.rank);
+  if (!clip(s, run, begin, end)) return;
+  const SkMatrix* prepared = nullptr;
+  for (int32_t i = 0; i < j.count; ++i) {
+    const SkLowRank& m = low_rank(s, run, j.projection[i]);
+    if (m.a.rows == 0) continue;
+    const SkFormat *a = format_of(s.table, m.a), *b = format_of(s.table, m.b);
+    SkInput x;
+    if (same_input(s, *j.matrix[i], m.a)) {
+      x = some_of(j.input[i], a->kind, begin, end);
+    } else {
+      x = sk_input(s.low_x + begin * s.low_x_bytes, a->kind, m.a.cols, m.a.group, end - begin);
+      const float* from = j.norm ? s.normed : j.x;
+      const int64_t stride = j.norm ? m.a.cols : j.x_stride;
+      if (!prepared || !same_input(s, *prepared, m.a))
+        s.table->prepare(from + begin * stride, stride, m.a.cols, a->kind, m.a.group, x, 0, end - begin);
+      prepared = &m.a;
+    }
+    float* sums = s.sums + begin * s.rank;
+    a->product(m.a, x, sums, s.rank, false, 0, m.a.rows);
+    s.table->prepare(sums, s.rank, m.b.cols, b->kind, m.b.group, low_input(s, i, m.b, begin, end), 0, end - begin);
+  }
+}
+
+// Few rows of many adapters are too short for the hardware to see a stream: they are asked for while the product is computed.
+void fetch_low_rank(const Step& s, int32_t i, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < s.run_count; ++r) {
+    const SkMatrix& b = low_rank(s, s.runs[r], s.job.projection[i]).b;
+    if (b.rows == 0 || (r > 0 && s.runs[r].adapter == s.runs[r - 1].adapter)) continue;
+    const SkFormat* f = format_of(s.table, b);
+    const char* p = static_cast<const char*>(b.data);
+    for (int64_t at = f->packed_size(begin, b.cols, b.group), stop = f->packed_size(end, b.cols, b.group); at < stop; at += 64)
+      __builtin_prefetch(p + at);
+  }
 }
 
 void multiply(const Step& s, int32_t i, int64_t begin, int64_t end) {
   const Job& j = s.job;
   const SkMatrix& m = *j.matrix[i];
-  const float scale = float(s.model->residual_scale);
   const bool aside = j.add && s.added;
   float* y = aside ? s.added : j.y[i];
+  fetch_low_rank(s, i, begin, end);
   j.format[i]->product(m, j.input[i], y, j.stride[i], j.add && !aside, begin, end);
   if (aside)
     for (int64_t t = 0; t < s.count; ++t)
-      s.table->scale_add(j.y[i] + t * j.stride[i] + begin, y + t * j.stride[i] + begin, scale, end - begin);
+      s.table->scale_add(j.y[i] + t * j.stride[i] + begin, y + t * j.stride[i] + begin, float(s.model->residual_scale), end - begin);
+  if (s.run_count) sk_wait(&s.low_done, s.run_count);
   for (int64_t r = 0; r < s.run_count; ++r) {
-    const SkLowRank& low = low_rank(s, s.runs[r], j.projection[i]);
+    const SkMatrix& b = low_rank(s, s.runs[r], j.projection[i]).b;
     int64_t first, last;
-    if (low.rank == 0 || !clip(s, s.runs[r], first, last)) continue;
-    for (int64_t t = first; t < last; ++t)
-      s.table->low_rank_out(low, low_row(s, i, t), j.add ? scale : 1.f, j.y[i] + t * j.stride[i], begin, end);
+    if (b.rows == 0 || !clip(s, s.runs[r], first, last)) continue;
+    const SkInput h = low_input(s, i, b, first, last);
+    format_of(s.table, b)->product(b, h, j.y[i] + first * j.stride[i], j.stride[i], true, begin, end);
   }
 }
 
 void product_chunk(void* context, int64_t chunk) {
-  const Step& s = *static_cast<Step*>(context);
+  Step& s = *static_cast<Step*>(context);
   const Job& j = s.job;
-  int64_t begin = chunk * j.tiles_each * SK_TILE, end = begin + j.tiles_each * SK_TILE;
+  if (chunk < s.run_count) {
+    reduce(s, s.runs[chunk]);
+    __atomic_fetch_add(&s.low_done, 1, __ATOMIC_RELEASE);
+    return;
+  }
+  int64_t begin = (chunk - s.run_count) * j.tiles_each * SK_TILE, end = begin + j.tiles_each * SK_TILE;
   if (j.gated) {
     end = smaller(end, j.matrix[0]->rows);
     multiply(s, 0, begin, end);
@@ -307,11 +376,11 @@ void run_job(Step& s) {
   }
   s.tokens_each = s.count <= FEW || s.threads <= 1 ? s.count : TOKENS_EACH;
   sk_parallel(prepare_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
-  if (s.run_count) sk_parallel(low_rank_chunk, &s, s.run_count * j.count, s.threads);
   // Several chunks a thread, so that one which is held up does not hold up the step.
   const int64_t wanted = s.threads > 1 ? int64_t(s.threads) * 4 : 1;
   j.tiles_each = (tiles + wanted - 1) / wanted;
-  sk_parallel(product_chunk, &s, (tiles + j.tiles_each - 1) / j.tiles_each, s.threads);
+  s.low_done = 0;
+  sk_parallel(product_chunk, &s, s.run_count + (tiles + j.tiles_each - 1) / j.tiles_each, s.threads);
 }
 
 // ---- attention ----
@@ -569,7 +638,7 @@ int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch,
       (!model->embedding || !fits(s.table, *model->embedding, model->vocab, model->hidden)))
     return 1;
   if (!batch_holds(*model, cache, *batch, s.layout.bytes)) return 1;
-  s.rank = highest_rank(*batch);
+  s.rank = highest_rank(s.table, *model, *batch);
   if (s.rank < 0) return 1;
   if (batch->tokens == 0) return 0;
   s.q_width = model->heads * model->head_dim;
@@ -633,7 +702,7 @@ int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table
     const int32_t source = table[from[i] / SK_PAGE], target = table[to[i] / SK_PAGE];
     if (source < 0 || source >= cache->pages || target < 0 || target >= cache->pages) return 1;
   }
-  const int64_t size = layout.type ? 1 : 2, each = 4 / size, pieces = layout.type ? rounded_up(layout.head_dim, 4) / 4 : layout.head_dim / 2;
+  const int64_t size = SK_CACHE_SIZES[layout.type], each = 4 / size, pieces = rounded_up(layout.head_dim, each) / each;
   for (int64_t l = 0; l < model->layers; ++l)
     for (int64_t i = 0; i < count; ++i) {
       uint8_t* pages = static_cast<uint8_t*>(cache->data) + l * cache->pages * layout.bytes;
@@ -646,7 +715,7 @@ int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table
         for (int64_t d = 0; d < width; ++d)
           std::memmove(y + layout.values + (b / each * width + d) * 4 + b % each * size,
                        x + layout.values + (a / each * width + d) * 4 + a % each * size, size_t(size));
-        if (layout.type)
+        if (layout.type == SK_CACHE_INT8)
           for (int64_t which = 0; which < 2; ++which)
             std::memmove(y + layout.scales + (which * SK_PAGE + b) * 4, x + layout.scales + (which * SK_PAGE + a) * 4, 4);
       }

@@ -372,6 +372,8 @@ struct Tiles {
   }
 
   static void product(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end) {
+    if constexpr (F::BITS == 8)
+      if (m.group == 16) return Product<F, 16>::all(m, x, {y, y_stride, add, end}, begin);
     switch (m.group) {
       case 32: return Product<F, 32>::all(m, x, {y, y_stride, add, end}, begin);
       case 64: return Product<F, 64>::all(m, x, {y, y_stride, add, end}, begin);

@@ -179,14 +179,13 @@ class Greedy:
     margins: np.ndarray
 
 
-def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int, *, exact: bool = False) -> Greedy:
-    """All prompts in one ragged batch, then all their answers side by side; exact: keys and values in float32."""
+def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -> Greedy:
+    """All prompts in one ragged batch, then all their answers side by side."""
     tables, first = [], 0
     for prompt in prompts:
         tables.append(pages(len(prompt) + steps, first))
         first += len(tables[-1])
     runner.reserve(first)
-    runner.attention = FloatPages(first) if exact else None
     parts = [Part(list(prompt), table) for prompt, table in zip(prompts, tables)]
     tokens, margins = [], []
     for _ in range(steps):

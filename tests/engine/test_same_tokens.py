@@ -42,12 +42,11 @@ def prompts(folder: Path) -> list[list[int]]:
 def test_same_greedy_tokens(
     dtype: str, exact: bool, folder: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture
 ) -> None:
-    native = open_runner("native", folder, dtype=dtype)
-    written = greedy(native, prompts, STEPS, exact=exact)
+    cache_dtype = "fp32" if exact else "bf16"
+    native = open_runner("native", folder, dtype=dtype, cache_dtype=cache_dtype)
+    written = greedy(native, prompts, STEPS)
     native.close()
-    reread = reading(
-        open_runner("torch", folder, dtype=dtype, cache_dtype="fp32" if exact else "bf16"), prompts, written
-    )
+    reread = reading(open_runner("torch", folder, dtype=dtype, cache_dtype=cache_dtype), prompts, written)
     differs = reread.tokens != written.tokens
     gaps = reread.margins[differs]
     with capsys.disabled():

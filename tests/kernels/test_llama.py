@@ -127,6 +127,20 @@ def test_int8_pages_stay_near_bfloat16_pages(isa):
     np.testing.assert_array_equal(np.concatenate(steps), whole)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_fp32_pages_lose_nothing(name, isa):
+    made = family(name)
+    model = native(made)
+    with torch.no_grad():
+        want = array(made(torch.tensor([IDS])).logits[0])
+    cache, chain = dirty_cache(model, 8, "fp32"), Chain(pages(70, 2))
+    whole = feed(model, cache, chain, IDS)
+    assert distance(whole, want) < 1e-5
+    cache, chain = dirty_cache(model, 8, "fp32"), Chain(pages(70))
+    steps = [feed(model, cache, chain, part) for part in (IDS[:31], IDS[31:60], *([i] for i in IDS[60:]))]
+    np.testing.assert_array_equal(np.concatenate(steps), whole)
+
+
 def test_normed_is_the_final_norm():
     made = family("qwen3")
     model = native(made)
@@ -140,7 +154,7 @@ def test_normed_is_the_final_norm():
 def test_nan_weights_give_nan_and_no_crash():
     made = family("llama")
     made.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
-    for type in ("bf16", "int8"):
+    for type in ("bf16", "int8", "fp32"):
         model = native(made)
         cache = model.cache(5, type)
         hidden = model.run(cache, batch([(Chain(pages(20)), IDS[:20])]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llamas import Chain, batch, dirty_cache, family, int32, native, needs_library, pages
+from llamas import Chain, batch, dirty_cache, family, int32, native, needs_library, pages, tiny_model
 
 from shoestring.core.errors import UsageError
 from shoestring.kernels.llama import Adapter, Llama
@@ -25,6 +25,7 @@ def model() -> Llama:
 def test_pages_have_the_size_they_say(model):
     assert model.page_bytes("bf16") == 2 * 2 * 16 * 16 * 2
     assert model.page_bytes("int8") == 2 * (2 * 16 * 16 + 2 * 16 * 4)
+    assert model.page_bytes("fp32") == 2 * (2 * 16 * 16 * 4)
     windowed = native(family("mistral", sliding_window=4))
     assert windowed.page_bytes("bf16") == model.page_bytes("bf16") + 64
     wide = native(family("llama", head_dim=18))
@@ -66,7 +67,7 @@ def test_an_index_outside_is_refused_and_nothing_written(name, model):
         if hidden is not None and "id " in name:
             continue  # ids are not read where the stream is given
         with pytest.raises(UsageError):
-            model.run(cache, made, hidden=hidden, adapters=[Adapter({})], threads=2)
+            model.run(cache, made, hidden=hidden, adapters=[Adapter(3, {})], threads=2)
     np.testing.assert_array_equal(cache.data, before)
     assert (stream == 7).all()
 
@@ -127,7 +128,20 @@ def test_weights_that_do_not_belong_together_are_named(model):
         dataclasses.replace(model, activation="relu")
     with pytest.raises(UsageError, match="without layers"):
         dataclasses.replace(model, blocks=())
-    low = Adapter({(0, "q"): (np.zeros((4, 3), np.uint16), np.zeros((4, 64), np.uint16))})
+    zeros = np.zeros((64, 64), np.float32)
+    for parts, message in (
+        ({(0, "q"): (zeros[:4, :3], zeros[:, :4])}, "adapter's q of layer 0"),
+        ({(0, "down"): (zeros[:4], zeros[:, :4])}, "adapter's down of layer 0"),
+        ({(0, "q"): (zeros[:0], zeros[:, :0])}, "adapter's q of layer 0"),
+        ({(9, "q"): (zeros[:4], zeros[:, :4])}, "q of layer 9"),
+        ({(0, "w"): (zeros[:4], zeros[:, :4])}, "w of layer 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            model.adapter(parts)
     made = batch([(Chain(pages(5)), IDS)], adapters=[0] * 5)
-    with pytest.raises(UsageError, match="adapter's q of layer 0"):
-        model.run(dirty_cache(model, 2), made, adapters=[low])
+    with pytest.raises(UsageError, match="adapter for 2 layers"):
+        model.run(dirty_cache(model, 2), made, adapters=[Adapter(2, {})])
+    small = native(tiny_model("llama", seed=0, hidden_size=32))
+    alien = small.adapter({(0, "q"): (zeros[:4, :32], zeros[:32, :4])})
+    with pytest.raises(UsageError, match="index lies outside"):
+        model.run(dirty_cache(model, 2), made, adapters=[alien])

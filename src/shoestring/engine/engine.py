@@ -87,14 +87,14 @@ class Engine:
         model: hub id, folder, GGUF file, `smollm2`, or a runner with its tokenizer as (runner, tokenizer).
         runner: "native", "torch", or "auto": native where the family and its weights allow it.
         dtype: "auto" computes on the weights as they are stored.
-        cache_dtype: "bf16" or "int8" keys and values.
+        cache_dtype: "bf16", "int8" or "fp32" keys and values.
         memory: bytes for keys and values, a hard limit; None takes 1 GiB or a quarter of the free memory, whichever is
             less, and always one full context.
         max_sequences: answers computed at the same time.
         max_step_tokens: tokens of one step; a longer prompt is computed in chunks beside the answers of others.
         context: longest sequence; None is the model's own.
         threads: of the arithmetic; None is one for each core that this process may use.
-        adapters: names of LoRA folders, loaded beside the weights.
+        adapters: name -> folder of adapters that are LoRA, or can be written as one, loaded beside the weights.
 
     Raises:
         UsageError: a model that cannot be opened. DoesNotFit: the memory is not to be had.
@@ -258,6 +258,8 @@ class Engine:
         if plan.copies:
             self.runner.copy_blocks(plan.copies)
         totals = self._totals
+        if self.adapters:  # answers of one adapter side by side read it once
+            plan.chunks.sort(key=lambda chunk: self._works[chunk.sequence].adapter)
         works = [self._works[chunk.sequence] for chunk in plan.chunks]
         for work in works:
             if not work.started:
@@ -394,10 +396,10 @@ class Engine:
     # ---- adapters ----
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
-        """Load a PEFT LoRA folder; requests name it. The base is not copied.
+        """Load an adapter that is a LoRA, or can be written as one; requests name it. The base is not copied.
 
         Raises:
-            UsageError: the name is taken, or the adapter does not belong to this model.
+            UsageError: the name is taken, or the adapter does not belong to this model or is more than low-rank.
         """
         if not name or name == self.name or name in self.adapters:
             raise UsageError(f"The name {name!r} is taken", remedy="Give the adapter another name")

@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders as low-rank matrices for the native kernels: read without torch, refused when they are more."""
+"""PEFT's LoRA folders as low-rank matrices: read without torch, refused when they are more."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from shoestring.core.errors import UsageError
-from shoestring.kernels.llama import Adapter
+from shoestring.engine.adapter_forms import NotBeside
 from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from shoestring.models.llama_like import PROJECTIONS, LlamaLike
-from shoestring.models.tensors import bfloat16, floats, open_safetensors
+from shoestring.models.tensors import floats, open_safetensors
 
 _TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+)_proj\.lora_(A|B)\.weight", re.ASCII
@@ -27,15 +27,14 @@ _HARMLESS = {
 }  # fmt: skip
 # Ways to begin that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ ...) change them.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MERGE = "Merge it into its base: `shoestring merge`"
 
 
-def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
-    """The adapter in `folder` for `model`; its scale is in b. Rounded to bfloat16, 8 significant bits.
+def read_adapter(folder: Path, model: LlamaLike) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """The adapter in `folder` for `model`: (layer, projection) -> a [rank, in], b [out, rank] with the scale in it.
 
     Raises:
-        UsageError: pickles or corrupt files; more than plain LoRA; tensors that the model has no place for, of other
-            shapes, or not finite. The field or tensor is named.
+        NotBeside: more than plain LoRA, or tensors that the model has no place for.
+        UsageError: pickles or corrupt files; tensors of other shapes, or not finite. The field or tensor is named.
     """
     config = check_adapter(folder)
     refuse_more(folder, config)
@@ -47,10 +46,9 @@ def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
         role = match[2] if match else ""
         layer = int(match[1]) if match else 0
         if match is None or role not in PROJECTIONS or layer >= model.layers:
-            raise UsageError(
+            raise NotBeside(
                 f"{where} holds {name[:120]}",
-                f"a {model.family} model of {model.layers} layers has no low-rank matrix of that name",
-                "Use the adapter with the base it was trained on",
+                f"a {model.family} model of {model.layers} layers takes no low-rank matrix of that name",
             )
         rows, cols = model.shape_of(role)
         dims = tensors.dims(name) or (0,)
@@ -81,8 +79,8 @@ def read_adapter(folder: Path, model: LlamaLike) -> Adapter:
             )
         alpha = chosen(folder, config, "alpha_pattern", "lora_alpha", module)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        parts[layer, role] = bfloat16(a), bfloat16(np.ascontiguousarray(b.T) * np.float32(scale))
-    return Adapter(parts)
+        parts[layer, role] = a, b * np.float32(scale)
+    return parts
 
 
 def model_name(layer: int, role: str) -> str:
@@ -91,22 +89,15 @@ def model_name(layer: int, role: str) -> str:
 
 
 def refuse_more(folder: Path, config: dict[str, Any]) -> None:
-    """Raises UsageError when adapter_config.json asks for more than y += scale * B A x; the fields are named."""
+    """Raises NotBeside when adapter_config.json asks for more than y += scale * B A x; the fields are named."""
     where = folder / ADAPTER_CONFIG
-    if config.get("peft_type") != "LORA":
-        raise UsageError(
-            f"{where} is of the type {str(config.get('peft_type'))[:40]!r}",
-            "only LoRA adapters run beside the weights",
-            _MERGE,
-        )
     more = sorted(name for name, value in config.items() if value and name not in _HARMLESS)
     more += ["bias"] if config.get("bias", "none") != "none" else []
     more += [] if config.get("init_lora_weights") in _STARTS else ["init_lora_weights"]
     if more:
-        raise UsageError(
+        raise NotBeside(
             f"{where} asks for more than low-rank products ({', '.join(more)[:200]})",
             "this cannot be mixed with other adapters in one batch",
-            _MERGE,
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from shoestring.core.errors import DoesNotFit, UsageError, nearest
 from shoestring.core.text import show_bytes
+from shoestring.engine.adapter_forms import plain
 from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
@@ -115,7 +116,8 @@ class NativeRunner:
         self._llama.move(self._pages(), table, moves)
 
     def add_adapter(self, folder: str) -> int:
-        adapter = read_adapter(Path(folder), self.model)
+        with plain(Path(folder)) as found:
+            adapter = self._llama.adapter(read_adapter(found, self.model))
         number = self._adapters.index(None) if None in self._adapters else len(self._adapters)
         self._adapters[number : number + 1] = [adapter]
         return number

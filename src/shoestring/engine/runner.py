@@ -104,10 +104,11 @@ class Runner(Protocol):
         """Copy slots (from, to) of one sequence, in order: keeps the accepted branch of a token tree."""
 
     def add_adapter(self, folder: str) -> int:
-        """Load a PEFT LoRA folder beside the weights; its number for `Batch.adapters`.
+        """Load a PEFT adapter that is a LoRA, or can be written as one, beside the weights; its number for batches.
 
         Raises:
-            UsageError: it does not belong to this model, or is no plain LoRA.
+            NotBeside: it is more than that.
+            UsageError: it does not belong to this model.
         """
 
     def drop_adapter(self, number: int) -> None: ...

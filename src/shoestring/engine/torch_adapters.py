@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shoestring.core.errors import UsageError
+from shoestring.engine.adapter_forms import NotBeside, plain
 from shoestring.engine.low_rank import chosen, refuse_more
 from shoestring.engine.runner import Batch
 from shoestring.models.anatomy import features
@@ -41,7 +42,8 @@ class Adapters:
 
     def add(self, folder: Path) -> int:
         """The number of the adapter in `folder`; see `Runner.add_adapter`."""
-        found = self._read(folder)
+        with plain(folder) as written:
+            found = self._read(written)
         number, self._next = self._next, self._next + 1
         self.numbers.add(number)
         for name, pair in found.items():
@@ -101,19 +103,16 @@ class Adapters:
         for key, tensor in tensors.items():
             name, _, half = key.removesuffix(".weight").rpartition(".")
             if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
-                raise UsageError(
-                    f"{folder / ADAPTER_WEIGHTS} holds {key}, which is no low-rank matrix", remedy="Merge it instead"
-                )
+                raise NotBeside(f"{folder / ADAPTER_WEIGHTS} holds {key[:120]}", "which is no low-rank matrix")
             halves.setdefault(name.removeprefix(_PREFIX), {})[half] = tensor
         return {name: self._pair(folder, name, pair, config) for name, pair in halves.items()}
 
     def _pair(self, folder: Path, name: str, halves: dict[str, torch.Tensor], config: dict[str, Any]) -> _Pair:
         module = self._projections.get(name)
         if module is None:
-            raise UsageError(
+            raise NotBeside(
                 f"{folder} adapts {name}, which is no projection of this model's blocks",
                 "it may belong to another model",
-                "Use the adapter with the base it was trained on, or merge it",
             )
         columns, rows = features(module)
         if len(halves) != 2:

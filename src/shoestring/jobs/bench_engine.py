@@ -27,7 +27,7 @@ class LatencyRequest:
         repeats: timed answers, after one that is not timed.
         runner: native, torch, or auto.
         dtype: what to compute in; auto computes on the weights as they are stored.
-        cache_dtype: keys and values in bf16 or int8.
+        cache_dtype: keys and values in bf16, int8 or fp32.
         threads: of the arithmetic; default: one for each core that the process may use.
     """
 
@@ -52,7 +52,7 @@ class ThroughputRequest:
         concurrency: answers computed at the same time.
         runner: native, torch, or auto.
         dtype: what to compute in; auto computes on the weights as they are stored.
-        cache_dtype: keys and values in bf16 or int8.
+        cache_dtype: keys and values in bf16, int8 or fp32.
         threads: of the arithmetic; default: one for each core that the process may use.
         seed: of lengths and tokens.
     """

@@ -8,20 +8,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from shoestring.core.errors import DoesNotFit, UsageError
-from shoestring.kernels.matrix import Matrix, SkMatrix, library
+from shoestring.kernels.matrix import AS_STORED, Matrix, Memory, SkMatrix, library, make, to_int8
 
 PAGE = 16  # tokens; SK_PAGE of native/kernels.h
 TILE = 16  # rows; SK_TILE
-CACHE_TYPES = ("bf16", "int8")
+CACHE_TYPES = ("bf16", "int8", "fp32")
 ACTIVATIONS = ("silu", "gelu_tanh")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_JOBS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # projections of the same tokens
 MOST_HEAD_DIM = 512
 
 # (layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]) -> [tokens, heads, head_dim], all float32.
@@ -73,7 +74,7 @@ class _SkCache(ctypes.Structure):
 
 
 class _SkLowRank(ctypes.Structure):
-    _fields_ = [("a", _Address), ("b", _Address), ("rank", _Count)]
+    _fields_ = [("a", SkMatrix), ("b", SkMatrix)]
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -145,13 +146,22 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank additions y += (a x) b to a model's projections.
+    """Low-rank additions y += b (a x) to the projections of the model whose `adapter` made it.
 
     Attributes:
-        parts: (layer, projection) -> a [rank, in], b [rank, out], bfloat16 as uint16; the adapter's scale is in b.
+        layers: of the model.
+        parts: (layer, projection) -> a [rank, in], b [out, rank].
     """
 
-    parts: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+    layers: int
+    parts: dict[tuple[int, str], tuple[Matrix, Matrix]]
+
+    @functools.cached_property
+    def struct(self) -> Any:
+        structs = (_SkLowRank * (self.layers * len(PROJECTIONS)))()
+        for (layer, name), (a, b) in self.parts.items():
+            structs[layer * len(PROJECTIONS) + PROJECTIONS.index(name)] = _SkLowRank(a.struct, b.struct)
+        return structs
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +305,45 @@ class Llama:
         self._finish(hidden, rows, None, out, threads)
         return out
 
+    def adapter(self, parts: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]]) -> Adapter:
+        """Low-rank additions laid out for this model.
+
+        Beside a matrix of float32 they stay float32. Beside others they become 8-bit codes in groups of 16 or more
+        columns; a number is then off by at most 1/253 of the largest of its group.
+
+        Args:
+            parts: (layer, projection) -> a [rank, in], b [out, rank], float32, with the adapter's scale in either.
+
+        Raises:
+            UsageError: a projection that the model does not have, or other shapes.
+            DoesNotFit: no memory.
+        """
+        for (layer, name), (a, b) in parts.items():
+            if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
+                raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
+            matrix: Matrix = getattr(self.blocks[layer], name)
+            if not len(a) or a.shape != (len(a), matrix.cols) or b.shape != (matrix.rows, len(a)):
+                raise UsageError(
+                    f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
+                    f"the model's is {matrix.rows} x {matrix.cols}",
+                )
+        memory = Memory()
+        made: dict[tuple[int, str], tuple[Matrix, Matrix]] = {}
+        # In the order of use: eight adapters in a batch are more bytes than some models.
+        for layer, block in enumerate(self.blocks):
+            for job in _JOBS:
+                names = [name for name in job if (layer, name) in parts]
+                halves = []
+                for name in names:
+                    beside: Matrix = getattr(block, name)
+                    group = 32 if beside.format in AS_STORED else beside.group  # the same codes of x for both
+                    halves.append(_beside(beside, parts[layer, name][0], group, memory))
+                for name, half in zip(names, halves, strict=True):
+                    b = parts[layer, name][1] * np.float32(self.residual_scale if name in ("o", "down") else 1)
+                    group = next((group for group in (16, 32, 64) if half.rows <= group), 128)
+                    made[layer, name] = half, _beside(getattr(block, name), b, group, memory)
+        return Adapter(len(self.blocks), made)
+
     def move(self, cache: Cache, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
         """Copy slots (from, to) of the sequence with this table, in order, in every layer.
 
@@ -394,47 +443,12 @@ class Llama:
         table = (_Address * len(adapters))()
         for number, adapter in enumerate(adapters):
             if adapter is not None:
-                table[number] = ctypes.addressof(self._laid_out(adapter))
+                if adapter.layers != len(self.blocks):
+                    raise UsageError(
+                        f"An adapter for {adapter.layers} layers does not fit a model of {len(self.blocks)}"
+                    )
+                table[number] = ctypes.addressof(adapter.struct)
         return table
-
-    def _laid_out(self, adapter: Adapter) -> Any:
-        known = adapter.__dict__.get("_laid_out")  # as long as the adapter lives
-        if known is not None and known[0] is self:
-            return known[1]
-        structs = (_SkLowRank * (len(self.blocks) * len(PROJECTIONS)))()
-        copies = []
-        for (layer, name), (a, b) in adapter.parts.items():
-            if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
-                raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
-            matrix: Matrix = getattr(self.blocks[layer], name)
-            rank = len(a)
-            if a.shape != (rank, matrix.cols) or b.shape != (rank, matrix.rows):
-                raise UsageError(
-                    f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
-                    f"the model's is {matrix.rows} x {matrix.cols}",
-                )
-            if any(m.dtype.itemsize != 2 for m in (a, b)):
-                raise UsageError(f"The adapter's {name} of layer {layer} is not bfloat16")
-            copies.append(
-                (
-                    layer * len(PROJECTIONS) + PROJECTIONS.index(name),
-                    rank,
-                    np.ascontiguousarray(a).reshape(-1),
-                    _in_tiles(b).reshape(-1),
-                )
-            )
-        # One block in the order of use: eight adapters in a batch are more bytes than some models.
-        memory = _memory(2 * sum(a.size + b.size for _, _, a, b in copies), "low-rank adapter").view(np.uint16)
-        at = 0
-        for number, rank, *both in sorted(copies, key=lambda copy: copy[0]):
-            addresses = []
-            for values in both:
-                memory[at : at + values.size] = values.view(np.uint16)
-                addresses.append(memory.ctypes.data + 2 * at)
-                at += values.size
-            structs[number] = _SkLowRank(*addresses, rank)
-        adapter.__dict__["_laid_out"] = (self, structs, memory)
-        return structs
 
 
 def _worker(model: Llama, attend: Attend, tokens: int, failure: list[BaseException]) -> Any:
@@ -482,12 +496,13 @@ def _memory(size: int, purpose: str) -> np.ndarray:
     return np.frombuffer(block, np.uint8, size)
 
 
-def _in_tiles(b: np.ndarray) -> np.ndarray:
-    """[rank, out] as [out / TILE rounded up, rank, TILE]: what a few rows of the product need lies together."""
-    rank, out = b.shape
-    padded = np.zeros((rank, -(-out // TILE) * TILE), b.dtype)
-    padded[:, :out] = b
-    return np.ascontiguousarray(padded.reshape(rank, -1, TILE).swapaxes(0, 1))
+def _beside(whole: Matrix, values: np.ndarray, group: int, memory: Memory) -> Matrix:
+    """One half of a low-rank product in the form that suits the matrix it stands beside."""
+    rows, cols = values.shape
+    if whole.format == "fp32":
+        return make("fp32", rows, cols, np.ascontiguousarray(values, np.float32))
+    codes, scales = to_int8(values, group)
+    return make("int8", rows, cols, codes, group=group, scales=scales, memory=memory)
 
 
 def _int32(values: Any) -> np.ndarray:

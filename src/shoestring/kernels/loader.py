@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shoestring.core.errors import UsageError, nearest
 
-VERSION = 3  # of native/kernels.h
+VERSION = 4  # of native/kernels.h
 LIBRARY, HEADER = "_kernels.so", "kernels.h"
 REFERENCE = "reference"
 LEVELS = ("base", "avx2", "avx512vnni", "avx512bf16", "neondot", REFERENCE)
@@ -46,6 +46,7 @@ def load() -> Loaded:
     if level == REFERENCE:
         return Loaded(None, "SHOESTRING_ISA=reference asks for plain torch")
     folders: list[Path] = []
+    reason = ""
     for folder in _folders():
         folders.append(folder)
         if (folder / LIBRARY).is_file() and (folder / HEADER).is_file():
@@ -56,7 +57,10 @@ def load() -> Loaded:
                 return Loaded(None, f"{folder / LIBRARY} does not load: {error}; install shoestring again to build it")
             if fits:
                 return Loaded(library)
-            return Loaded(None, f"{folder / LIBRARY} belongs to another version: install shoestring again to build it")
+            # An editable install may have one of each: the one that was built beside the sources is the newer.
+            reason = reason or f"{folder / LIBRARY} belongs to another version: install shoestring again to build it"
+    if reason:
+        return Loaded(None, reason)
     places = ", ".join(dict.fromkeys(map(str, folders)))
     return Loaded(
         None, f"no {LIBRARY} in {places}: installing shoestring (pip install) builds it when it finds a C++ compiler"

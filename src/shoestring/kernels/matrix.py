@@ -120,7 +120,8 @@ def make(
     Args:
         source: the stored bytes in any shape and type, contiguous: GGUF blocks, or int8 / int4 codes, or the elements
             of fp32 and bf16, which are used where they stand.
-        group: columns that share a scale; 32 for GGUF's formats, without meaning for fp32 and bf16.
+        group: columns that share a scale: 32, 64 or 128, of int8 also 16; 32 for GGUF's formats, without meaning for
+            fp32 and bf16.
         scales: of int8 and int4: bfloat16 bits, uint16 [rows, groups].
         order: stored row of each row of the matrix, [rows]; makes a copy of fp32 and bf16 too.
         bias: [rows], in the matrix's order of rows.
@@ -170,6 +171,23 @@ def make(
     return Matrix(format, rows, cols, group, data, bias)
 
 
+def to_int8(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [rows, cols] as codes int8 [rows, groups, group] and scales, bfloat16 bits [rows, groups].
+
+    A number is off by at most half a step, and a step is at most 1/126 of the largest number of its group.
+    """
+    rows, cols = values.shape
+    groups = -(-cols // group)
+    padded = np.zeros((rows, groups * group), np.float32)
+    padded[:, :cols] = values
+    blocks = padded.reshape(rows, groups, group)
+    exact = (np.abs(blocks).max(axis=2) / np.float32(127)).view(np.uint32)
+    scales = (exact + 0xFFFF) >> 16  # upwards, so that the largest number has a code
+    steps = (scales << 16).view(np.float32)
+    codes = np.rint(blocks * (1 / np.maximum(steps, np.float32(2.0**-126)))[..., None])
+    return codes.astype(np.int8), scales.astype(np.uint16)
+
+
 def _wrong_size(format: str, rows: int, cols: int, size: int) -> UsageError:
     return UsageError(
         f"{size} bytes are not a {format} matrix of {rows} x {cols}", remedy="The file may be truncated: fetch it again"
@@ -208,7 +226,8 @@ class Memory:
 def _block(size: int) -> np.ndarray:
     """Fresh memory, in large pages where the system has them."""
     try:
-        block = mmap.mmap(-1, max(size, 1))
+        # Shared memory, which is the default, has no large pages on most systems.
+        block = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise DoesNotFit(f"{size} bytes for a packed matrix are not to be had", str(error)) from error
     if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):

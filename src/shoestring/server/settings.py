@@ -10,7 +10,7 @@ from shoestring.core.text import BYTES, quantity
 
 _CHOICES = {
     "runner": ("auto", "native", "torch"),
-    "kv_dtype": ("bf16", "int8"),
+    "kv_dtype": ("bf16", "int8", "fp32"),
 }
 _ZERO_MEANS_NONE = ("key_concurrency", "key_requests_per_minute", "max_queue", "port")
 
@@ -35,7 +35,7 @@ class Settings:
         max_model_len: longest prompt and answer together, in tokens; default is the model's own.
         max_step_tokens: tokens of one step of the engine; longer prompts are computed in chunks.
         kv_memory: memory for keys and values, such as 1GB.
-        kv_dtype: how keys and values are kept, bf16 or int8.
+        kv_dtype: how keys and values are kept, bf16, int8 or fp32.
         threads: of the arithmetic; default is one for each core.
         runner: native, torch, or auto.
         dtype: of the arithmetic; auto computes on the weights as they are stored.

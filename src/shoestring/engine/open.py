@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.engine import tokenizer as tokenizers
+from shoestring.engine.adapter_forms import NotBeside, make_known
 from shoestring.engine.runner import Runner
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
@@ -58,7 +59,7 @@ def open_model(
     Args:
         runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
         dtype: "auto" computes on the weights as they are stored.
-        cache_dtype: of keys and values, "bf16" or "int8".
+        cache_dtype: of keys and values, "bf16", "int8" or "fp32".
 
     Raises:
         UsageError: nothing of that name, files that are not sound, or a runner that cannot take the model.
@@ -154,6 +155,7 @@ class _Beside(Generic[T]):
 
 
 def _with_adapter(path: Path, name: str, **options: Any) -> Opened:
+    """Beside its base where its form allows that, else merged into it, else as peft runs it."""
     base_ref = check_adapter(path).get("base_model_name_or_path")
     if not isinstance(base_ref, str) or not base_ref or base_ref == str(path):
         raise UsageError(
@@ -161,12 +163,36 @@ def _with_adapter(path: Path, name: str, **options: Any) -> Opened:
             remedy="Write the base's folder or hub id there",
         )
     base = open_model(base_ref, **options)
-    if base.adapter >= 0:
-        raise UsageError(f"{path} adapts {base_ref}, which is an adapter itself", remedy="Merge that one first")
     try:
+        if base.adapter >= 0:
+            raise UsageError(f"{path} adapts {base_ref}, which is an adapter itself", remedy="Merge that one first")
+        tokens = tokenizers.from_folder(path, base=base.tokenizer)
         number = base.runner.add_adapter(str(path))
+        return Opened(base.runner, tokens, name, path, number, base.note)
+    except NotBeside as error:
+        base.runner.close()
+        why = error.why
     except BaseException:
         base.runner.close()
         raise
-    tokens = tokenizers.from_folder(path, base=base.tokenizer)
-    return Opened(base.runner, tokens, name, path, number, base.note)
+    make_known(path)
+    from shoestring.models.merging import merged_once
+
+    try:
+        folder = merged_once(path, offline=options["offline"], trust_remote_code=options["trust_remote_code"])
+    except ShoestringError as error:
+        return _on_torch(path, name, tokens, error, **options)
+    opened = open_model(folder, **options)
+    note = f"The adapter is merged into its base, since {why}"
+    return Opened(opened.runner, tokens, name, path, note=". ".join(part for part in (note, opened.note) if part))
+
+
+def _on_torch(path: Path, name: str, tokens: Tokenizer, why: ShoestringError, **options: Any) -> Opened:
+    """The base with the adapter's own modules in it."""
+    from shoestring.engine.torch_runner import TorchRunner
+
+    if options["runner"] == "native":
+        raise NotNative(f"The native runner cannot run the adapter {path}", why.what)
+    chosen = {key: options[key] for key in ("dtype", "cache_dtype", "threads", "trust_remote_code", "offline")}
+    made = TorchRunner(path, **chosen)
+    return Opened(made, tokens, name, path, note=f"{why.what}: the torch runner runs it as peft does")

@@ -20,7 +20,7 @@ from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.engine.torch_adapters import Adapters
 from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Through, flat_slots
 from shoestring.models.anatomy import inspect, is_projection
-from shoestring.models.folder import read_json
+from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
 
 _CACHE_TYPES = {
@@ -77,6 +77,12 @@ class TorchRunner:
         if loaded.kind != "causal":
             raise UsageError(
                 f"{loaded.ref} is a {loaded.kind} model", "the engine continues text", "Use a causal language model"
+            )
+        if getattr(getattr(loaded.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UsageError(
+                f"{loaded.ref} is an adapter that puts virtual tokens before the prompt",
+                "the engine has no keys and values for them",
+                "`shoestring generate` and `chat` answer with it, through transformers",
             )
         self.model = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
         self._name = type(self.model).__name__
@@ -330,7 +336,9 @@ def _check_range(what: str, values: np.ndarray, end: int) -> None:
 
 
 def _know_format(path: Path) -> None:
-    """Make transformers know the formats of the quantizers when a folder is packed in one of them."""
+    """Make transformers know the formats of the quantizers when a folder, or its base, is packed in one of them."""
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        return _know_format(resolve(str(check_adapter(path).get("base_model_name_or_path") or "")))
     file = path / "config.json"
     packed = (read_json(file).get("quantization_config") or {}) if file.is_file() else {}
     if str(packed.get("quant_method", "")).startswith("shoestring"):

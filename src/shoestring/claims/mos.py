@@ -60,7 +60,7 @@ CLAIMS = (
     ),
 )
 _ARMS: tuple[tuple[str, str, dict[str, int], float], ...] = (
-    ("mos", "mos", {}, 1e-2),
+    ("mos", "mos", {}, 5e-3),
     ("lora-16", "lora", {"r": 16, "lora_alpha": 32}, 2e-3),
     ("lora-2", "lora", {"r": 2, "lora_alpha": 4}, 4e-3),
 )

@@ -62,7 +62,7 @@ METHOD = Method(
         "parameters": "e (in + out) a layer, whatever the rank r of its update",
     },
 )
-TRAINING = {"learning_rate": 1e-2}
+TRAINING = {"learning_rate": 5e-3}
 USUAL_RANK = 16
 CACHED = 8  # adapters whose assembled matrices a layer keeps
 

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import CausalLMOutput
@@ -52,6 +52,7 @@ from shoestring.methods.adapters._shared import (
     join,
     number,
     whole,
+    write_lora,
 )
 
 METHOD = Method(
@@ -509,19 +510,18 @@ def as_lora(folder: Path, out: Path) -> None:
 
 
 def _write_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    pairs = {}
+    halves: dict[str, dict[str, Tensor]] = {}
+    beside: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        stem, _, half = name.rpartition(".perk_")
-        if half in ("A", "B") and stem:
-            pairs[f"{stem}.lora_{half}.weight"] = value.contiguous().cpu()
-    kept = ("base_model_name_or_path", "task_type", "r", "layers_to_transform", "layers_pattern", "inference_mode")
-    modules = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in pairs})
-    plain = {name: config.get(name) for name in kept}
-    plain |= {"peft_type": "LORA", "lora_alpha": config["alpha"], "use_rslora": True, "target_modules": modules}
-    plain |= {"lora_dropout": 0.0, "layers_to_transform": None, "layers_pattern": None}
-    save_file(pairs, out / "adapter_model.safetensors")
-    (out / "adapter_config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+        layer, _, half = name.removeprefix("base_model.model.").rpartition(".perk_")
+        if half in ("A", "B") and layer:
+            halves.setdefault(layer, {})[half] = value.cpu()
+        elif not name.startswith("base_model.perk_"):
+            beside[name] = value
+    pairs = {layer: (found["A"], found["B"]) for layer, found in halves.items()}
+    # The product's scale here is alpha / sqrt r, there alpha / r.
+    alpha = config["alpha"] * math.sqrt(config["r"])
+    write_lora(out, {**config, "dropout": 0.0}, pairs, dict.fromkeys(pairs, alpha), beside)
 
 
 def register() -> None:

@@ -63,7 +63,7 @@ METHOD = Method(
         "parameters": "r out per weight",
     },
 )
-TRAINING = {"learning_rate": 2e-3}
+TRAINING = {"learning_rate": 1e-3}
 SELECTIONS = ("random", "largest", "smallest")
 BIASES = ("none", "all", "paca_only")
 

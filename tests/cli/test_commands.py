@@ -29,7 +29,18 @@ def test_methods_as_a_table_and_as_json(shoestring: Shoestring) -> None:
     assert [line.split()[0] for line in lines[1:]] == list(catalog.methods())
     rows = shoestring("methods", "--json").json
     assert [row["name"] for row in rows] == list(catalog.methods())
-    assert all(set(row) == {"name", "room", "saves", "paper", "summary", "claim"} for row in rows)
+    assert all(set(row) == {"name", "room", "saves", "traits", "paper", "summary", "claim"} for row in rows)
+
+
+def test_methods_of_a_room_with_their_traits_and_what_is_left_out(shoestring: Shoestring) -> None:
+    lines = shoestring("methods", "--room", "adapters").out.splitlines()
+    assert lines[0].split()[:6] == ["name", "family", "acts", "on", "merges", "parameters"]
+    assert [line.split()[0] for line in lines[1:]] == list(catalog.in_room("adapters"))
+    more = shoestring("methods", "--room", "adapters", "--all", "--json").json
+    others = [row for row in more if "why" in row]
+    assert others and not {row["name"] for row in others} & set(catalog.methods())
+    assert all(row["provides"].startswith("peft.") and row["why"] for row in others)
+    assert len(more) - len(others) == len(lines) - 1
 
 
 def test_methods_filtered(shoestring: Shoestring) -> None:

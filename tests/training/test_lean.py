@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from training_cases import lora, options
 
+from shoestring.core import catalog
 from shoestring.lab import tiny
 from shoestring.training import lean as lean_module
 from shoestring.training import train
@@ -23,6 +24,16 @@ def grown(model):
     for p in model.parameters():
         if p.requires_grad:
             p.data.add_(0.05 * torch.randn_like(p))
+    return model.train()
+
+
+def grown_once(model):
+    """Its trained parameters are away from where a gradient would be zero, the same at every call."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(0.05 * torch.randn_like(p))
     return model.train()
 
 
@@ -47,6 +58,18 @@ def test_gradients_are_the_same_bit_for_bit(family, half, adapted):
         torch.manual_seed(3)  # of dropout
         runs.append(gradients(model, lean, half))
     assert len(runs[0]) > 2
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", catalog.in_room("adapters"))
+def test_gradients_of_every_adapter_are_the_same(name):
+    torch.manual_seed(0)
+    model = catalog.contract("adapters").wrap(catalog.module(name), tiny.model(dtype=torch.bfloat16), {})
+    runs = []
+    for lean in (False, True):
+        torch.manual_seed(3)
+        runs.append(gradients(grown_once(model), lean, autocast=True))
+    assert len(runs[0]) > 1
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -18,11 +18,12 @@ How it works
        sum_i p_i V o_i,   p_i = softmax_i(Q x . K o_i)                                                          (eq. 6)
 
 Where it bends
-    Not mergeable: the bottlenecks are nonlinear. All weights start normal with spread .02, near the base model;
-    init="zero" starts exactly there, with U and the second halves of F and G at zero. Equations 4 and 5 run in float32,
-    so that they undo each other also in bfloat16. Two language adapters with an invertible part cannot act at once, and
-    fused adapters have none: whose inverse would come last is not defined. Where a model has no output embedding, as a
-    classifier, only equation 4 acts. Which blocks end with their norm is found by passing a few tokens.
+    Not mergeable: the bottlenecks are nonlinear. All weights start normal with spread .02, near the base model, unless
+    init="zero", as in the settings here, starts exactly there with U and the second halves of F and G at zero.
+    Equations 4 and 5 run in float32, so that they undo each other also in bfloat16. Two language adapters with an
+    invertible part cannot act at once, and fused adapters have none: whose inverse would come last is not defined.
+    Where a model has no output embedding, as a classifier, only equation 4 acts. Which blocks end with their norm is
+    found by passing a few tokens. The paper's low-rank form is plain LoRA, and its full-size data are not here.
 """
 
 from __future__ import annotations

@@ -780,9 +780,9 @@ class MixLoraModel(shared.Guard):
     def _end(self, *_: Any) -> None:
         self.call.open = False
 
-    def _add_to_loss(self, model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _add_to_loss(self, _model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         labels = kwargs.get("labels")
-        extra = self.auxiliary_loss() if labels is not None and model.training else None
+        extra = self.auxiliary_loss() if labels is not None else None
         if labels is None or extra is None:
             return None
         items = kwargs.get("num_items_in_batch")

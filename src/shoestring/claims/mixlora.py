@@ -283,7 +283,7 @@ def records(tokenizer: Any, seed: int) -> dict[str, dict[str, list[dict[str, lis
             ("country", english.territories, german.territories),
             ("currency", english.currencies, german.currencies),
         )
-        for key in here
+        for key in map(str, here)
         if key in there and key.isalpha()
     ]
     random.Random(0).shuffle(names)

@@ -78,6 +78,7 @@ def picture(result: Mapping[str, Any], file: Path) -> None:
                 panel.annotate(row["method"], point, xytext=(4, 3), textcoords="offset points", color=colour)
             if name == "trainable":
                 panel.set_xscale("log")
+            panel.margins(x=0.15)  # room for the last names
             panel.set_xlabel(title)
             panel.grid(color="#ddd", linewidth=0.5)
             base = result["base"].get("loss")

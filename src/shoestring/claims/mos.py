@@ -10,7 +10,7 @@ from shoestring.lab.arms import Arms
 _SIZES = "SmolLM2-135M-Instruct, all linear layers of the blocks; MoS e 2, r 16, p 1, c 4, alpha 16; LoRA r 16"
 _TRAINED = (
     "SmolLM2-135M-Instruct, Python documentation, 16 steps of 2 examples of at most 96 tokens, AdamW; held-out loss of "
-    "the answers, nats a token; each arm's learning rate the best of three, a factor of 2 apart, on validation data of "
+    "the answers, nats a token; each arm's learning rate the better of two, a factor of 2 apart, on validation data of "
     "seed 0"
 )
 _PAPER = (

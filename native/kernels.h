@@ -46,6 +46,15 @@ SK_API int64_t sk_packed_size(int32_t format, int64_t rows, int64_t cols, int64_
 // Lay a stored matrix out for the kernels. source: GGUF blocks, or int8/int4 codes with their bfloat16 scales [rows][groups].
 // order: stored row of each packed row, or null. source_size and out_size are checked.
 SK_API int32_t sk_pack(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size, const void* scales, const int64_t* order, void* out, int64_t out_size, int32_t threads);
+
+struct SkPacking {  // arguments of sk_pack
+  const void *source, *scales;
+  const int64_t* order;
+  void* out;
+  int64_t format, rows, cols, group, source_size, out_size;
+};
+// Many at once; 0, or which of them (from 1) has a bad argument: then none was packed.
+SK_API int64_t sk_pack_all(const SkPacking* all, int64_t count, int32_t threads);
 // y[tokens][rows] float32 = x[tokens][cols] float32 @ matrix.T + bias.
 SK_API int32_t sk_matrix(const SkMatrix* matrix, const void* x, void* y, int64_t tokens, int32_t threads);
 // y[count][cols] float32 = rows ids[i] of the matrix.

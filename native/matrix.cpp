@@ -14,19 +14,27 @@ const SkFormat* format_of(int64_t number, const SkTable* table = sk_table()) {
   return number < 0 || number >= SK_FORMAT_COUNT ? nullptr : table->formats[number];
 }
 
-struct Packing {
-  const SkFormat* format;
-  int64_t rows, cols, group;
-  const void *source, *scales;
-  const int64_t* order;
-  void* out;
-  int64_t tiles, tiles_each;
-};
+constexpr int64_t PACKED_EACH = 1 << 17;  // bytes of a chunk
+
+// Whether its sizes belong together and its order stays inside.
+bool holds(const SkPacking& p) {
+  const SkFormat* f = format_of(p.format);
+  if (!f || f->packed_size(p.rows, p.cols, p.group) < 0 || f->packed_size(p.rows, p.cols, p.group) != p.out_size) return false;
+  if (f->source_size(p.rows, p.cols, p.group) != p.source_size) return false;
+  if (p.order)
+    for (int64_t r = 0; r < p.rows; ++r)
+      if (p.order[r] < 0 || p.order[r] >= p.rows) return false;
+  return true;
+}
+
+int64_t chunks_of(const SkPacking& p) { return (p.out_size + PACKED_EACH - 1) / PACKED_EACH; }
 
 void pack_chunk(void* context, int64_t chunk) {
-  const Packing& p = *static_cast<Packing*>(context);
-  const int64_t begin = chunk * p.tiles_each, end = begin + p.tiles_each < p.tiles ? begin + p.tiles_each : p.tiles;
-  p.format->pack(p.rows, p.cols, p.group, p.source, p.scales, p.order, p.out, begin, end);
+  const SkPacking* p = static_cast<const SkPacking*>(context);
+  for (; chunk >= chunks_of(*p); ++p) chunk -= chunks_of(*p);
+  const int64_t tiles = (p->rows + SK_TILE - 1) / SK_TILE, count = chunks_of(*p);
+  format_of(p->format)->pack(p->rows, p->cols, p->group, p->source, p->scales, p->order, p->out, tiles * chunk / count,
+                             tiles * (chunk + 1) / count);
 }
 
 struct Product {
@@ -98,16 +106,17 @@ int64_t sk_packed_size(int32_t format, int64_t rows, int64_t cols, int64_t group
 }
 
 int32_t sk_pack(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size, const void* scales, const int64_t* order, void* out, int64_t out_size, int32_t threads) {
-  const SkFormat* f = format_of(format);
-  if (!f || f->packed_size(rows, cols, group) < 0 || f->packed_size(rows, cols, group) != out_size) return 1;
-  if (f->source_size(rows, cols, group) != source_size) return 1;
-  if (order)
-    for (int64_t r = 0; r < rows; ++r)
-      if (order[r] < 0 || order[r] >= rows) return 1;
-  if (out_size == 0) return 0;
-  const int64_t tiles = (rows + SK_TILE - 1) / SK_TILE, wanted = threads > 1 ? threads * 4 : 1;
-  Packing p{f, rows, cols, group, source, scales, order, out, tiles, (tiles + wanted - 1) / wanted};
-  sk_parallel(pack_chunk, &p, (tiles + p.tiles_each - 1) / p.tiles_each, threads);
+  const SkPacking one{source, scales, order, out, format, rows, cols, group, source_size, out_size};
+  return sk_pack_all(&one, 1, threads) != 0;
+}
+
+int64_t sk_pack_all(const SkPacking* all, int64_t count, int32_t threads) {
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!holds(all[i])) return i + 1;
+    chunks += chunks_of(all[i]);
+  }
+  sk_parallel(pack_chunk, const_cast<SkPacking*>(all), chunks, threads);
   return 0;
 }
 

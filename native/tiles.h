@@ -340,10 +340,15 @@ struct Tiles {
             for (int64_t j = 0; j < group; ++j) codes[j] = NOTHING;
             scale[r] = minimum[r] = 0;
           }
-          for (int64_t line = 0; line < lines<F>(group); ++line)
-            for (int64_t c = 0; c < 4; ++c)
-              p[line * 64 + r * 4 + c] =
-                  F::BITS == 8 ? codes[line * 4 + c] : uint8_t(codes[line * 8 + c] | codes[line * 8 + 4 + c] << 4);
+          for (int64_t line = 0; line < lines<F>(group); ++line) {
+            uint32_t word, high;  // four columns of the row
+            __builtin_memcpy(&word, codes + line * (F::BITS == 8 ? 4 : 8), 4);
+            if (F::BITS == 4) {
+              __builtin_memcpy(&high, codes + line * 8 + 4, 4);
+              word |= high << 4;
+            }
+            __builtin_memcpy(p + line * 64 + r * 4, &word, 4);
+          }
         }
         p += lines<F>(group) * 64;
         __builtin_memcpy(p, scale, SCALES);

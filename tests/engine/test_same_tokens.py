@@ -61,19 +61,29 @@ def test_same_greedy_tokens(
     assert differs.mean() < (0.005 if dtype == "float32" else 0.05)
 
 
+def test_float32_throughout_is_strict(folder: Path, prompts: list[list[int]]) -> None:
+    """The first of the cases in brief."""
+    native = open_runner("native", folder, cache_dtype="fp32")
+    written = greedy(native, prompts[:3], 24)
+    native.close()
+    reread = reading(open_runner("torch", folder, cache_dtype="fp32"), prompts[:3], written)
+    np.testing.assert_array_equal(reread.tokens, written.tokens)
+    assert np.abs(written.margins - reread.margins).max() < 5e-3
+
+
 def reading(runner: Runner, prompts: list[list[int]], written: Greedy) -> Greedy:
     """The reader's likeliest token at every place of the answers, and its margin over the written one or the next."""
-    tokens, margins = [], []
+    tokens, margins, steps = [], [], written.tokens.shape[1]
     try:
-        runner.reserve(-(-max(map(len, prompts)) // BLOCK) + STEPS // BLOCK + 1)
+        runner.reserve(-(-max(map(len, prompts)) // BLOCK) + steps // BLOCK + 2)
         for prompt, answer in zip(prompts, written.tokens):
             ids = [*prompt, *map(int, answer[:-1])]
             hidden = runner.run(batch(Part(ids, pages(len(ids)))))
             found = runner.logits(hidden, np.arange(len(prompt) - 1, len(ids), dtype=np.int32))
             best = found.argmax(1)
             rest = found.copy()
-            rest[np.arange(STEPS), best] = -np.inf
-            other = np.where(best == answer, rest.max(1), found[np.arange(STEPS), answer])
+            rest[np.arange(steps), best] = -np.inf
+            other = np.where(best == answer, rest.max(1), found[np.arange(steps), answer])
             tokens.append(best)
             margins.append(found.max(1) - other)
     finally:

@@ -16,6 +16,7 @@ from shoestring.engine.blocks import BlockPool
 from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
 from shoestring.engine.hooks import Hooks
+from shoestring.engine.memory import free_memory
 from shoestring.engine.open import open_model
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
@@ -577,8 +578,6 @@ def _blocks(memory: int | None, block_bytes: int, context: int, max_sequences: i
                 remedy=f"Give at least {2 * block_bytes} bytes",
             )
         return int(min(blocks, full * max_sequences))
-    import psutil
-
-    room = psutil.virtual_memory().available // 4
+    room = free_memory() // 4
     wanted = max(full * block_bytes, min(1 << 30, room))
     return int(max(2, min(wanted // block_bytes, full * max_sequences)))

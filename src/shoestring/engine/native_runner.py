@@ -14,9 +14,10 @@ from shoestring.core.errors import DoesNotFit, UsageError, nearest
 from shoestring.core.text import show_bytes
 from shoestring.engine.adapter_forms import plain
 from shoestring.engine.low_rank import read_adapter
+from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
-from shoestring.kernels.matrix import Matrix, Memory, make
+from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
 from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
@@ -24,6 +25,7 @@ from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats,
 _DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
 _GGUF_FORMATS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
 _PACKED_BY = {"shoestring_int8", "shoestring_int4"}  # whose folders hold the codes that the kernels know
+_TOGETHER = 16 << 20  # bytes that are packed in one call: for so long they are there twice
 _FIRST_POSITIONS = 4096  # rotary tables begin with so many and grow when a sequence does
 
 
@@ -85,8 +87,8 @@ class NativeRunner:
         )
 
     def reserve(self, blocks: int) -> None:
-        size, free = blocks * self.facts.block_bytes, _free_memory()
-        if free is not None and size > free:
+        size, free = blocks * self.facts.block_bytes, free_memory()
+        if size > free:
             raise DoesNotFit(
                 f"{show_bytes(size)} for keys and values are not to be had",
                 f"{show_bytes(free)} of memory are free",
@@ -164,12 +166,13 @@ class NativeRunner:
 
 
 class _Loader:
-    """Turns stored tensors into what the kernels read, one after another, so that no more than one is there twice."""
+    """Turns stored tensors into what the kernels read, some at a time, so that no more than those are there twice."""
 
     def __init__(self, source: Source, model: LlamaLike, dtype: str, threads: int) -> None:
         self.source, self.tensors, self.model = source, source.tensors, model
         self.dtype, self.threads = dtype, threads
-        self.memory = Memory()
+        self.memory, self.packing = Memory(), Packing(threads)
+        self.read: list[str] = []  # tensors whose pages are given back when they are packed
         self.bytes = 0
         self.formats: dict[str, None] = {}
         packed = source.values.get("quantization_config") if not source.gguf else None
@@ -184,6 +187,7 @@ class _Loader:
         head = embedding if model.tied else self.matrix("head")
         blocks = tuple(self.block(layer) for layer in range(model.layers))
         cosines, sines = model.tables(min(model.context, _FIRST_POSITIONS))
+        self.pack()
         return Llama(
             blocks=blocks,
             embedding=embedding,
@@ -200,6 +204,12 @@ class _Loader:
             residual_scale=model.residual_scale,
             logit_scale=model.logit_scale,
         )
+
+    def pack(self) -> None:
+        self.packing.run()
+        for name in self.read:
+            self.tensors.release(name)
+        self.read = []
 
     def block(self, layer: int) -> Block:
         model = self.model
@@ -234,10 +244,12 @@ class _Loader:
             made = self.plain(stored, rows, cols, order, bias)
         self.bytes += made.size
         self.formats[made.format] = None
+        if self.packing.bytes > _TOGETHER:
+            self.pack()
         return made
 
     def plain(self, stored: Stored, rows: int, cols: int, order: np.ndarray | None, bias: np.ndarray | None) -> Matrix:
-        given: dict[str, Any] = {"order": order, "bias": bias, "threads": self.threads, "memory": self.memory}
+        given: dict[str, Any] = {"order": order, "bias": bias, "memory": self.memory, "packing": self.packing}
         if stored.dtype in _GGUF_FORMATS:
             made = make(_GGUF_FORMATS[stored.dtype], rows, cols, stored.data, **given)
         elif stored.dtype in ("F32", "F16", "BF16"):
@@ -250,11 +262,12 @@ class _Loader:
             else:
                 values = bfloat16(floats(stored))
             made = make(wanted, rows, cols, values, **given)
-            if np.shares_memory(made.data, stored.data):
-                return made
+            if not np.shares_memory(made.data, stored.data):
+                self.tensors.release(stored.name)
+            return made
         else:
             raise NotNative(f"The native runner has no kernels for {stored.dtype}, as {stored.name} is stored")
-        self.tensors.release(stored.name)
+        self.read.append(stored.name)
         return made
 
     def packed(self, stored: Stored, name: str, rows: int, cols: int, bias: np.ndarray | None) -> Matrix:
@@ -278,9 +291,11 @@ class _Loader:
             )
         assert scales is not None
         bits16 = aligned(scales.data, 2).view(np.uint16).reshape(scales.dims)
-        made = make(f"int{bits}", rows, cols, stored.data, group=group, scales=bits16, bias=bias, threads=self.threads)
-        self.tensors.release(stored.name)
-        return made
+        self.read.append(stored.name)
+        return make(
+            f"int{bits}", rows, cols, stored.data, group=group, scales=bits16, bias=bias, packing=self.packing,
+            memory=self.memory,
+        )  # fmt: skip
 
     def order(self, role: str) -> np.ndarray | None:
         """Stored row of each row: GGUF interleaves the two halves of a head that rotate together."""
@@ -308,15 +323,6 @@ def _ends(source: Source) -> tuple[int, ...]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 assert BLOCK == 16, "the kernels' pages have 16 tokens"

@@ -34,6 +34,13 @@ class SkMatrix(ctypes.Structure):
     ]
 
 
+class _SkPacking(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("source", "scales", "order", "out")),
+        *((name, ctypes.c_int64) for name in ("format", "rows", "cols", "group", "source_size", "out_size")),
+    ]
+
+
 @functools.cache
 def library() -> Any:
     """The native library.
@@ -114,6 +121,7 @@ def make(
     bias: np.ndarray | None = None,
     threads: int = 1,
     memory: Memory | None = None,
+    packing: Packing | None = None,
 ) -> Matrix:
     """A matrix from weights as a file holds them.
 
@@ -126,6 +134,7 @@ def make(
         order: stored row of each row of the matrix, [rows]; makes a copy of fp32 and bf16 too.
         bias: [rows], in the matrix's order of rows.
         memory: where packed bytes go; None takes fresh memory for each matrix.
+        packing: takes the work instead of this call; the matrix may be used when that is done.
 
     Raises:
         UsageError: an unknown format, or sizes that do not belong together.
@@ -162,13 +171,11 @@ def make(
     else:
         scales = None
     data = (memory or Memory()).take(size)
-    failed = library().sk_pack(
-        number, rows, cols, group, stored.ctypes.data, stored.nbytes, None if scales is None else scales.ctypes.data,
-        None if order is None else order.ctypes.data, data.ctypes.data, size, threads,
-    )  # fmt: skip
-    if failed:
-        raise _wrong_size(format, rows, cols, stored.nbytes)
-    return Matrix(format, rows, cols, group, data, bias)
+    made = Matrix(format, rows, cols, group, data, bias)
+    (own := packing or Packing(threads)).add(made, stored, scales, order)
+    if packing is None:
+        own.run()
+    return made
 
 
 def to_int8(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,6 +205,31 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     if not array.flags.c_contiguous:
         raise UsageError(f"A stored weight of shape {list(array.shape)} and strides {list(array.strides)} has gaps")
     return array.reshape(-1).view(np.uint8)
+
+
+class Packing:
+    """Matrices that are laid out together: one call for many leaves Python to other threads for as long as it takes."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._jobs: list[_SkPacking] = []
+        self._kept: list[tuple[Matrix, np.ndarray, np.ndarray | None, np.ndarray | None]] = []
+        self.bytes = 0  # that wait
+
+    def add(self, made: Matrix, stored: np.ndarray, scales: np.ndarray | None, order: np.ndarray | None) -> None:
+        addresses = (None if array is None else array.ctypes.data for array in (stored, scales, order, made.data))
+        sizes = (FORMATS.index(made.format), made.rows, made.cols, made.group, stored.nbytes, made.data.nbytes)
+        self._jobs.append(_SkPacking(*addresses, *sizes))
+        self._kept.append((made, stored, scales, order))
+        self.bytes += made.data.nbytes
+
+    def run(self) -> None:
+        """Raises UsageError when a stored weight has not the size of its matrix."""
+        wrong = library().sk_pack_all((_SkPacking * len(self._jobs))(*self._jobs), len(self._jobs), self._threads)
+        if wrong:
+            made, stored, *_ = self._kept[wrong - 1]
+            raise _wrong_size(made.format, made.rows, made.cols, stored.nbytes)
+        self._jobs, self._kept, self.bytes = [], [], 0
 
 
 class Memory:

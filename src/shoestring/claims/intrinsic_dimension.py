@@ -18,7 +18,7 @@ _DIGITS = (
 _CANNOT = "MNIST, CIFAR-10, Atari; the ratio of 100 between tasks"
 _MODEL = (
     "SmolLM2-135M-Instruct, Python documentation, 12 steps of 4 examples of at most 128 tokens, Fastfood on the "
-    "attention projections"
+    "attention projections, learning rate 0.4 (0.02, 0.1, 0.4 and 1 tried on validation data)"
 )
 _LARGE, _SMALL = "17,610 weights", "3,466 weights"
 CLAIMS = (
@@ -144,7 +144,7 @@ def _language(arms: Arms) -> None:
 
     steps = arms.size(1, 12)
     plans: tuple[tuple[str, str, float, dict[str, Any]], ...] = (
-        ("subspace", "intrinsic_dimension", 2e-2, {"d": 2000}),
+        ("subspace", "intrinsic_dimension", 0.4, {"d": 2000}),
         ("lora", "lora", 1e-3, {"r": 2, "lora_alpha": 4}),
     )
     for arm, method, rate, options in plans:

@@ -43,7 +43,7 @@ class Meter:
     baseline: str | float = "direct"
     steps: int = 10
     batch: int = 4
-    rate: float = 2e-2
+    rate: float = 0.4
     direct_rate: float = 1e-4
     examples: int = 16
     projection: str = "fastfood"

@@ -23,7 +23,8 @@ Where it bends
     equal size share Pi and G and differ in B. As v fills only the first entries of L, the first H is that of v alone,
     repeated; the arithmetic is the same. The published method trains from random weights and scores accuracy. Here
     theta_0 is a trained model, so the score is the share of the fall in held-out loss that direct training brings.
-    Layers with running statistics are refused: they would move without being saved.
+    Layers with running statistics are refused: they would move without being saved. peft's relatives (vera, unilora,
+    fourierft) project low-rank factors or frequencies, layer by layer, where this projects the weights themselves.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ METHOD = Method(
         "parameters": "d for the whole model",
     },
 )
-# A step of v moves a weight by about sqrt(d / D) of its size, so v takes larger ones than weights do.
-TRAINING = {"learning_rate": 2e-2}
+# A step of v moves a weight by about sqrt(d / D) of its size, so v takes far larger ones than weights do.
+TRAINING = {"learning_rate": 0.2}
 _PROJECTIONS = ("fastfood", "dense", "sparse", "orthonormal")
 _ATTENTION = frozenset({"q", "k", "v", "qkv", "o"})
 _LARGE = 4_000_000

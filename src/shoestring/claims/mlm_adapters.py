@@ -131,8 +131,8 @@ def adapt(
     settings = TrainOptions(
         learning_rate=rate, max_steps=steps, per_device_train_batch_size=1, seed=arms.seed, save_steps=10_000
     )
-    train(model, windows(texts, loaded.tokenizer), [], settings, arms.folder / f"{method}{rate}{len(options)}",
-          tokenizer=loaded.tokenizer)  # fmt: skip
+    place = arms.folder / "-".join(map(str, (method, *options.values(), rate)))
+    train(model, windows(texts, loaded.tokenizer), [], settings, place, tokenizer=loaded.tokenizer)
     return model.eval(), loaded.tokenizer, trained
 
 

@@ -42,8 +42,8 @@ CLAIMS = (
         "language",
         paper=_PAPER,
         here="SmolLM2-135M-Instruct, Python documentation, 16 steps of 2 examples of at most 96 tokens, AdamW; "
-        "held-out loss of the answers, nats a token, against LoRA r 8, the mean rank it grows to; each method "
-        "at its own default learning rate",
+        "held-out loss of the answers, nats a token, against LoRA r 8, the mean rank it grows to; each method's "
+        "learning rate the better of two on validation data of seed 0 (3e-3 and 1e-2; LoRA's 1e-3 and 2e-3 at r 16)",
         measure="heldout_loss",
         arm="triadapt-lm",
         against="lora-8-lm",
@@ -53,7 +53,7 @@ CLAIMS = (
     ),
 )
 LAYERS, WIDTH, PLANTED, EVENTS = 8, 64, 2, {"init_warmup": 60, "incre_interval": 30}
-_RATES = {"triadapt": 6e-3, "lora-4": 3e-3, "triadapt-lm": 3e-3, "lora-8-lm": 1e-3}
+_RATES = {"triadapt": 6e-3, "lora-4": 3e-3, "triadapt-lm": 1e-2, "lora-8-lm": 2e-3}
 
 
 def run(arms: Arms) -> None:

@@ -69,7 +69,7 @@ METHOD = Method(
         "parameters": "R (in + out) + 2 sum of a_i R_i a layer, R growing from init_rank",
     },
 )
-TRAINING = {"learning_rate": 3e-3}
+TRAINING = {"learning_rate": 1e-2}
 SPREAD = 0.02  # of random starts
 TINY = 1e-5
 

@@ -408,7 +408,7 @@ class TriAdaptLoraModel(_shared.LinearTuner):
         if extra is not None and getattr(out, "loss", None) is not None:
             out.loss = out.loss + extra
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         self._hook.remove()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 

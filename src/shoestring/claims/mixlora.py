@@ -309,6 +309,8 @@ def records(tokenizer: Any, seed: int) -> dict[str, dict[str, list[dict[str, lis
 def _in_a_process(adapters: int, seed: int) -> int:
     import multiprocessing
 
+    from shoestring.claims.mixlora import resident  # as the other process will find it
+
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(resident, (adapters, seed))
 

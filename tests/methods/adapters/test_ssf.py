@@ -186,6 +186,20 @@ def test_counts_are_those_of_the_formula() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 25 * (2 * (linear + norms) + 64)
 
 
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_packed_bases_are_scaled_and_shifted_and_not_merged(name: str, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=catalog.load(name)(group_size=32))
+    plain = tiny.logits(base)
+    model = wrapped(base, init_std=0.0)
+    assert torch.allclose(tiny.logits(model), plain, atol=1e-5)
+    layer, x = stirred(model).base_model.model.model.layers[0].self_attn.k_proj, torch.randn(2, 3, 64)
+    expected = layer.base_layer(x) * layer.ssf_scale["default"][0] + layer.ssf_shift["default"][0]
+    assert torch.allclose(layer(x), expected, atol=1e-6) and not torch.allclose(tiny.logits(model), plain)
+    with pytest.raises(ValueError, match="packed integers"):
+        model.merge_adapter()
+
+
 # ---------------------------------------------------------------- the pool
 
 

@@ -41,7 +41,7 @@ METHOD = Method(
         "check_unmerge_restores_the_base": "peft subtracts what it added, which may leave the last bit different",
     },
 )
-TRAINING = {"learning_rate": 1e-2}
+TRAINING = {"learning_rate": 1e-3}
 NEEDS_FLOAT = True
 
 

@@ -7,6 +7,7 @@ import click
 from shoestring.cli._command import Command, model_argument, out_option, resume_option
 from shoestring.cli._request import build, request_options
 from shoestring.cli._screen import current, table
+from shoestring.core import catalog
 from shoestring.core.errors import ShoestringError, UsageError
 
 _TRIAL = "Compare methods instead: train with each of --method for a few hundred steps (see above)."
@@ -49,7 +50,8 @@ def command(out: str | None, resume: bool, is_trial: bool, budget: str | None, *
     steps = f"{result['steps']} steps, {result['tokens']:,} tokens" if result.get("steps") else "trained"
     loss = f"held-out loss {result['loss_before']:.4f} -> {result['loss_after']:.4f} nats a token"
     screen.show(result, lambda: f"{steps}: {loss}\n{result['model']}")
-    screen.say(f"Fold it into its base: shoestring merge {result['model']} --out DIR")
+    if catalog.get(result["method"]).traits.get("merges") != "no":
+        screen.say(f"Fold it into its base: shoestring merge {result['model']} --out DIR")
 
 
 def _trial(out: str | None, resume: bool, given: dict[str, Any]) -> None:

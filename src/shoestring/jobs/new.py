@@ -34,7 +34,7 @@ METHOD = Method(
     paper=Paper("The paper's title", "$month"),
     provides="${Name}Config",
     saves=(),
-)
+$traits)
 
 
 class ${Name}Config:
@@ -138,12 +138,14 @@ def new(room: str, name: str, *, into: Path | None = None) -> list[Path]:
 
 
 def _method(room: str, name: str) -> str:
-    words = "".join(_WORD.substitute(word=word, room=room, name=name) for word in _words(room))
+    words = "".join(_WORD.substitute(word=word, room=room, name=name) for word in _named(room, "WORDS"))
+    lines = "".join(f'        "{trait}": "to be said",\n' for trait in _named(room, "TRAITS"))
+    traits = f"    traits={{\n{lines}    }},\n" if lines else ""
     # A room whose neighbour asks for a certain class keeps a stub of its own.
     own = claim.FOLDER.parent / "methods" / room / "_stub.txt"
     stub = Template(own.read_text(encoding="utf-8")) if own.is_file() else _METHOD
     return stub.substitute(
-        Title=name, name=name, room=room, Name=_camel(name), month=f"{date.today():%Y-%m}", words=words
+        Title=name, name=name, room=room, Name=_camel(name), month=f"{date.today():%Y-%m}", words=words, traits=traits
     )  # fmt: skip
 
 
@@ -151,11 +153,11 @@ def _claim(name: str) -> str:
     return _CLAIM.substitute(Title=name, name=name)
 
 
-def _words(room: str) -> tuple[str, ...]:
-    """The words the room's contract asks for beside METHOD and example, read without importing it."""
+def _named(room: str, what: str) -> tuple[str, ...]:
+    """What the room's contract asks for under the name `what`, such as WORDS or TRAITS; read without importing it."""
     contract = claim.FOLDER.parent / "methods" / room / "_contract.py"
     for node in ast.parse(contract.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "WORDS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == what:
             return tuple(ast.literal_eval(node.value))
     return ()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from job_cases import word_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shoestring.core.errors import UsageError
@@ -69,4 +70,14 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
         merge(tmp_path / "base", tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
         merge(tmp_path / "adapter", tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_writes_over_the_base_is_refused(tmp_path):
+    adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    save_file({**load_file(file), name: torch.zeros(64, 64)}, file)
+    with pytest.raises(UsageError, match=r"holds .*q_proj\.base_layer\.weight"):
+        merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.files import atomic_folder, locked
 from shoestring.models.cache import cache_dir
 from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS, check_adapter, check_folder
-from shoestring.models.load import Loaded, load, quiet, resolve
+from shoestring.models.load import Loaded, load, quiet, refuse_strays, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ def merge_into(base: Loaded, adapter: Path) -> tuple[Any, float]:
     try:
         with quiet():
             joined = PeftModel.from_pretrained(base.model, str(adapter), local_files_only=True).eval()
+            refuse_strays(joined, adapter)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(f"The adapter {adapter} does not fit {base.ref}", str(error).strip()[:400]) from error
     if not hasattr(joined.base_model, "merge_and_unload"):

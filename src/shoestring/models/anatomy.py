@@ -7,7 +7,7 @@ one file that knows how families call their parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,40 @@ class Anatomy:
     def stack(self, name: str) -> tuple[Block, ...]:
         """The blocks of the "encoder" or the "decoder"."""
         return tuple(block for block in self.blocks if block.stack == name)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """How a family of models computes the feed-forward part of a layer, for those who compute it in pieces.
+
+    Attributes:
+        inner: linear layers that read the block's input; one of them alone may hold gate and up (`fused`).
+        down: the linear layer that writes its output.
+        activation: the block's attribute with the non-linearity.
+        attention: projections of the attention beside it.
+    """
+
+    inner: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    activation: str = "act_fn"
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    fused: bool = False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.inner, self.down)
+
+    def middle(self, activation: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What `down` reads, (rows, width), from what the `inner` layers gave."""
+        gate, *up = parts[0].chunk(2, dim=-1) if self.fused else parts
+        return activation(gate) * up[0] if up else activation(gate)
+
+
+# By model type; a family that is not here computes something else.
+FEED_FORWARDS = dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"), FeedForward()) | {
+    "phi": FeedForward(("fc1",), "fc2", "activation_fn", ("q_proj", "k_proj", "v_proj", "dense")),
+    "phi3": FeedForward(("gate_up_proj",), activation="activation_fn", attention=("qkv_proj", "o_proj"), fused=True),
+}
 
 
 def plain_role(key: str) -> str:

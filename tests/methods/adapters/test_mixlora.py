@@ -17,8 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from shoestring.core import catalog
 from shoestring.lab import tiny
 from shoestring.methods.adapters import mixlora
-from shoestring.methods.adapters.mixlora import FORMS, ROUTES, Load, MixLoraBlock, MixLoraConfig, balance
+from shoestring.methods.adapters.mixlora import ROUTES, Load, MixLoraBlock, MixLoraConfig, balance
 from shoestring.models import shape_of
+from shoestring.models.anatomy import FEED_FORWARDS
 
 catalog.load("mixlora")
 ROUTINGS = {
@@ -450,7 +451,7 @@ def test_dora_in_attention_rescales_the_rows():
     torch.testing.assert_close(q(x), F.linear(x, weight), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", [name for name in FORMS if name != "llama"])
+@pytest.mark.parametrize("family", [name for name in FEED_FORWARDS if name != "llama"])
 def test_every_family_starts_as_it_was_and_learns(family):
     plain = tiny.logits(other(family))
     model = wrapped(family, stirred=False)

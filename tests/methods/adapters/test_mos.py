@@ -185,8 +185,8 @@ def test_numbers_that_cannot_be_are_refused_before_the_model_is_touched(options:
 
 
 def test_the_bounds_that_an_error_names_do_work() -> None:
-    wrapped(r=3)
-    wrapped(r=4, equivalent_rank=3)
+    assert {layer.r["default"] for layer in layers(wrapped(r=3)).values()} == {3}
+    assert {layer.r["default"] for layer in layers(wrapped(r=4, equivalent_rank=3)).values()} == {4}
 
 
 def test_a_target_that_is_no_linear_layer_is_named() -> None:

@@ -46,6 +46,7 @@ from transformers.activations import ACT2FN
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape, Weight
 from shoestring.methods.adapters import _shared as shared
+from shoestring.models.anatomy import FEED_FORWARDS, FeedForward
 
 METHOD = Method(
     paper=Paper(
@@ -71,43 +72,8 @@ METHOD = Method(
 )
 TRAINING = {"learning_rate": 1e-3}
 BASE = "__base__"  # peft's word for a row of a batch without an adapter
+_LINEARS = {name for form in FEED_FORWARDS.values() for name in form.linears}
 _UNMERGEABLE = "MixLoRA cannot be merged: which experts work on a token depends on the token; keep it beside its base"
-
-
-# --- the feed-forward blocks it knows ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a family of models lays out its layers.
-
-    Attributes:
-        inner: linear layers that read the block's input; one of them alone may hold gate and up (`fused`).
-        down: the linear layer that writes its output.
-        activation: the block's attribute with the non-linearity.
-        attention: projections of the attention.
-    """
-
-    inner: tuple[str, ...] = ("gate_proj", "up_proj")
-    down: str = "down_proj"
-    activation: str = "act_fn"
-    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    fused: bool = False
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return (*self.inner, self.down)
-
-    def middle(self, activation: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
-        """What `down` reads, (rows, width), from what the `inner` layers gave."""
-        gate, *up = parts[0].chunk(2, dim=-1) if self.fused else parts
-        return activation(gate) * up[0] if up else activation(gate)
-
-
-_PHI3 = Form(("gate_up_proj",), activation="activation_fn", attention=("qkv_proj", "o_proj"), fused=True)
-_PHI = Form(("fc1",), "fc2", "activation_fn", ("q_proj", "k_proj", "v_proj", "dense"))
-FORMS = {"phi": _PHI, "phi3": _PHI3} | dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"), Form())
-_LINEARS = {name for form in FORMS.values() for name in form.linears}
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -495,7 +461,7 @@ class MixLoraBlock(nn.Module, MixLoraLayer):
     other_param_names = ("configs",)
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, key: str, form: Form, call: Call
+        self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, key: str, form: FeedForward, call: Call
     ) -> None:
         super().__init__()
         self.base_layer, self.form, self.call, self.layer = base_layer, form, call, _number(key)
@@ -669,13 +635,13 @@ class MixLoraModel(shared.Guard):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         family = model_config.get("model_type")
-        if family not in FORMS:
+        if family not in FEED_FORWARDS:
             raise ValueError(
                 f"MixLoRA does not know the feed-forward block of {type(self.model).__name__} ({family}); it knows "
-                f"those of {', '.join(sorted(FORMS))}"
+                f"those of {', '.join(sorted(FEED_FORWARDS))}"
             )
         if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = {*FORMS[family].attention, *FORMS[family].linears}
+            peft_config.target_modules = {*FEED_FORWARDS[family].attention, *FEED_FORWARDS[family].linears}
         if peft_config.act_fn is None:
             # The model's own; the authors' reader wants it by name.
             peft_config.act_fn = model_config.get("hidden_activation") or model_config.get("hidden_act")
@@ -724,8 +690,8 @@ class MixLoraModel(shared.Guard):
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
 
-    def _form(self) -> Form:
-        return FORMS[self.get_model_config(self.model)["model_type"]]
+    def _form(self) -> FeedForward:
+        return FEED_FORWARDS[self.get_model_config(self.model)["model_type"]]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, MixLoraBlock):
@@ -939,7 +905,7 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     The experts stay beside the model, in float32, and k of E work on a token.
     """
     config = MixLoraConfig(**{**settings()[0], **options})
-    form, pair, expert = FORMS.get(shape.family, Form()), config.pair(), config.pair(experts=True)
+    form, pair, expert = FEED_FORWARDS.get(shape.family, FeedForward()), config.pair(), config.pair(experts=True)
     made: list[Weight] = []
 
     def add(name: str, rows: int, columns: int, experts: int = 1) -> None:

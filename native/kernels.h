@@ -39,13 +39,17 @@ struct SkMatrix {
   int64_t rows, cols, format, group;
 };
 
-// The number of a format (fp32, bf16, int8, int4, q8_0, q4_0, q4_1), -1 for an unknown name.
+// The number of a format of SK_FORMATS, -1 for an unknown name.
 SK_API int32_t sk_format(const char* name);
 // Bytes of a matrix as sk_pack writes it; 0 where rows are used as stored, -1 for a bad argument.
 SK_API int64_t sk_packed_size(int32_t format, int64_t rows, int64_t cols, int64_t group);
 // Lay a stored matrix out for the kernels. source: GGUF blocks, or int8/int4 codes with their bfloat16 scales [rows][groups].
 // order: stored row of each packed row, or null. source_size and out_size are checked.
 SK_API int32_t sk_pack(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size, const void* scales, const int64_t* order, void* out, int64_t out_size, int32_t threads);
+
+// For formats that are used as stored and whose bytes say themselves how long they are: 0 when a product may read them, 1 when
+// they contradict themselves or the matrix. Formats of fixed sizes are always sound.
+SK_API int32_t sk_sound(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size);
 
 struct SkPacking {  // arguments of sk_pack
   const void *source, *scales;
@@ -144,10 +148,15 @@ struct SkFormat {  // one for each format and instruction set: a file a format, 
   // Rows begin..end-1 (begin a multiple of SK_TILE) of y[count][y_stride] = or += (add) x @ matrix.T + bias.
   void (*product)(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end);
   void (*row)(const SkMatrix& m, int64_t row, float* out);
+  // Null, or for bytes that say themselves how long they are: whether they may be read as such a matrix.
+  bool (*sound)(int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size);
 };
 
 // Every format, in the order of its numbers.
-#define SK_FORMATS(F, isa) F(isa, fp32) F(isa, bf16) F(isa, int8) F(isa, int4) F(isa, q8_0) F(isa, q4_0) F(isa, q4_1)
+#define SK_FORMATS(F, isa) \
+  F(isa, fp32) F(isa, bf16) F(isa, int8) F(isa, int4) F(isa, q8_0) F(isa, q4_0) F(isa, q4_1) \
+  F(isa, uniform2) F(isa, uniform3) F(isa, uniform4) F(isa, ternary) F(isa, tritplanes) \
+  F(isa, binary2) F(isa, binary3) F(isa, binary4) F(isa, exponents) F(isa, sparse) F(isa, dictionary)
 
 constexpr int64_t SK_MAX_TOKENS = 192;  // tokens quantized together; bounds the scratch memory of a call
 

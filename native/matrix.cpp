@@ -120,6 +120,12 @@ int64_t sk_pack_all(const SkPacking* all, int64_t count, int32_t threads) {
   return 0;
 }
 
+int32_t sk_sound(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size) {
+  const SkFormat* f = format_of(format);
+  if (!f || f->packed_size(rows, cols, group) < 0 || source_size < 0) return 1;
+  return f->sound ? !f->sound(rows, cols, group, source, source_size) : 0;
+}
+
 int32_t sk_matrix(const SkMatrix* matrix, const void* x, void* y, int64_t tokens, int32_t threads) {
   const SkTable* table = sk_table();  // asked once: the level in use may be changed meanwhile
   const SkFormat* f = format_of(matrix->format, table);

@@ -124,7 +124,7 @@ struct Stored {
       }
   }
 
-  static constexpr SkFormat format(const char* name) { return {name, F::KIND, packed_size, source_size, pack, product, row}; }
+  static constexpr SkFormat format(const char* name) { return {name, F::KIND, packed_size, source_size, pack, product, row, nullptr}; }
 };
 
 }  // namespace

@@ -386,7 +386,7 @@ struct Tiles {
     }
   }
 
-  static constexpr SkFormat format(const char* name) { return {name, SK_Q8, packed_size, source_size, pack, product, row}; }
+  static constexpr SkFormat format(const char* name) { return {name, SK_Q8, packed_size, source_size, pack, product, row, nullptr}; }
 };
 
 }  // namespace

@@ -16,9 +16,19 @@ import numpy as np
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError, nearest
 from shoestring.kernels.loader import load
 
-FORMATS = ("fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1")
-_BLOCK = 64 << 20
+# In the order of native/kernels.h.
+FORMATS = (
+    "fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "uniform2", "uniform3", "uniform4", "ternary", "tritplanes",
+    "binary2", "binary3", "binary4", "exponents", "sparse", "dictionary",
+)  # fmt: skip
 AS_STORED = {"fp32": 4, "bf16": 2}  # bytes of an element; rows stay where they are
+SAY_THEIR_SIZE = ("exponents", "sparse", "dictionary")  # used as stored too, and as long as their content makes them
+# 16-bit numbers that each group of a row has beside its codes.
+SCALES = {
+    "int8": 1, "int4": 1, "uniform2": 2, "uniform3": 2, "uniform4": 2, "ternary": 1, "tritplanes": 2, "binary2": 3,
+    "binary3": 4, "binary4": 5,
+}  # fmt: skip
+_BLOCK = 64 << 20
 
 
 class SkMatrix(ctypes.Structure):
@@ -126,11 +136,12 @@ def make(
     """A matrix from weights as a file holds them.
 
     Args:
-        source: the stored bytes in any shape and type, contiguous: GGUF blocks, or int8 / int4 codes, or the elements
-            of fp32 and bf16, which are used where they stand.
-        group: columns that share a scale: 32, 64 or 128, of int8 also 16; 32 for GGUF's formats, without meaning for
-            fp32 and bf16.
-        scales: of int8 and int4: bfloat16 bits, uint16 [rows, groups].
+        source: the stored bytes in any shape and type, contiguous: GGUF blocks, or codes, or the elements of fp32 and
+            bf16, or a format of `SAY_THEIR_SIZE`; the last three kinds are used where they stand.
+        group: columns that share a scale: 32, 64 or 128, of int8 also 16; 32 for GGUF's formats, without meaning where
+            there are no scales.
+        scales: of the formats in `SCALES`: 16-bit numbers, [rows, groups] or [rows, groups, how many]; bfloat16 for
+            int8 and int4, else float16.
         order: stored row of each row of the matrix, [rows]; makes a copy of fp32 and bf16 too.
         bias: [rows], in the matrix's order of rows.
         memory: where packed bytes go; None takes fresh memory for each matrix.
@@ -161,12 +172,17 @@ def make(
         if order is not None:
             stored = _bytes(stored.reshape(rows, -1)[order])
         return Matrix(format, rows, cols, group, stored, bias)
-    if format in ("int8", "int4"):
-        if scales is None or scales.dtype.itemsize != 2 or scales.shape != (rows, -(-cols // group)):
+    if format in SAY_THEIR_SIZE:
+        if order is not None:
+            raise UsageError(f"The rows of a {format} matrix cannot change places")
+        if library().sk_sound(number, rows, cols, group, stored.ctypes.data, stored.nbytes):
+            raise _wrong_size(format, rows, cols, stored.nbytes)
+        return Matrix(format, rows, cols, group, stored, bias)
+    if format in SCALES:
+        wanted = (rows, -(-cols // group), SCALES[format])
+        if scales is None or scales.dtype.itemsize != 2 or scales.shape not in (wanted, wanted[:2] * (wanted[2] == 1)):
             shape = None if scales is None else list(scales.shape)
-            raise UsageError(
-                f"Scales of shape {shape} are not bfloat16 [{rows}, {-(-cols // group)}], as {format} needs"
-            )
+            raise UsageError(f"Scales of shape {shape} are not 16-bit {list(wanted)}, as {format} needs")
         scales = np.ascontiguousarray(scales)
     else:
         scales = None

@@ -21,7 +21,18 @@ from shoestring.kernels import reference
 from shoestring.kernels.loader import LEVELS, REFERENCE, load
 from shoestring.kernels.reference import quantize
 
-__all__ = ["Product", "backend", "dequantize", "embedding", "quantize", "quantized_linear", "set_isa", "set_threads"]
+__all__ = [
+    "Product",
+    "backend",
+    "dequantize",
+    "embedding",
+    "quantize",
+    "quantized_linear",
+    "recorded",
+    "set_isa",
+    "set_threads",
+    "threads",
+]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -49,7 +60,7 @@ def quantized_linear(
     Raises:
         UsageError: shapes or types that do not belong together.
     """
-    if _recorded(x, bias):
+    if recorded(x, bias):
         return torch.ops.shoestring.quantized_linear(x, packed, scales, bits, group, in_features, bias)
     return _linear(x, packed, scales, bits, group, in_features, bias)
 
@@ -71,7 +82,7 @@ class Product:
         return Product, (self.bits, self.group, self.in_features)
 
     def __call__(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if _recorded(x, bias):
+        if recorded(x, bias):
             return torch.ops.shoestring.quantized_linear(
                 x, packed.flatten(1), scales, self.bits, self.group, self.in_features, bias
             )
@@ -104,7 +115,7 @@ class Product:
         self._known = (packed, scales, bias, dtype, places, layer, scales.shape[0])
 
 
-def _recorded(x: Tensor, bias: Tensor | None) -> bool:
+def recorded(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, torch.compile or a dispatch mode must see the call."""
     return (
         torch.compiler.is_compiling()
@@ -194,6 +205,11 @@ def set_threads(count: int | None) -> None:
     _threads = count
 
 
+def threads() -> int:
+    """The most that may work on a call."""
+    return _threads or torch.get_num_threads()
+
+
 def _indirect(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
@@ -251,9 +267,7 @@ def _run(x: Tensor, layer: bytes, rows: int) -> Tensor:
     leading.append(rows)
     y = x.new_empty(leading)
     tokens = x.numel() // in_features
-    failed = _library.sk_linear(
-        layer, x.data_ptr(), y.data_ptr(), tokens, _TYPES[x.dtype], _threads or torch.get_num_threads()
-    )
+    failed = _library.sk_linear(layer, x.data_ptr(), y.data_ptr(), tokens, _TYPES[x.dtype], threads())
     if failed:
         raise ShoestringError("A quantized layer could not run", "memory for its activations ran out")
     return y

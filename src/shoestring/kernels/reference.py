@@ -49,10 +49,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         UsageError: an unknown format, not a matrix, or not all numbers finite.
     """
     check_format(bits, group)
-    if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
-        raise UsageError(
-            f"Only a matrix of floating point numbers can be quantized, not {weight.dtype} {list(weight.shape)}"
-        )
+    check_matrix(weight)
     rows, features = weight.shape
     groups = -(-features // group)
     packed = torch.empty(rows, groups * group * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
@@ -61,7 +58,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     step = max(1, BLOCK // (groups * group))
     for start in range(0, rows, step):
         block = weight.detach()[start : start + step].float()
-        _refuse_not_finite(block)
+        refuse_not_finite(block)
         cut = F.pad(block, (0, groups * group - features)).view(len(block), groups, group)
         scale = _scale(cut, bits)
         stored = scale.float()
@@ -78,7 +75,16 @@ def _scale(cut: Tensor, bits: int) -> Tensor:
     return (cut.gather(-1, cut.abs().argmax(-1, keepdim=True)) / -8).bfloat16()
 
 
-def _refuse_not_finite(block: Tensor) -> None:
+def check_matrix(weight: Tensor) -> None:
+    """Raises UsageError unless it is a matrix of floating point numbers."""
+    if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
+        raise UsageError(
+            f"Only a matrix of floating point numbers can be quantized, not {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def refuse_not_finite(block: Tensor) -> None:
+    """Raises UsageError, with how many values are not finite."""
     if not torch.isfinite(block).all():
         nans = int(torch.isnan(block).sum())
         bad = f"{nans} NaN" if nans else f"{int(torch.isinf(block).sum())} infinite"

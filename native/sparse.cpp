@@ -1,0 +1,5 @@
+#include "absent.h"
+
+namespace ISA {
+const SkFormat sparse = Absent::format("sparse");
+}

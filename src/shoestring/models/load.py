@@ -124,7 +124,7 @@ def load(
     if str(ref) == DEFAULT:
         # Adapters record this name; the cache folder would mean nothing elsewhere.
         model.name_or_path = DEFAULT
-    return Loaded(model, _load_tokenizer(path, trust_remote_code), path, str(ref), kind)
+    return Loaded(model, load_tokenizer(path, trust_remote_code), path, str(ref), kind)
 
 
 def kind_of(config: dict[str, Any]) -> str:
@@ -389,7 +389,8 @@ def _load_model(
     return (model if device == "cpu" else model.to(device)), kind
 
 
-def _load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, None when it holds none. Raises UsageError when it is damaged."""
     from transformers import AutoTokenizer
 
     if not any(
@@ -441,7 +442,7 @@ def _load_adapter(
             "Use the base that it was trained on",
         ) from error
     model.eval()
-    own = _load_tokenizer(path, trust_remote_code)
+    own = load_tokenizer(path, trust_remote_code)
     return Loaded(model, own or base.tokenizer, path, ref, base.kind)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
@@ -183,3 +185,37 @@ def test_adalora_of_peft_is_told_and_prunes(rows, tmp_path):
 
 def test_other_adapters_are_left_alone(rows, tmp_path):
     assert BetweenSteps(lora(tiny.model())).tuners == {}
+
+
+class Slow(nn.Module):
+    """Two numbers that scale what passes, one of them with a learning rate of its own and no weight decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.plain = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.slow * self.plain
+
+    def parameter_groups(self, learning_rate):
+        return [{"params": [self.slow], "lr": 0.1 * learning_rate, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("made", [None, partial(torch.optim.SGD, lr=5e-3)])
+def test_a_module_may_want_learning_rates_of_its_own(rows, tmp_path, made):
+    model = tiny.model()
+    model.requires_grad_(False)
+    layer = model.model.layers[0].mlp
+    layer.slow = Slow()
+    layer.register_forward_hook(lambda module, args, out: module.slow(out))
+    found = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **_):
+            found.append([(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
+
+    settings = options(max_steps=2, weight_decay=0.5, lr_scheduler_type="constant", optimizer=made)
+    train(model, rows, [], settings, tmp_path, callbacks=[Look()])
+    assert found[-1] == [(1, 5e-4, 0.0), (1, 5e-3, 0.5)], "one parameter stands in one group, and each kind has one"
+    moved = [abs(float(p.detach()) - 1) for p in (layer.slow.slow, layer.slow.plain)]
+    assert 0 < 5 * moved[0] < moved[1]

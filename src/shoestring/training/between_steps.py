@@ -1,4 +1,4 @@
-"""Adapters that act between the steps of a run: move their budget about, or grow.
+"""Adapters that act between the steps of a run: move their budget about, or grow; and learning rates of their own.
 
 A tuner, the module in which peft keeps a method's adapters, joins by defining methods; where peft's own tuners have one
 of them, it has that name:
@@ -12,6 +12,12 @@ of them, it has that name:
                                        tree of dicts, lists, numbers, strings, tensors
     load_allocation_state(state)       optional; takes that back on a fresh tuner. Afterwards its parameters must have
                                        the names and shapes they had then; their values are loaded by the trainer
+
+Any module may also define
+
+    parameter_groups(learning_rate)    a list of torch's parameter groups, {"params": [...], "lr": ..., ...}, for those
+                                       of its parameters that are not to be trained at the run's own learning rate or
+                                       with its weight decay; the schedule scales every group's rate alike
 
 Between steps parameters may appear, vanish, change their shape in place (`p.data = larger`) or give their name to
 another parameter. The optimizer follows: what it holds of a parameter stays with the name, new entries of a grown one
@@ -84,6 +90,15 @@ class BetweenSteps:
 
     def _trained(self) -> dict[str, tuple[nn.Parameter, torch.Size]]:
         return {n: (p, p.shape) for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def own_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """The parameter groups that modules of `model` ask for, without parameters that do not train."""
+    asked = [m for m in model.modules() if hasattr(type(m), "parameter_groups")]
+    groups = [dict(group) for module in asked for group in module.parameter_groups(learning_rate)]  # type: ignore[operator]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    return [group for group in groups if group["params"]]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

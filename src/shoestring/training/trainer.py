@@ -1,8 +1,9 @@
 """One training run on transformers' `Trainer`: chunked loss, whole checkpoints, a time limit that is kept.
 
 `train` is the only entry. What transformers does well stays there: the loop, gradient accumulation, schedules,
-callbacks. Adapters that act between steps are called there (`training/between_steps.py`: `update_and_allocate`), and
-modules with a term of their own for the loss are heard (`training/loss.py`: `auxiliary_loss`).
+callbacks. Adapters that act between steps, or want learning rates of their own, are asked there
+(`training/between_steps.py`: `update_and_allocate`, `parameter_groups`), and modules with a term of their own for the
+loss are heard (`training/loss.py`: `auxiliary_loss`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shoestring.core.files import locked, write_text
 from shoestring.models import surgery
 from shoestring.training import checkpoints
 from shoestring.training.batches import Batches
-from shoestring.training.between_steps import BetweenSteps, load_weights
+from shoestring.training.between_steps import BetweenSteps, load_weights, own_groups
 from shoestring.training.checkpoints import Checkpoint
 from shoestring.training.clock import Clock
 from shoestring.training.fingerprint import HARMLESS, fingerprint
@@ -330,14 +331,22 @@ class _Run(Trainer):
         schedule._last_lr = rates
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.options.optimizer is not None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        own = own_groups(self.model, self.options.learning_rate)
+        if self.optimizer is None and (own or self.options.optimizer is not None):
+            taken = {id(p) for group in own for p in group["params"]}
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in taken]
             decayed = set(self.get_decay_parameter_names(self.model))
-            groups = [
+            groups = [  # parameters that come up later join the last group of their kind, so these two stand last
+                *own,
                 {"params": [p for n, p in named if n in decayed], "weight_decay": self.options.weight_decay},
                 {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
             ]
-            self.optimizer = self.options.optimizer([group for group in groups if group["params"]])
+            groups = [group for group in groups if group["params"]]
+            if self.options.optimizer is not None:
+                self.optimizer = self.options.optimizer(groups)
+            else:
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **settings)
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     # ---- checkpoints

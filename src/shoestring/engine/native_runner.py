@@ -16,15 +16,15 @@ from shoestring.engine.adapter_forms import plain
 from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
+from shoestring.kernels.layout import ITEM, parse
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
-from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe, packing
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
 
 _DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
 _GGUF_FORMATS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
-_PACKED_BY = {"shoestring_int8", "shoestring_int4"}  # whose folders hold the codes that the kernels know
 _TOGETHER = 16 << 20  # bytes that are packed in one call: for so long they are there twice
 _FIRST_POSITIONS = 4096  # rotary tables begin with so many and grow when a sequence does
 
@@ -175,11 +175,7 @@ class _Loader:
         self.read: list[str] = []  # tensors whose pages are given back when they are packed
         self.bytes = 0
         self.formats: dict[str, None] = {}
-        packed = source.values.get("quantization_config") if not source.gguf else None
-        if packed and (not isinstance(packed, dict) or packed.get("quant_method") not in _PACKED_BY):
-            method = packed.get("quant_method") if isinstance(packed, dict) else packed
-            raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
-        self.group = packed.get("group_size") if packed else None
+        self.packing_of = packing(source)
 
     def load(self) -> Llama:
         model = self.model
@@ -231,14 +227,14 @@ class _Loader:
         name = self.model.name(role, layer)
         rows, cols = self.model.shape_of(role)
         order, bias = self.order(role), None
-        if role in self.model.biased:
+        if role in self.model.biased or f"{name}.bias" in self.tensors:
             stored = self.tensors[name + ".bias"]
             self.check(stored, (rows,))
             bias = floats(stored)
             bias = bias if order is None else bias[order]
         stored = self.tensors[name + ".weight"]
-        if f"{name}.scales" in self.tensors or stored.dtype in ("I8", "U8"):
-            made = self.packed(stored, name, rows, cols, bias)
+        if name in self.packing_of:
+            made = self.packed(name, rows, cols, bias)
         else:
             self.check(stored, (rows, cols))
             made = self.plain(stored, rows, cols, order, bias)
@@ -270,32 +266,23 @@ class _Loader:
         self.read.append(stored.name)
         return made
 
-    def packed(self, stored: Stored, name: str, rows: int, cols: int, bias: np.ndarray | None) -> Matrix:
-        """Codes in groups as `docs/quantized-format.md` has them."""
-        scales = self.tensors.get(f"{name}.scales")
-        dims = stored.dims
-        sound = scales is not None and scales.dtype == "BF16" and len(scales.dims) == 2 and scales.dims[0] == rows
-        groups = scales.dims[1] if scales is not None and sound else 0
-        if sound and stored.dtype == "I8" and len(dims) == 3:
-            bits, group = 8, dims[2]
-        elif sound and stored.dtype == "U8" and len(dims) == 2 and groups:
-            bits, group = 4, dims[1] * 2 // groups
-        else:
-            raise NotNative(f"The native runner does not know how {stored.name} is packed", f"{stored.dtype} {dims}")
-        whole = (rows, groups, group) if bits == 8 else (rows, groups * group // 2)
-        if dims != whole or group != self.group or group not in (32, 64, 128) or groups != -(-cols // group):
-            raise UsageError(
-                f"{stored.name} has the dimensions {dims} with {groups} scales a row",
-                f"they do not belong to a weight of {rows} x {cols}",
-                "Get an intact model",
-            )
-        assert scales is not None
-        bits16 = aligned(scales.data, 2).view(np.uint16).reshape(scales.dims)
-        self.read.append(stored.name)
-        return make(
-            f"int{bits}", rows, cols, stored.data, group=group, scales=bits16, bias=bias, packing=self.packing,
-            memory=self.memory,
-        )  # fmt: skip
+    def packed(self, name: str, rows: int, cols: int, bias: np.ndarray | None) -> Matrix:
+        """A matrix of one of the formats of `kernels.layout`, as `docs/quantized-format.md` has them."""
+        layout = parse(self.packing_of[name].partition("+")[0])
+        arrays = {}
+        for part, (dtype, dims) in layout.tensors(rows, cols).items():
+            stored = self.tensors.get(f"{name}.{part}")
+            if stored is None or stored.dtype != dtype or stored.dims != dims:
+                found = "is missing" if stored is None else f"is {stored.dtype} {stored.dims}"
+                raise UsageError(
+                    f"{name}.{part} of {self.source.path} {found}",
+                    f"{layout} of a weight of {rows} x {cols} has {dtype} {dims} there",
+                    "Check that configuration and weights belong together",
+                )
+            arrays[part] = aligned(stored.data, ITEM[dtype])
+            if not layout.says_its_size:
+                self.read.append(stored.name)
+        return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing)
 
     def order(self, role: str) -> np.ndarray | None:
         """Stored row of each row: GGUF interleaves the two halves of a head that rotate together."""

@@ -152,8 +152,24 @@ def describe(source: Source) -> LlamaLike:
         model = from_gguf(source.values, dims, frequencies)
     else:
         model = from_config(source.values)
-    check_names(model, tensors)
+    check_names(model, tensors, packing(source))
     return model
+
+
+def packing(source: Source) -> Mapping[str, str]:
+    """Module -> weight format, of a folder that a quantizer of ours packed; empty for others.
+
+    Raises:
+        NotNative: packed in another way.
+    """
+    packed = None if source.gguf else source.values.get("quantization_config")
+    if not packed:
+        return {}
+    found = packed.get("packing") if isinstance(packed, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(spec, str) for spec in found.values()):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
+    return found
 
 
 def check_family(config: Mapping[str, Any]) -> str:
@@ -291,12 +307,16 @@ def from_gguf(
     )
 
 
-def check_names(model: LlamaLike, tensors: Collection[str]) -> None:
+def check_names(model: LlamaLike, tensors: Collection[str], packing: Mapping[str, str] | None = None) -> None:
     """Hold the tensors of a file against the model: all must be there, and none beside them that could matter.
+
+    Args:
+        packing: module -> format, of a packed folder; such modules have what their format says beside the weight.
 
     Raises:
         UsageError: one is missing. NotNative: one is there that the family does not have.
     """
+    packing = packing or {}
     block = [*PROJECTIONS, "attention_norm", "mlp_norm", *(("q_norm", "k_norm") if model.head_norms else ())]
     wanted = [model.name(role) + ".weight" for role in ("embedding", "final_norm")]
     wanted += [] if model.tied else [model.name("head") + ".weight"]
@@ -314,7 +334,7 @@ def check_names(model: LlamaLike, tensors: Collection[str]) -> None:
     expected = set(wanted) | ignored
     for name in tensors:
         owner, _, leaf = name.rpartition(".")
-        packed = leaf == "scales" and f"{owner}.weight" in expected
+        packed = owner in packing and (leaf == "scales" or (leaf == "bias" and f"{owner}.weight" in expected))
         if name not in expected and not packed and not name.endswith(("rotary_emb.inv_freq", ".attn_rot_embd.weight")):
             raise NotNative(f"The native runner does not know what {name[:120]} is for in a {model.family} model")
 

@@ -1,0 +1,448 @@
+"""Packed weights inside a transformers model: modules that stand for float ones, and the quantizer that reads them.
+
+A packed weight keeps the name `weight` (its scales stand beside it as `scales`), so tying, saving, sharding and device
+maps of transformers work on it unchanged, while its shape or type differs from the float one: a reader that does not
+know the format meets a mismatch instead of nonsense. Which format each module has stands in `quantization_config`,
+under `packing`, so a folder is read without knowing what made it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from shoestring.core.errors import UsageError
+from shoestring.kernels import formats, ops
+from shoestring.kernels.formats import Format
+from shoestring.kernels.formats._format import Product
+from shoestring.models import surgery
+
+# transformers skips a quantization method it does not know and goes on with random weights. Naming a file that cannot
+# exist as the weights makes it stop instead, with the remedy in its message.
+SEAL = "needs-the-line__import-shoestring.methods.quantizers__before-from_pretrained.safetensors"
+BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
+PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """Which module is packed in which format; a method that packs while a model is read subclasses it.
+
+    Args:
+        modules_to_not_convert: names, or parts of names, of modules to leave alone.
+        packing: module -> format such as `int4/64`, of a model that is packed already.
+    """
+
+    method = "packed"
+    quant_method: Any
+
+    def __init__(
+        self,
+        modules_to_not_convert: list[str] | None = None,
+        packing: Mapping[str, str] | None = None,
+        **stray: Any,
+    ) -> None:
+        self.quant_method = f"shoestring_{self.method}"
+        self.modules_to_not_convert = modules_to_not_convert
+        self.packing = dict(packing or {})
+        # Facts that a configuration writes and derives again.
+        stray = {name: value for name, value in stray.items() if name not in ("quant_method", "bits")}
+        if stray:
+            raise UsageError(f"{type(self).__name__} has no option {', '.join(sorted(stray))}")
+
+    def format_of(self, name: str, rows: int, columns: int, embedding: bool) -> Format | None:
+        """The format of the module called `name`, whose weight is [rows, columns]; None leaves it as it is."""
+        return None
+
+    def pack(self, weight: torch.Tensor, format: Format, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a float weight [rows, columns]; those of a format whose length depends on them, any length."""
+        return format.pack(weight)
+
+    def left_alone(self, name: str) -> bool:
+        return any(part in name for part in self.modules_to_not_convert or ())
+
+
+class Packed(nn.Module):
+    """A module that stands for a float weight [rows, columns] of `format`."""
+
+    weight: torch.Tensor
+    format: Format
+    rows: int
+    columns: int
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight it stands for, float32 [rows, columns]."""
+        return self.format.unpack(self.tensors(), self.columns)
+
+    def bound(self) -> torch.Tensor:
+        """The largest error that plain rounding may make of each number, [rows, columns]."""
+        return self.format.bound(self.tensors(), self.columns)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def hold(self, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stand for these tensors from now on."""
+        self.format = format
+        for name, value in tensors.items():
+            self._put(name, value)
+
+    def _hold(self, format: Format, rows: int, columns: int, tied: bool = False) -> None:
+        self.rows, self.columns, self.tied = rows, columns, tied
+        self._names = tuple(format.layout.tensors(rows, columns))
+        self.hold(format, format.empty(rows, columns))
+
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        if name == "weight":
+            self.weight = nn.Parameter(value, requires_grad=False)
+        else:
+            # Buffers: a model's dtype is that of its first floating-point parameter, which must not be the scales. A
+            # tied head borrows the table's and stores none.
+            self.register_buffer(name, value, persistent=not self.tied)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name) for name in self._names if name != "weight"}
+        moved = super()._apply(fn, recurse)
+        # `model.to(dtype)` is about activations; scales are part of the stored format and only change device.
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype != before.dtype:
+                now.data = before.data.to(now.device)
+        return moved
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {self.rows}, format={self.format}"
+
+
+class PackedLinear(Packed, nn.Linear):
+    """A linear layer over packed weights. Input (..., in_features), output (..., out_features) of the same type."""
+
+    def __init__(
+        self, in_features: int, out_features: int, format: Format, bias: bool, dtype: torch.dtype, tied: bool = False
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._hold(format, out_features, in_features, tied)
+        values = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", values)
+
+    def hold(self, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().hold(format, tensors)
+        layout = format.layout
+        self._grouped = layout.kind == "int"
+        if self._grouped:  # for which there are products without a second layout
+            self._product: Any = ops.Product(layout.planes, layout.group, self.columns)
+        else:
+            self._product = Product(format, self.rows, self.columns)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # Not through attributes: nn.Module is slow to find them, and a small layer takes a few microseconds in all.
+        own: Any = self._parameters
+        beside: Any = self._buffers
+        if self._grouped:
+            return self._product(input, own["weight"], beside["scales"], own["bias"])
+        return self._product(input, {"weight": own["weight"], **beside}, own["bias"])
+
+
+class PackedEmbedding(Packed, nn.Embedding):
+    """An embedding table over packed rows. Input (...) of ids, output (..., embedding_dim) in `dtype`."""
+
+    def __init__(
+        self, rows: int, width: int, format: Format, padding_idx: int | None, scale: float, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx  # type: ignore[assignment]
+        self.scale, self.dtype = scale, dtype
+        self._hold(format, rows, width)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        layout = self.format.layout
+        if layout.kind == "int":
+            codes = self.weight.flatten(1)
+            rows = ops.embedding(
+                input,
+                codes,
+                self.tensors()["scales"],
+                layout.planes,
+                layout.group,
+                self.embedding_dim,
+                dtype=self.dtype,
+            )
+        else:
+            if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.rows:
+                raise UsageError(
+                    f"Token ids {int(input.min())}..{int(input.max())} do not fit a table of {self.rows} rows",
+                    remedy="Use the tokenizer that belongs to the model",
+                )
+            rows = self.format.rows(self.tensors(), input.flatten(), self.columns).to(self.dtype)
+            rows = rows.view(*input.shape, self.columns)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+def linear(
+    format: Format,
+    tensors: Mapping[str, torch.Tensor],
+    columns: int,
+    *,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PackedLinear:
+    """A layer over tensors that `format` made of a matrix [rows, columns]; the bias is [rows]."""
+    rows = len(bias) if bias is not None else len(tensors["weight"])
+    with torch.device("meta"):
+        made = PackedLinear(columns, rows, format, bias is not None, dtype)
+    made.hold(format, tensors)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made
+
+
+def mark(model: PreTrainedModel, config: PackedConfig | None = None) -> None:
+    """Make a model whose layers were packed one by one save itself as a packed folder; seal that with `seal`."""
+    made = config or PackedConfig()
+    made.packing = packing_of(model)
+    model.config.quantization_config = made
+    quantizer = PackedQuantizer(made, pre_quantized=True)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    tie(model)
+
+
+def packing_of(model: nn.Module) -> dict[str, str]:
+    """Module -> format of everything packed in a model, with `+bias` where a layer has one."""
+    return {
+        name: str(module.format) + BIAS * (getattr(module, "bias", None) is not None)
+        for name, module in packed_modules(model)
+    }
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
+
+
+class Pack(ConversionOps):
+    """Packs one float weight while transformers reads it, so no whole model is ever inflated."""
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **given: Any) -> dict[str, Any]:
+        name: str = given["full_layer_name"]
+        value = next(iter(input_dict.values()))
+        value = value[0] if isinstance(value, list) else value
+        owner = name.rpartition(".")[0]
+        packed: Any = given["model"].get_submodule(owner)
+        if owner in self.quantizer.transposed:
+            value = value.t()
+        config = self.quantizer.quantization_config
+        try:
+            tensors = config.pack(value.contiguous(), packed.format, owner)
+        except UsageError as error:
+            # transformers would bury it in a report: kept until the weights are read.
+            self.quantizer.refusals.append(f"{name} cannot be quantized: {error}")
+            tensors = {key: torch.zeros_like(t, device="cpu") for key, t in packed.tensors().items()}
+        if packed.format.layout.says_its_size:
+            found = formats.parse(f"{packed.format.layout.native}/{tensors['weight'].numel()}")
+            packed.hold(found, found.empty(packed.rows, packed.columns))
+        return {f"{owner}.{key}": tensor for key, tensor in tensors.items()}
+
+
+class PackedQuantizer(HfQuantizer):
+    """The transformers side of `PackedConfig`: packs while loading a float model, and loads what it saved."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.transposed: set[str] = set()
+        self.refusals: list[str] = []
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        # The one hook that sees the config before the weight files are looked up.
+        if getattr(config, "transformers_weights", None) == SEAL:
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        dtype = kwargs.get("dtype") or model.dtype
+        tied = tied_head(model)
+        for name, module in list(model.named_modules()):
+            format = self._format(model, name, module, tied)
+            if format is None:
+                continue
+            with torch.device("meta"):
+                if isinstance(module, nn.Embedding):
+                    scale = float(getattr(module, "scalar_embed_scale", 1.0))
+                    rows, columns = module.num_embeddings, module.embedding_dim
+                    new: nn.Module = PackedEmbedding(rows, columns, format, module.padding_idx, scale, dtype)
+                else:
+                    rows, columns = linear_dims(module)
+                    bias = module.bias is not None or self._has_bias(name)
+                    new = PackedLinear(columns, rows, format, bias, dtype, tied=name == tied)
+            if isinstance(module, Conv1D):
+                self.transposed.add(name)
+            new.train(module.training)
+            surgery.replace_module(model, name, new)
+        refuse_unpacked(model)
+        return model
+
+    def _format(self, model: PreTrainedModel, name: str, module: nn.Module, tied: str | None) -> Format | None:
+        config = self.quantization_config
+        embedding = isinstance(module, nn.Embedding)
+        if self.pre_quantized:
+            spec = config.packing.get(name)
+            if spec is None:
+                return None
+            if not embedding and not isinstance(module, nn.Linear | Conv1D):
+                raise UsageError(
+                    f"The configuration packs {name[:120]}, which is a {type(module).__name__}",
+                    remedy="Check that configuration and weights belong together",
+                )
+            return formats.parse(spec.removesuffix(BIAS))
+        if not packable(model, name, module) or config.left_alone(name):
+            return None
+        if embedding:
+            return config.format_of(name, module.num_embeddings, module.embedding_dim, True)  # type: ignore[arg-type]
+        return config.format_of(name, *linear_dims(module), name == tied)
+
+    def _has_bias(self, name: str) -> bool:
+        return self.pre_quantized and self.quantization_config.packing.get(name, "").endswith(BIAS)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        owner, _, tensor = param_name.rpartition(".")
+        return not self.pre_quantized and tensor == "weight" and isinstance(model.get_submodule(owner), Packed)
+
+    def get_quantize_ops(self) -> Pack:
+        return Pack(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.refusals:
+            raise UsageError(*self.refusals[:3])
+        tie(model)
+        self.quantization_config.packing = packing_of(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A config that was read from disk says its dtype as a word.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Packed):
+                surgery.replace_module(model, name, float_module(module, dtype))
+        model.tie_weights()
+        return model
+
+
+if PLAIN not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(PLAIN)(PackedConfig)
+    register_quantizer(PLAIN)(PackedQuantizer)
+
+
+def seal(folder: Path) -> None:
+    """Make a saved folder refuse readers that do not know the format, with the remedy in their error."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["transformers_weights"] = SEAL
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Give a tied head what stands beside the codes that it shares with the embedding."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding) and head.weight is table.weight:
+        head.hold(table.format, table.tensors())
+        head.weight = table.weight  # type: ignore[assignment]
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or transformers' transposed one."""
+    rows, columns = list(module.weight.shape)  # type: ignore[union-attr, arg-type]
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def tied_head(model: PreTrainedModel) -> str | None:
+    """The name of a head that shares the embedding's weight."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    return name if name and f"{name}.weight" in model.all_tied_weights_keys else None
+
+
+def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Whether a module's weight is one that formats are made for."""
+    if isinstance(module, nn.Embedding):
+        # Only the token table: position and type tables are small and often indexed in other ways.
+        return module is model.get_input_embeddings()
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
+    return module is not model.get_output_embeddings() or name == tied_head(model)
+
+
+def refuse_unpacked(model: PreTrainedModel) -> None:
+    """A promise of size must not be broken in silence by matrices that no packed module holds (fused experts, say)."""
+    packed = sum(m.rows * m.columns for _, m in packed_modules(model))
+    head = model.get_output_embeddings()
+    left = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() > 2 and p.is_floating_point() and (head is None or p is not getattr(head, "weight", None))
+    }
+    if not packed or sum(left.values()) > 0.1 * packed:
+        examples = ", ".join(list(left)[:2]) or "no linear layers found"
+        raise UsageError(
+            f"{type(model).__name__} does not fit weight quantization of linear layers",
+            f"most of its weights stand elsewhere ({examples})",
+            "Use a model of linear layers, such as LlamaForCausalLM",
+        )
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """A float table that scales what it looks up, as some families' own do."""
+
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(input)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+def float_module(packed: Any, dtype: torch.dtype) -> nn.Module:
+    """The module with plain weights in `dtype` that a packed one stands for."""
+    weight = packed.unpacked().to(dtype)
+    if isinstance(packed, nn.Embedding):
+        table = _ScaledEmbedding.from_pretrained(weight, freeze=False, padding_idx=packed.padding_idx)
+        table.scale = packed.scale
+        return table
+    with torch.device("meta"):
+        made = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+    made.weight = nn.Parameter(weight)
+    if packed.bias is not None:
+        made.bias = nn.Parameter(packed.bias.data.to(dtype))
+    return made

@@ -31,7 +31,8 @@ WORDS = ("settings", "price")
 # A method may also define
 #   compress(loaded: models.Loaded, config, work: Work) -> PreTrainedModel: for what needs the whole model, data or
 #       training before it packs. It gets the float model and returns one of packed layers (`models.packed.mark`);
-#       `work.train` and `work.valid` are examples, `work.training` settings of the loop, `work.folder` outlives a crash.
+#       `work.train` and `work.valid` are examples, `work.training` settings of the loop, and `work.folder` outlives a
+#       crash.
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
 #   QUANTIZER: transformers' quantizer of a format that is not packed linear layers.
 # A method may also define

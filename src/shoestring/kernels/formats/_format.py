@@ -33,6 +33,11 @@ class Format:
     def __str__(self) -> str:
         return str(self.layout)
 
+    @property
+    def native(self) -> bool:
+        """Whether products run on the native kernels where they can; if not, always in torch."""
+        return self.rounds
+
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of a float matrix, each number rounded to the nearest that the format has.
 
@@ -101,7 +106,7 @@ class Product:
         if x.shape[-1] != cols:
             raise UsageError(f"An input of {x.shape[-1]} features does not fit a layer of {cols}")
         weight = tensors["weight"]
-        if not (self.format.rounds and x.is_cpu and weight.is_cpu and ops.backend()["native"]) or _traced(x):
+        if not (self.format.native and x.is_cpu and weight.is_cpu and ops.backend()["native"]) or _traced(x):
             return self.format.multiply(x, tensors, cols, rows)
         key = (weight.data_ptr(), weight._version)
         if self._made[0] != key:

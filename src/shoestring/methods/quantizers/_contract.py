@@ -33,12 +33,11 @@ WORDS = ("settings", "price")
 #       training before it packs. It gets the float model and returns one of packed layers (`models.packed.mark`);
 #       `work.train` and `work.valid` are examples, `work.training` settings of the loop, and `work.folder` outlives a
 #       crash.
+#   stream(source: Path, folder: Path, config, rows, work: Work) -> dict[str, Any]: the same for a model that need not
+#       fit into memory. It reads the folder `source` piece by piece and writes the packed model to `folder`; `rows` are
+#       those of `data.encode`. Returns facts.
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
 #   QUANTIZER: transformers' quantizer of a format that is not packed linear layers.
-# A method may also define
-#   compress(source: Path, folder: Path, config, rows, work: Work) -> dict[str, Any]: for one that looks at data. It
-#       reads the model at `source` as it likes and writes the packed one to `folder`; `rows` are those of
-#       `data.encode`.
 #   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for;
 #       `changes` override its config.
 
@@ -61,10 +60,10 @@ def config(module: ModuleType, options: dict[str, Any]) -> Any:
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
-    """Quantize the folder `source` into `out`: one tensor at a time, or as the method's own `compress` does it."""
+    """Quantize the folder `source` into `out`: one tensor at a time, or as the method's own `stream` does it."""
     made = config(module, dict(step.options))
-    if hasattr(module, "compress"):
-        return _compressed(module, made, step, source, out, work)
+    if hasattr(module, "stream"):
+        return _streamed(module, made, step, source, out, work)
     loaded = models.load(str(source), quantization_config=made, trust_remote_code=work.trust_remote_code)
     with atomic_folder(out) as folder:
         loaded.model.save_pretrained(folder)
@@ -73,7 +72,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     return {"parameters": models.shape_of(loaded.path).parameters}
 
 
-def _compressed(module: ModuleType, made: Any, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
+def _streamed(module: ModuleType, made: Any, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
     if not work.train:
         raise UsageError(f"the step {step} looks at data, and none was given", remedy="Add --data FILE")
     tokenizer = load_tokenizer(source, trust_remote_code=work.trust_remote_code)
@@ -82,7 +81,7 @@ def _compressed(module: ModuleType, made: Any, step: Step, source: Path, out: Pa
     length = min(settings["max_length"], shape.context or settings["max_length"])
     rows = data.encode(work.train, tokenizer, length, on_long=settings["on_long"]).rows
     with atomic_folder(out) as folder:
-        facts = module.compress(source, folder, made, rows, work)
+        facts = module.stream(source, folder, made, rows, work)
         tokenizer.save_pretrained(folder)
         _shared.seal(folder)
     return {"parameters": shape.parameters, **facts}
@@ -309,10 +308,10 @@ def _quantized(
     source = base / "float"
     (model or _base(module)).to(dtype).save_pretrained(source)  # type: ignore[arg-type]
     made = config(module, {**module.settings()[0], **(options or {})})
-    if hasattr(module, "compress"):
+    if hasattr(module, "stream"):
         rows = [{"input_ids": ids, "labels": ids} for ids in tiny.batch(8, 12).tolist()]
         (base / "packed").mkdir()
-        module.compress(source, base / "packed", made, rows, Work(Ledger(), base))
+        module.stream(source, base / "packed", made, rows, Work(Ledger(), base))
         _shared.seal(base / "packed")
         return AutoModelForCausalLM.from_pretrained(base / "packed").eval(), base / "packed"
     quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=made, dtype=dtype).eval()

@@ -41,7 +41,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture in numbers. `context` is the longest text it accepts, 0 when unbounded."""
+    """A model's architecture in numbers.
+
+    Attributes:
+        context: the longest text it accepts, 0 when unbounded.
+        keyless: layers that take the attention weights of another one: they keep values and no keys.
+    """
 
     weights: tuple[Weight, ...]
     layers: int
@@ -52,6 +57,7 @@ class Shape:
     vocab: int
     context: int = 0
     family: str = ""
+    keyless: int = 0
     other_files: int = 0
 
     @property
@@ -68,8 +74,8 @@ class Shape:
         return sum(w.resident for w in self.weights if not w.tied)
 
     def kv_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
-        """Key-value cache of `tokens` positions: 2 L n_kv d_head T bytes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_value
+        """Key-value cache of `tokens` positions: 2 L n_kv d_head T bytes, half for a layer without keys."""
+        return (2 * self.layers - self.keyless) * self.kv_heads * self.head_dim * tokens * bytes_per_value
 
     def flops_per_token(self, context: int = 0) -> float:
         """Forward FLOPs of one token: 2 per multiplied weight (look-ups cost none), plus attention over `context`."""
@@ -78,7 +84,7 @@ class Shape:
             for w in self.weights
             if w.role in PROJECTIONS | {"head", "expert", "other"} and len(w.dims) > 1
         )
-        return 2 * weights + 4 * self.layers * context * self.heads * self.head_dim
+        return 2 * weights + 2 * (2 * self.layers - self.keyless) * context * self.heads * self.head_dim
 
     def change(self, touch: Callable[[Weight], Weight]) -> Shape:
         return replace(self, weights=tuple(touch(w) for w in self.weights))

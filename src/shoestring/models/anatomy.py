@@ -59,7 +59,8 @@ class Block:
         projections: role -> full module name, in the order in which data passes through. Roles are those of
             `core.shape.PROJECTIONS`; low-rank attention has `q_a`, `q_b`, `kv_a`, `kv_b` (a before b); cross-attention
             `cross_q`, `cross_k`, `cross_v`, `cross_o`; each expert of a mixture `expert.0.up` and so on, or `expert`
-            for a module that keeps all experts in stacked parameters; `router` chooses among them.
+            for a module that keeps all experts in stacked parameters; `router` chooses among them. A layer that takes
+            the attention weights of an earlier one has neither `q` nor `k`.
         norms: full names of its normalisations in order.
         stack: "decoder", or "encoder" in the encoder of an encoder-decoder and in a masked model.
     """
@@ -197,6 +198,16 @@ FEED_FORWARDS = dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "qwen2", "
     "phi": FeedForward(("fc1",), "fc2", "activation_fn", ("q_proj", "k_proj", "v_proj", "dense")),
     "phi3": FeedForward(("gate_up_proj",), activation="activation_fn", attention=("qkv_proj", "o_proj"), fused=True),
 }
+
+
+def attention_of(block: Block) -> str:
+    """Full name of the module that holds the attention's projections."""
+    return block.projections["o"].rpartition(".")[0]
+
+
+def keeps_keys(block: Block) -> bool:
+    """Whether a layer computes keys of its own; one that takes another's attention weights does not."""
+    return bool({"k", "qkv", "kv_a", "kv_b"} & set(block.projections))
 
 
 def plain_role(key: str) -> str:
@@ -406,7 +417,7 @@ def _is_encoder(name: str) -> bool:
 
 def _has_attention(block: nn.Module) -> bool:
     keys = set(_projections(block))
-    return bool({"qkv", "q", "q_b"} & keys) and "o" in keys
+    return bool({"qkv", "q", "q_b", "v"} & keys) and "o" in keys
 
 
 def _projections(block: nn.Module) -> dict[str, str]:

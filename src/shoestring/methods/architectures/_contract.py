@@ -26,9 +26,8 @@ from shoestring.methods.architectures import _shared
 VERB = "compress"
 WORDS = ("MODELS", "NEUTRAL", "settings", "price", "convert")
 # What these and `METHOD.provides` are:
-#   provides: the transformers configuration of the architecture. Its `model_type` begins with `_shared.PREFIX`, it
-#       takes the seal off itself (`_shared.unseal` in `__post_init__`), and `AutoModelForCausalLM.from_config` builds
-#       a new model from it.
+#   provides: the transformers configuration of the architecture. Its `model_type` begins with `_shared.PREFIX`, its
+#       first base is `_shared.Sealed`, and `AutoModelForCausalLM.from_config` builds a new model from it.
 #   MODELS: (configuration class, model class) pairs, one for each family that can be converted.
 #   example() -> a frozen dataclass of the options of a conversion, whose `__post_init__` raises UsageError; the options
 #       that the checks convert with, so they must suit a model of six layers, or the method's own `base`.
@@ -84,7 +83,6 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         converted.model.save_pretrained(folder)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
-        _shared.seal(folder)
         facts = json.dumps(converted.facts, indent=2)
         (folder / f"{name}.json").write_text(facts + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(name, loaded.ref, options), encoding="utf-8")
@@ -105,8 +103,8 @@ def build(
 
 def _encoded(loaded: models.Loaded, work: Work) -> tuple[_shared.Rows, _shared.Rows]:
     context = models.shape_of(loaded.model).context
-    length = min(work.training.get("max_length") or context or 2048, context or 2**31)
-    on_long = work.training.get("on_long", "error")
+    length = min(work.training.get("max_length") or 512, context or 2**31)
+    on_long = work.training.get("on_long", "truncate")
     parts = (work.train, work.valid)
     train, valid = (data.encode(p, loaded.tokenizer, length, on_long=on_long).rows if p else [] for p in parts)
     return train, valid
@@ -131,11 +129,11 @@ def _card(name: str, base: str, options: Any) -> str:
 def check_loads_what_it_saved_bit_for_bit(module: ModuleType) -> None:
     model = _converted(module)
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, folder)
+        model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(folder)
         assert type(again) is type(model), type(again).__name__
         assert torch.equal(tiny.logits(again), tiny.logits(model)), "reloaded logits differ"
-        _save(again, folder)
+        again.save_pretrained(folder)
         twice = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(tiny.logits(twice), tiny.logits(model)), "what was loaded and saved again differs"
 
@@ -145,7 +143,7 @@ def check_refuses_a_reader_that_does_not_know_it(module: ModuleType) -> None:
     kind = model.config.model_type
     assert kind.startswith(_shared.PREFIX), f"model_type {kind} does not begin with {_shared.PREFIX}"
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, folder)
+        model.save_pretrained(folder)
         hidden = CONFIG_MAPPING._extra_content.pop(kind)
         try:
             AutoModelForCausalLM.from_pretrained(folder)
@@ -206,7 +204,7 @@ def check_parameters_and_bytes_are_as_promised(module: ModuleType) -> None:
         assert shape.kv_bytes(7) == promised.kv_bytes(7), f"{settings}: price says another size of the cache"
         stored = sum(w.stored for w in promised.weights if not w.tied)
         with tempfile.TemporaryDirectory() as folder:
-            _save(model, folder)
+            model.save_pretrained(folder)
             disk = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
             assert 0 <= disk - stored < 40_000, f"{settings}: {disk} bytes on disk for {stored} of weights"
             assert models.shape_of(folder).parameters == count, "the folder tells another number of parameters"
@@ -289,7 +287,7 @@ def check_tied_weights_stay_tied(module: ModuleType) -> None:
         raise AssertionError("the base of the checks has no tied weights")
     model = _converted(module, base=base)
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, folder)
+        model.save_pretrained(folder)
         for found in (model, AutoModelForCausalLM.from_pretrained(folder)):
             assert found.get_output_embeddings().weight is found.get_input_embeddings().weight, "no longer tied"
 
@@ -363,11 +361,6 @@ def _converted(
     rows = [{"input_ids": row, "labels": row} for row in tiny.batch(4, 12).tolist()]
     converted: _shared.Converted = module.convert(base if base is not None else _base(module), chosen, rows)
     return converted.model.eval()
-
-
-def _save(model: PreTrainedModel, folder: str) -> None:
-    model.save_pretrained(folder)
-    _shared.seal(Path(folder))
 
 
 def _fit(model: PreTrainedModel, steps: int, rate: float = 3e-3) -> list[float]:

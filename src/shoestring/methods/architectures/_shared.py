@@ -7,7 +7,6 @@ that family has and the architecture has not. So the folder is sealed, as folder
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shoestring.models.seal import seal, unseal
+
 PREFIX = "shoestring_"  # of every `model_type` of this room, by which a folder tells that it needs it
-LINE = "import shoestring.methods.architectures"
-# A name that no weight file has: who does not know to remove it stops, with the remedy in the message.
-SEAL = "needs-the-line__import-shoestring.methods.architectures__before-from_pretrained.safetensors"
+ROOM = "shoestring.methods.architectures"  # what to import before such a folder can be read
+LINE = f"import {ROOM}"
 
 Rows = Sequence[dict[str, Any]]
 
@@ -35,15 +35,14 @@ class Converted:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def unseal(config: Any) -> None:
-    """Take the seal off a configuration that was read from a sealed folder; for the `__post_init__` of a config."""
-    if getattr(config, "transformers_weights", None) == SEAL:
-        del config.transformers_weights
+class Sealed:
+    """Goes before the family's own class among the bases of a configuration: it is sealed where it is saved, and takes
+    the seal off where it is read."""
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        unseal(self, ROOM)
 
-def seal(folder: Path) -> None:
-    """Make a saved folder refuse the classes of the family it was made from, with the remedy in their error."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["transformers_weights"] = SEAL
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        seal(Path(save_directory), ROOM)

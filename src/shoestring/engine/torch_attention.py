@@ -2,6 +2,10 @@
 
 A ragged batch passes a model as one row of tokens, [1, tokens]; everything in a transformer but attention treats tokens
 one by one. Attention comes here: keys and values go into pages, and each sequence attends over its own table.
+
+Layers may share attention weights. A module with `keeps_weights` gets its weights as the second result, where
+transformers gives them too; another layer hands them back in `weights`, with values and without queries and keys,
+and has only values in its pages.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ _UNKNOWN = ("position_bias", "head_mask", "alibi", "score_mod", "encoder_hidden_
 
 @dataclass(frozen=True)
 class Head:
-    """Sizes of one layer's keys and values."""
+    """Sizes of one layer's keys and values; a layer without keys has a key_dim of 0."""
 
     kv_heads: int
     key_dim: int
@@ -42,9 +46,8 @@ class Store:
 
     def __init__(self, blocks: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.data = torch.zeros(blocks, BLOCK, heads, dim, dtype=dtype, device=device)
-        self.scales = (
-            torch.zeros(blocks, BLOCK, heads, dtype=torch.float32, device=device) if dtype == torch.int8 else None
-        )
+        scaled = dtype == torch.int8 and dim > 0
+        self.scales = torch.zeros(blocks, BLOCK, heads, dtype=torch.float32, device=device) if scaled else None
         self.parts = [self.data] if self.scales is None else [self.data, self.scales]
 
     def write(self, slots: torch.Tensor, x: torch.Tensor) -> None:
@@ -97,6 +100,24 @@ class _Group:
                 seen = seen & law(zero, zero, positions[own][:, :, None], positions[self.slots][:, None, :])
             self.masks[key] = None if bool(seen.all()) else seen.repeat(1, repeat, 1)[:, None]
         return self.masks[key]
+
+    def put(self, found: torch.Tensor, out: torch.Tensor) -> None:
+        """found [sequences, kv_heads, repeat * new, dim], the queries of a key head together, into `out`."""
+        new = self.rows.shape[1]
+        out[self.rows] = found.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+@dataclass
+class Kept:
+    """Attention weights of one layer in one pass, for layers that take them.
+
+    Attributes:
+        heads: of queries.
+        of: for each group of the pass [sequences, kv_heads, repeat * new, length].
+    """
+
+    heads: int
+    of: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -179,22 +200,28 @@ class Attention:
     def __call__(
         self,
         module: torch.nn.Module,
-        q: torch.Tensor,
-        k: torch.Tensor,
+        q: torch.Tensor | None,
+        k: torch.Tensor | None,
         v: torch.Tensor,
         mask: Any,
         scaling: float | None,
         extra: dict[str, Any],
-    ) -> torch.Tensor:
-        """q [1, heads, tokens, dim], k and v likewise; [1, tokens, heads, value_dim]."""
+    ) -> tuple[torch.Tensor, Kept | None]:
+        """q [1, heads, tokens, dim], k and v likewise; [1, tokens, heads, value_dim], and the weights if they are kept.
+
+        Without q and k, `extra` has the weights of another layer.
+        """
         layer = self.layer_of[id(module)]
+        if q is None or k is None:
+            return self._with_weights(module, layer, v[0].transpose(0, 1), extra["weights"])[None], None
+        kept = Kept(q.shape[1]) if getattr(module, "keeps_weights", False) else None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         scaling = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if self.batch_pass is None:
             _refuse_unknown(module, mask, extra)
             self.windows |= isinstance(mask, Law) and mask.sees is not None
             self.seen[layer] = Head(k.shape[1], k.shape[2], v.shape[2])
-            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None]
+            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], kept
         law = mask.sees if isinstance(mask, Law) else None
         if self.worker is not None:
             _refuse_worker(module, law, extra)
@@ -202,14 +229,28 @@ class Attention:
             arrays = (q.float() * (scaling * q.shape[-1] ** 0.5), k.float(), v.float())
             on_host = [x.contiguous().cpu().numpy() for x in arrays]
             found = self.worker(layer, on_host[0], on_host[1], on_host[2], self.batch_pass.batch)
-            return torch.from_numpy(np.ascontiguousarray(found)).to(q)[None]
+            return torch.from_numpy(np.ascontiguousarray(found)).to(q)[None], None
         keys, values = self.stores[layer]
         keys.write(self.batch_pass.slots, k)
         values.write(self.batch_pass.slots, v)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for group in self.batch_pass.groups:
-            self._attend(group, keys, values, q, out, law, scaling, extra)
-        return out[None]
+            self._attend(group, keys, values, q, out, law, scaling, extra, kept)
+        return out[None], kept
+
+    def _with_weights(self, module: torch.nn.Module, layer: int, v: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """v [tokens, kv_heads, dim] of a layer that takes another's weights; [tokens, heads, dim]."""
+        if self.batch_pass is None:
+            self.seen[layer] = Head(v.shape[1], 0, v.shape[2])
+            return v.repeat_interleave(kept.heads // v.shape[1], 1)
+        if self.worker is not None:
+            _refuse_worker(module, None, {"weights": kept})
+        values = self.stores[layer][1]
+        values.write(self.batch_pass.slots, v)
+        out = v.new_empty(v.shape[0], kept.heads, v.shape[2])
+        for group, weights in zip(self.batch_pass.groups, kept.of, strict=True):
+            group.put(weights @ values.read(group.slots, v.dtype), out)
+        return out
 
     def _attend(
         self,
@@ -221,8 +262,9 @@ class Attention:
         law: Callable[..., Any] | None,
         scaling: float,
         extra: dict[str, Any],
+        kept: Kept | None,
     ) -> None:
-        size, new = group.rows.shape
+        new = group.rows.shape[1]
         kv_heads = keys.data.shape[2]
         repeat = q.shape[1] // kv_heads
         # Query heads that share a key head stand as more tokens of that head, so that keys need not be repeated.
@@ -230,16 +272,17 @@ class Attention:
         k, v = keys.read(group.slots, q.dtype), values.read(group.slots, q.dtype)
         mask = group.mask(law, repeat, None if self.positions is None else self.positions.flatten())
         softcap, sinks = extra.get("softcap"), extra.get("s_aux")
-        if softcap is None and sinks is None:
-            found = scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=scaling)
-        else:
-            found = _attend_plainly(mine, k, v, mask, scaling, softcap, sinks, new)
-        found = found.unflatten(2, (repeat, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out[group.rows] = found
+        if softcap is None and sinks is None and kept is None:
+            group.put(scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=scaling), out)
+            return
+        weights = _weights(mine, k, mask, scaling, softcap, sinks, new)
+        if kept is not None:
+            kept.of.append(weights)
+        group.put(weights @ v, out)
 
 
-def _attend_plainly(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None,
+def _weights(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None,
     sinks: torch.Tensor | None, new: int,
 ) -> torch.Tensor:  # fmt: skip
     scores = (q @ k.transpose(2, 3)) * scaling
@@ -251,8 +294,8 @@ def _attend_plainly(
         # A sink takes its share of the attention and gives nothing.
         column = sinks.reshape(k.shape[1], -1, 1).expand(-1, -1, new).reshape(1, k.shape[1], -1, 1)
         scores = torch.cat([scores, column.expand(scores.shape[0], -1, -1, -1).to(scores.dtype)], -1)
-        return torch.softmax(scores, -1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
-    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+        return torch.softmax(scores, -1, dtype=torch.float32)[..., :-1].to(q.dtype)
+    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
 
 
 class Through(Cache):
@@ -280,15 +323,15 @@ _current: ContextVar[Attention | None] = ContextVar("attention", default=None)
 
 
 def _forward(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-    scaling: float | None = None, **extra: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: torch.nn.Module, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor,
+    attention_mask: Any, scaling: float | None = None, **extra: Any,
+) -> tuple[torch.Tensor, Kept | None]:  # fmt: skip
     attention = _current.get()
     if attention is None:
         raise ShoestringError(
             f"{type(module).__name__} belongs to an engine", "its keys and values stand in pages", "Close the engine"
         )
-    return attention(module, query, key, value, attention_mask, scaling, extra), None
+    return attention(module, query, key, value, attention_mask, scaling, extra)
 
 
 def _law(*, mask_function: Callable[..., Any] = causal_mask_function, **_: Any) -> Law:
@@ -312,6 +355,8 @@ def _refuse_unknown(module: torch.nn.Module, mask: Any, extra: dict[str, Any]) -
 def _refuse_worker(module: torch.nn.Module, law: Callable[..., Any] | None, extra: dict[str, Any]) -> None:
     special = [word for name, word in (("softcap", "capped scores"), ("s_aux", "sinks")) if extra.get(name) is not None]
     special += ["a window"] if law is not None else []
+    special += ["weights of another layer"] if extra.get("weights") is not None else []
+    special += ["weights that other layers take"] if getattr(module, "keeps_weights", False) else []
     if special:
         raise UsageError(
             f"The attention of {type(module).__name__} cannot be computed elsewhere",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import psutil
 import torch
 from torch import nn
 
-from shoestring.core import catalog
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
 from shoestring.core.text import show_bytes
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
@@ -22,6 +22,7 @@ from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Thro
 from shoestring.models.anatomy import inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
+from shoestring.models.seal import needs
 
 _CACHE_TYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8,
@@ -336,13 +337,12 @@ def _check_range(what: str, values: np.ndarray, end: int) -> None:
 
 
 def _know_format(path: Path) -> None:
-    """Make transformers know the formats of the quantizers when a folder, or its base, is packed in one of them."""
+    """Make transformers know the format and the architecture of a folder, or of its base, when they are ours."""
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _know_format(resolve(str(check_adapter(path).get("base_model_name_or_path") or "")))
     file = path / "config.json"
-    packed = (read_json(file).get("quantization_config") or {}) if file.is_file() else {}
-    if str(packed.get("quant_method", "")).startswith("shoestring"):
-        catalog.adopt_room("quantizers")
+    for name in needs(read_json(file)) if file.is_file() else ():
+        import_module(name)
 
 
 def _put_back(block: nn.Module, forward: Any) -> None:
@@ -355,7 +355,8 @@ def _put_back(block: nn.Module, forward: Any) -> None:
 def _facts(model: Any, heads: list[Head], pages: torch.dtype, dtype: torch.dtype, windows: bool) -> Facts:
     config = model.config.get_text_config(decoder=True)
     scale = 4 if pages == torch.int8 else 0
-    token = sum(h.kv_heads * ((h.key_dim + h.value_dim) * pages.itemsize + 2 * scale) for h in heads)
+    widths = [(h.kv_heads, dim) for h in heads for dim in (h.key_dim, h.value_dim) if dim]
+    token = sum(count * (dim * pages.itemsize + scale) for count, dim in widths)
     token += 4 if windows else 0
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     packed = str(getattr(method, "value", method)).removeprefix("shoestring_") if method else ""

@@ -1,0 +1,354 @@
+"""QMoE: ternary experts in a dictionary code, below one bit per weight, for mixture-of-experts models.
+
+How it works
+    1. Only the experts are compressed. Router, attention, embeddings, norms and dense layers stay as they are.
+    2. A row's grid is {min, 0, max}, its own two ends, both forced to include 0: w > max/2 becomes max, w < min/2
+       becomes min, anything else 0. The ends are outliers, so nine weights in ten become 0.
+    3. Rounding is GPTQ: with H = X^T X over the tokens that were routed to the expert, H_jj += max(0.1 mean H_jj, 1e-6)
+       and U the upper Cholesky factor of H^-1, each column i is rounded, err = (w_i - q_i) / U_ii, and the columns
+       after it take W -= err U_i. 16 experts go through it at once; one whose H has no inverse, or that saw fewer than
+       16 tokens, is rounded to the nearest. An expert sees at most four times its fair share of the tokens; special
+       tokens are left out.
+    4. The model is read block by block. The activations of all samples wait in one list; a block without its experts
+       says which token goes where, both of an expert's matrices are calibrated on the same uncompressed pass, and the
+       block's output with the compressed experts becomes the next block's input.
+    5. Rows are stored in the fixed dictionary code of `shoestring.kernels.formats.dictionary`: 16 bits a code word and
+       64 a row, about 0.74 + 64 / columns bits a weight where 88.5% are zero.
+    6. A product runs on the code words: sums of the activations that meet min and max, two multiplications a row. Only
+       experts that received tokens run.
+
+Where it bends
+    The dense part of a block runs twice, once for the routes and once for the output, so that no family's residual
+    connections need to be known. Experts that stand in fused gate_up and down tensors are understood (Mixtral, OLMoE,
+    Qwen-MoE and their kin), without biases; Switch keeps others. The 2-bit form without the code is not here.
+    Ternary weights suit very large mixtures; small ones lose much, and dense models are refused. How long the code gets
+    depends on the weights: the price is that of 88.5% zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from shoestring.core.errors import UsageError
+from shoestring.core.method import Method, Paper, Price
+from shoestring.core.shape import Shape, Weight
+from shoestring.core.step import Work
+from shoestring.kernels import formats
+from shoestring.kernels.formats import Format, dictionary
+from shoestring.kernels.formats._format import Product
+from shoestring.lab import tiny
+from shoestring.methods.quantizers import _shared
+from shoestring.methods.quantizers._gptq import gptq
+from shoestring.models import surgery
+from shoestring.models.load import load_tokenizer
+from shoestring.models.packed import PackedConfig, mark
+from shoestring.models.streamed import Streamed, unload
+
+METHOD = Method(
+    paper=Paper(
+        "QMoE: Practical Sub-1-Bit Compression of Trillion-Parameter Models",
+        "2023-10",
+        arxiv="2310.16795",
+        code="IST-DASLab/qmoe",
+        licence="Apache-2.0",
+    ),
+    provides="QMoEConfig",
+    saves=("storage", "memory", "money"),
+    combines={"adapters": "yes", "quantizers": "the experts are ternary already"},
+    expects={
+        "check_bytes_are_as_promised": "the code's length depends on the weights; the price is that of 88.5% zeros",
+        "check_error_bound": "later columns take over the errors of earlier ones, so no weight has a bound of its own",
+    },
+)
+AT_ONCE, SHARE, FEW = 16, 4, 16  # experts; times the fair share of tokens; tokens
+CODE_BITS = 0.7375  # a weight in code words where 88.5% are zero
+
+
+class QMoEConfig(PackedConfig):
+    """Ternary experts in the dictionary code, calibrated on data.
+
+    Args:
+        samples: examples to calibrate on, the first ones of the data.
+        rounding: "gptq", or "nearest" for no calibration.
+        modules_to_not_convert: names, or parts of names, of experts to leave alone.
+    """
+
+    method = "qmoe"
+
+    def __init__(
+        self,
+        samples: int = 128,
+        rounding: str = "gptq",
+        modules_to_not_convert: list[str] | None = None,
+        packing: Mapping[str, str] | None = None,
+        **stray: Any,
+    ) -> None:
+        super().__init__(modules_to_not_convert, packing, **stray)
+        self.samples, self.rounding = samples, rounding
+        if not isinstance(samples, int) or samples < 1:
+            raise UsageError(f"samples {samples!r} is not possible", remedy="Give a number from 1 upwards")
+        if rounding not in ("gptq", "nearest"):
+            raise UsageError(f"rounding {rounding!r} is unknown", remedy="Use gptq or nearest")
+
+
+def example() -> QMoEConfig:
+    return QMoEConfig(samples=128)
+
+
+def settings() -> tuple[dict[str, Any], ...]:
+    """The configurations worth trying, the best calibrated first."""
+    return {"samples": 512}, {"samples": 128}
+
+
+def price(shape: Shape, options: Mapping[str, Any]) -> Price:
+    left = QMoEConfig(**options)
+
+    def touch(weight: Weight) -> Weight:
+        if weight.role != "expert" or len(weight.dims) != 3 or left.left_alone(weight.name):
+            return weight
+        experts, rows, columns = weight.dims
+        words = round(experts * rows * columns * CODE_BITS / 16)
+        size = 2 * words + experts * (8 * rows + 4) + 8 * (experts + 1)
+        return Weight(weight.name, weight.role, weight.dims, size, size, weight.tied, weight.used)
+
+    return Price(shape.change(touch))
+
+
+def base(**changes: Any) -> PreTrainedModel:
+    """A tiny mixture of four experts, two of which each token meets."""
+    sizes = dict(
+        vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    before = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    made = MixtralForCausalLM(MixtralConfig(**{**sizes, **changes})).eval()
+    torch.random.set_rng_state(before)
+    return made
+
+
+# --- the packed experts -----------------------------------------------------------------------------------------------
+
+
+class ExpertMatrices(_shared.Packed):
+    """One matrix [rows, columns] for each expert: `weight` has their bytes end to end, `starts` where each begins."""
+
+    starts: Tensor
+
+    def __init__(self, experts: int, rows: int, columns: int, size: int) -> None:
+        super().__init__()
+        self.experts, self.each = experts, rows
+        self._hold(_format(size), experts * rows, columns)
+        self.register_buffer("starts", torch.empty(experts + 1, dtype=torch.int64))
+        self._products = [Product(self.format, rows, columns) for _ in range(experts)]
+
+    def take(self, blobs: list[Tensor]) -> None:
+        """Stand for the matrices that these bytes encode."""
+        sizes = torch.tensor([0, *(len(blob) for blob in blobs)])
+        self.hold(_format(int(sizes.sum())), {"weight": torch.cat(blobs)})
+        self.starts = sizes.cumsum(0)
+
+    def of(self, expert: int) -> Tensor:
+        """One expert's bytes."""
+        return self.weight[self.starts[expert] : self.starts[expert + 1]]
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """x [tokens, columns] @ matrix.T of one expert."""
+        return self._products[expert](x, {"weight": self.of(expert)}, None)
+
+    def unpacked(self) -> Tensor:
+        return torch.cat([self.format.unpack({"weight": self.of(e)}, self.columns) for e in range(self.experts)])
+
+    def bound(self) -> Tensor:
+        return torch.full((self.rows, self.columns), torch.inf)
+
+
+class PackedExperts(nn.Module):
+    """The experts of a layer over packed matrices; what it is called with and returns is the family's own."""
+
+    def __init__(self, family: nn.Module, gate_up: int, down: int) -> None:
+        super().__init__()
+        experts, wide, hidden = family.gate_up_proj.shape  # type: ignore[union-attr, misc]
+        self.num_experts, self.hidden_dim, self.intermediate_dim = int(experts), int(hidden), int(wide) // 2
+        self.gate_up = ExpertMatrices(self.num_experts, int(wide), self.hidden_dim, gate_up)
+        self.down = ExpertMatrices(self.num_experts, self.hidden_dim, self.intermediate_dim, down)
+        # The family's own module has the activation and what it needs. It has no weights any more, so it stands where
+        # no one looks for modules to fill.
+        del family.gate_up_proj, family.down_proj
+        self._family: tuple[Any] = (family,)
+
+    @property
+    def family(self) -> Any:
+        return self._family[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            tokens, place = torch.where(top_k_index == expert)
+            inner = self.family._apply_gate(self.gate_up(hidden_states[tokens], expert))
+            outer = self.down(inner, expert) * top_k_weights[tokens, place, None]
+            out = out.index_add(0, tokens, outer.to(out.dtype))
+        return out
+
+
+class QMoEQuantizer(_shared.PackedQuantizer):
+    """The transformers side: gives every compressed layer its packed experts before the weights are read."""
+
+    quantization_config: QMoEConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            raise UsageError(
+                "The experts are rounded with the help of data, which is not at hand while a model is loaded",
+                remedy="Run `shoestring compress MODEL --method qmoe --data FILE` and load the folder that it writes",
+            )
+        for name, experts in list(_experts(model)):
+            sizes = [self.quantization_config.packing.get(f"{name}.{part}") for part in ("gate_up", "down")]
+            if all(sizes):
+                with torch.device("meta"):
+                    packed = PackedExperts(experts, *(formats.parse(str(s)).layout.number for s in sizes))
+                surgery.replace_module(model, name, packed)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                for part in ("gate_up", "down"):
+                    packed = getattr(module, part)
+                    plain = packed.unpacked().view(packed.experts, packed.each, packed.columns).to(dtype)
+                    setattr(module.family, f"{part}_proj", nn.Parameter(plain))
+                surgery.replace_module(model, name, module.family)
+        return model
+
+
+QUANTIZER = QMoEQuantizer
+
+
+def _format(size: int) -> Format:
+    return formats.parse(f"dictionary/{size}")
+
+
+# --- compressing ------------------------------------------------------------------------------------------------------
+
+
+def stream(source: Path, folder: Path, config: QMoEConfig, rows: list[dict[str, Any]], work: Work) -> dict[str, Any]:
+    """Compress the model at `source` into `folder`; in memory at any time are the result, one block and activations.
+
+    Raises:
+        UsageError: a model without experts, or with experts of another build, or weights that are not finite.
+    """
+    streamed = Streamed(source, trust_remote_code=work.trust_remote_code)
+    model = streamed.model
+    mixtures = dict(_experts(model))
+    special = set(getattr(load_tokenizer(source, work.trust_remote_code), "all_special_ids", ()))
+    samples = [list(row["input_ids"]) for row in rows[: config.samples]]
+    plain = torch.tensor([token not in special for row in samples for token in row])
+    streamed.load_rest()
+    calls = streamed.block_calls(samples)
+    states = [call[0][0][0] for call in calls]
+    zeros = weights = 0
+    for index, block in enumerate(streamed.anatomy.blocks):
+        streamed.load(block.name)
+        with_rest = [(call[index][0][1:], call[index][1]) for call in calls]
+        for name in [n for n in mixtures if n.startswith(block.name + ".") and not config.left_alone(n)]:
+            experts = mixtures[name]
+            _check_finite(name, experts)
+            hidden, routes = _routed(block.module, experts, states, with_rest)
+            packed, empty, count = _compressed(experts, hidden[plain], routes[plain], config)
+            zeros, weights = zeros + empty, weights + count
+            surgery.replace_module(model, name, packed)
+        states = list(_outputs(block.module, states, with_rest))
+    mark(model, config)
+    model.save_pretrained(folder)
+    size = sum(m.weight.numel() + 8 * len(m.starts) for _, m in _shared.packed_modules(model))
+    return {"zeros": zeros / weights if weights else 0.0, "expert_bits": 8 * size / weights if weights else 0.0}
+
+
+def _experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Full name and module of each layer's experts. Raises UsageError where a model has none that fit."""
+    found = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)}
+    for module in found.values():
+        usual = getattr(module, "has_gate", False) and not any(
+            getattr(module, word, False) for word in ("has_bias", "is_transposed", "has_post_expert_norm")
+        )
+        if not usual or module.gate_up_proj.dim() != 3:  # type: ignore[operator, union-attr]
+            raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no experts",
+            "only the many experts of a mixture survive ternary weights; a dense model would lose most of its quality",
+            "Compress it with another method of `shoestring methods`, such as int4",
+        )
+    yield from found.items()
+
+
+def _check_finite(name: str, experts: nn.Module) -> None:
+    for tensor, weight in experts.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UsageError(f"{name}.{tensor} cannot be quantized: it holds values that are not finite")
+
+
+@torch.no_grad()
+def _routed(block: nn.Module, experts: nn.Module, states: list[Tensor], rest: list) -> tuple[Tensor, Tensor]:
+    """What the experts would read, [tokens, hidden], and which of them each token goes to, [tokens, k]."""
+    hidden, routes = [], []
+
+    def note(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        hidden.append(x)
+        routes.append(index)
+        return torch.zeros_like(x)
+
+    experts.forward = note  # type: ignore[method-assign, assignment]
+    try:
+        list(_outputs(block, states, rest))
+    finally:
+        del experts.forward
+    return torch.cat(hidden), torch.cat(routes)
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, states: list[Tensor], rest: list) -> Iterator[Tensor]:
+    for state, (args, named) in zip(states, rest, strict=True):
+        out = block(state, *args, **named)
+        yield out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def _compressed(experts: Any, hidden: Tensor, routes: Tensor, config: QMoEConfig) -> tuple[PackedExperts, int, int]:
+    """The experts packed, how many of their weights are 0, and how many there are."""
+    count = len(experts.gate_up_proj)
+    most = max(FEW, SHARE * routes.numel() // count)
+    blobs: dict[str, list[Tensor]] = {"gate_up": [], "down": []}
+    zeros = 0
+    for first in range(0, count, AT_ONCE):
+        group = range(first, min(count, first + AT_ONCE))
+        tokens = [torch.where((routes == expert).any(1))[0][:most] for expert in group]
+        read = [hidden[some] for some in tokens]
+        inner = [experts._apply_gate(x @ experts.gate_up_proj[e].T) for x, e in zip(read, group)]
+        for part, inputs in (("gate_up", read), ("down", inner)):
+            weight = getattr(experts, f"{part}_proj")[group.start : group.stop]
+            symbols, low, high = gptq(weight, _hessians(inputs, weight.shape[-1], config.rounding))
+            zeros += int((symbols == 0).sum())
+            blobs[part] += [dictionary.encode(*matrix) for matrix in zip(symbols, low, high)]
+    weights = experts.gate_up_proj.numel() + experts.down_proj.numel()
+    unload(experts)
+    packed = PackedExperts(experts, 0, 0)
+    packed.gate_up.take(blobs["gate_up"])
+    packed.down.take(blobs["down"])
+    return packed, zeros, weights
+
+
+def _hessians(inputs: list[Tensor], columns: int, rounding: str) -> Tensor:
+    """X^T X of each expert, float32 [experts, columns, columns]; the identity where there is too little to go by."""
+    unit = torch.eye(columns)
+    return torch.stack([x.float().T @ x.float() if len(x) >= FEW and rounding == "gptq" else unit for x in inputs])

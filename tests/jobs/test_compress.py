@@ -55,7 +55,11 @@ def test_below_keep_it_is_no_model(tiny: Path, data: Path, tmp_path: Path, monke
     ("change", "words"),
     [
         ({"method": "lora"}, "lora does not compress"),
-        ({"method": ""}, "unknown method"),
+        ({"method": ""}, "no method is given"),
+        ({"method": "int8,int4"}, "int4 cannot follow int8: the weights are integers already"),
+        ({"method": "int4,lora"}, "cannot be folded into packed weights"),
+        ({"size": "1MB", "bits": 3.0}, "both --size and --bits"),
+        ({"bits": 0.0, "method": ""}, "--bits 0.0"),
         ({"keep": 0}, "keep is 0"),
         ({"options": {"group_size": 48}}, "group_size 48"),
         ({"options": {"embeddings": 3}}, "embeddings 3"),

@@ -29,10 +29,10 @@ class Method:
         paper: the publication.
         provides: the class or function that `catalog.load(name)` returns: the neighbour's config, sampler, strategy ...
         saves: resources it saves, from `RESOURCES`.
-        combines: what it may follow or precede -> "yes", or the reason why not; keys are rooms or method names.
+        combines: what it may follow -> "yes", or the reason why it may not; keys are rooms or method names.
         traits: what distinguishes it within its room -> text; the room's contract names the keys it wants.
         expects: a check of the room's contract -> the reason why this method cannot pass it.
-        default: the plain choice of its room, taken when nothing asks for another.
+        default: a plain choice of its room, taken when nothing asks for another.
         name, room, about, module, file: filled in by the catalog from the path and the docstring.
         words: the functions the file defines, as the catalog reads them in its source.
     """

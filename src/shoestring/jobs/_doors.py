@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core import catalog
 from shoestring.models.folder import ADAPTER_CONFIG, read_json
+from shoestring.models.seal import needs
 
 if TYPE_CHECKING:
     from shoestring.models import Loaded
@@ -19,9 +21,8 @@ def open_doors(folder: Path) -> None:
     loader to refuse.
     """
     if (folder / "config.json").is_file():
-        packed = read_json(folder / "config.json").get("quantization_config") or {}
-        if packed and not _transformers_knows(packed.get("quant_method")):
-            catalog.adopt_room("quantizers")
+        for name in needs(read_json(folder / "config.json")):
+            importlib.import_module(name)
     elif (folder / ADAPTER_CONFIG).is_file():
         from shoestring.models import resolve
 
@@ -40,10 +41,10 @@ def open_model(ref: str | Path, **options: Any) -> Loaded:
     return load(ref, **options)
 
 
-def _transformers_knows(method: Any) -> bool:
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    return method in AUTO_QUANTIZATION_CONFIG_MAPPING
+def import_lines(folder: Path) -> str:
+    """What to write before plain transformers can read a model folder; empty where it can."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return "".join(f"import {name}\n" for name in needs(config))
 
 
 def _peft_knows(kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Compress a model with one method, and show its quality bill against the original."""
+"""Compress a model with one method or a stack of them, and show its quality bill against the original."""
 
 from __future__ import annotations
 
@@ -9,25 +9,38 @@ from typing import Any
 
 from shoestring import data as datasets
 from shoestring import models
-from shoestring.core import catalog
+from shoestring.core import catalog, text
+from shoestring.core.budget import Budget
 from shoestring.core.errors import QualityGate, UsageError
+from shoestring.core.files import write_text
 from shoestring.core.ledger import Ledger
+from shoestring.core.shape import Shape
 from shoestring.core.step import Step, Work
-from shoestring.jobs._doors import open_doors, open_model
+from shoestring.jobs._doors import import_lines, open_doors, open_model
 from shoestring.jobs.at_work import storage
 from shoestring.jobs.evaluate import compare
-from shoestring.jobs.pipeline import check, execute
+from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """What `compress` is asked for. `data` is what quality is measured on; `keep` the least share of it to accept."""
+    """What `compress` is asked for. `data` is what quality is measured on; `keep` the least share of it to accept.
+
+    Attributes:
+        method: The method to use, or several in their order, with commas; `shoestring methods` lists them.
+        size: Without a method: the largest folder to make, such as 60MB; formats are then chosen layer by layer.
+        bits: Without a method: the most bits for each weight of the model, on average, all included.
+        data: What methods calibrate and train on; on another part of it quality is measured.
+    """
 
     model: str = "smollm2"
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str = "python-docs"
+    size: str | None = None
+    bits: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
     keep: float = 0.95
     eval_examples: int = 96
     seed: int = 0
@@ -45,6 +58,7 @@ def compress(
 
     Raises:
         UsageError: bad input, found before any work.
+        DoesNotFit: no choice of formats is as small as `size` or `bits` asks for.
         QualityGate: the result keeps less than `keep`; it stays in the run folder under `run/work`, not as `model`.
     """
     if not 0 < request.keep <= 1:
@@ -53,55 +67,127 @@ def compress(
     if done:
         say(f"the run in {out} has finished; nothing is left to do")
         return done
-    step = Step("compress", request.method, dict(request.options))
-    check(step)
-    module = catalog.module(request.method)
+    methods = [name for name in request.method.replace(" ", "").split(",") if name]
+    limited = request.size is not None or request.bits is not None
+    steps = stack(methods, request.options) if methods else []
+    if not steps and not limited:
+        from shoestring.planner.plan import by_verb
+
+        known = ", ".join(m.name for m in by_verb("compress"))
+        raise UsageError(
+            "no method is given",
+            remedy=f"Add --method, one of {known}; or --size or --bits, which choose formats layer by layer",
+        )
     source = models.resolve(request.model)
     open_doors(source)
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
-    settings = dict(request.options) or dict(module.settings()[0])
-    step = Step("compress", request.method, settings)
-    promised = module.price(shape, settings).shape
+    steps = _refuse_early(steps + (_within(request, shape, bool(methods)) if limited else []), shape)
     corpus = datasets.read(request.data)
+    label = f"{Path(request.model).name}-{'+'.join(methods) or 'mixed'}"
     with (
-        open_run(
-            out, "compress", asdict(request), resume=resume, label=f"{Path(request.model).name}-{request.method}"
-        ) as run,
+        open_run(out, "compress", asdict(request), resume=resume, label=label) as run,
         Ledger() as ledger,
     ):
-        say(f"compressing with {step}")
-        work = Work(ledger, run.work, resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code)
-        folder, _ = execute([step], source, work)
+        train, valid, test = datasets.split(corpus, seed=0)
+        work = Work(
+            ledger, run.work, train, valid, request.training,
+            resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code,
+        )  # fmt: skip
+        say(f"compressing with {' → '.join(map(str, steps))}")
+        folder, facts = execute(steps, source, work)
         say("comparing with the original")
         with ledger.stage("compare", settle=True):
             original = open_model(str(source), trust_remote_code=request.trust_remote_code)
-            test = datasets.split(corpus, seed=0)[2]
             stride = max(1, len(test) // max(1, request.eval_examples))
-            context = models.shape_of(source).context or 2048
             rows = datasets.encode(
                 test.part(test.examples[::stride][: request.eval_examples]),
                 original.tokenizer,
-                context,
+                shape.context or 2048,
                 on_long="truncate",
             ).rows
             found = compare(open_model(folder).model, original.model, rows)
         kept = 1 / found.perplexity_ratio.value
-        weights = sum(w.stored for w in promised.weights if not w.tied)
         result = {
-            "model": str(run.model), "method": request.method, "options": settings,
+            "model": str(run.model), "method": ",".join(step.method for step in steps if step.method),
+            "options": dict(steps[0].options) if len(steps) == 1 else {str(s.method): dict(s.options) for s in steps},
             "storage_before": storage(source), "storage": storage(folder),
-            "bits_per_weight": 8 * weights / shape.parameters,
+            "bits_per_weight": 8 * _weight_bytes(folder) / shape.parameters,
             "quality_kept": kept,
             **{name: asdict(getattr(found, name)) for name in ("perplexity_ratio", "kl", "changed")},
+            "facts": facts,
         }  # fmt: skip
         run.write("result.json", result)
         if kept < request.keep:
             raise QualityGate(
-                f"{step} keeps {kept:.1%} of the quality, and --keep asks for {request.keep:.1%}",
+                f"{' → '.join(map(str, steps))} keeps {kept:.1%} of the quality, and --keep asks for "
+                f"{request.keep:.1%}",
                 f"the result stays in {folder} for inspection",
                 "Lower --keep, or use options with more bits",
             )
         if not run.model.exists():
+            write_text(folder / "README.md", _card(request, steps, result, folder))
+            result["storage"] = storage(folder)
+            run.write("result.json", result)
             folder.replace(run.model)
     ledger.save(run.inside / "ledger.json")
     return result
+
+
+def bill(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the compression cost in quality, as rows of a table: figures with their 95% intervals."""
+
+    def shown(name: str, form: str) -> str:
+        figure = result[name]
+        low, high = figure["interval"] or (None, None)
+        return f"{figure['value']:{form}}" + (f" [{low:{form}}, {high:{form}}]" if low is not None else "")
+
+    return [
+        ("folder", f"{text.show(result['storage_before'], 'B')} -> {text.show(result['storage'], 'B')}"),
+        ("bits per weight of the original", f"{result['bits_per_weight']:.2f}"),
+        ("perplexity / the original's", shown("perplexity_ratio", ".3f")),
+        ("KL divergence of next tokens, nat", shown("kl", ".4f")),
+        ("share of likeliest tokens that changed", shown("changed", ".1%")),
+    ]
+
+
+def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]:
+    """The step that chooses formats so that the result stays within `size` or `bits`."""
+    if request.size is not None and request.bits is not None:
+        raise UsageError("both --size and --bits are given", remedy="Give one of them")
+    if request.size is not None:
+        limit = int(Budget.parse(f"storage={request.size}").limits["storage"]) - shape.other_files
+    else:
+        bits = float(request.bits or 0)
+        if not 0 < bits <= 32:
+            raise UsageError(f"--bits {request.bits} is not possible", remedy="Use a number such as 3.2")
+        limit = int(bits * shape.parameters / 8)
+    chooser = next(iter(catalog.that_define("within")))
+    options = {} if stacked else dict(request.options)
+    return [Step("compress", chooser.name, {**options, **catalog.module(chooser.name).within(limit)})]
+
+
+def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
+    """Ask every method whether it takes its options and fits the model, before any of them works."""
+    for step in steps:
+        if not step.method:
+            continue
+        module = catalog.module(step.method)
+        catalog.contract(catalog.get(step.method).room).config(module, dict(step.options))
+        if step.verb == "compress":
+            shape = module.price(shape, dict(step.options)).shape
+    return steps
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _card(request: CompressRequest, steps: list[Step], result: Mapping[str, Any], folder: Path) -> str:
+    rows = "".join(f"| {name} | {value} |\n" for name, value in bill(result))
+    return (
+        f"# {Path(request.model).name}, compressed\n\nMade from `{request.model}` by: "
+        f"{' → '.join(str(step) for step in steps)}.\n\n| | |\n|---|---|\n{rows}\n## Use\n\n```python\n"
+        f"{import_lines(folder)}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
+    )

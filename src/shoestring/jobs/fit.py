@@ -26,7 +26,7 @@ from shoestring.core.files import atomic_folder, write_text
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
 from shoestring.jobs import report
-from shoestring.jobs._doors import open_doors, open_model
+from shoestring.jobs._doors import import_lines, open_doors, open_model
 from shoestring.jobs.at_work import at_work
 from shoestring.jobs.evaluate import Quality, compare, heldout, perplexity_ratio
 from shoestring.jobs.generate import generate
@@ -532,19 +532,9 @@ def _value(entry: Any) -> Any:
     return entry.get("value") if isinstance(entry, Mapping) else entry
 
 
-def _line(folder: Path) -> str:
-    """The import line that a folder needs before plain transformers can read it."""
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    return (
-        "import shoestring.methods.quantizers  # registers the packed format with transformers\n"
-        if "shoestring" in text
-        else ""
-    )
-
-
 def _snippet(model: Path, folder: Path) -> str:
     return (
-        _line(folder if folder.is_dir() else model)
+        import_lines(folder if folder.is_dir() else model)
         + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         + f'model = AutoModelForCausalLM.from_pretrained("{model}")\n'
         + f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'

@@ -20,14 +20,16 @@ def merge(
 ) -> dict[str, Any]:
     """Write the model that base and adapter are together; it loads without peft and without shoestring.
 
-    The sum is made in float32 and its logits on a probe are held against those of base with adapter.
+    The sum is made in float32 and its logits on a probe are held against those of base with adapter. An adapter that
+    ends in packed weights gives a packed folder, which is read after an import of ours.
 
     Args:
         dtype: of the written weights; None keeps that of the base.
         base: in place of the base that the adapter names.
 
     Returns:
-        {"folder", "dtype", "difference"}: the largest difference of a logit, relative to the largest logit.
+        {"folder", "dtype", "difference", "formats"}: the largest difference of a logit, relative to the largest logit;
+        format -> number of packed modules, empty in a model of floats.
 
     Raises:
         UsageError: no adapter, a packed base, an adapter that cannot be merged, or an occupied folder.
@@ -37,6 +39,7 @@ def merge(
     from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, check_folder
     from shoestring.models.load import choose_dtype
     from shoestring.models.merging import merge_into, stored_dtype
+    from shoestring.models.saving import formats_of
 
     path = resolve(adapter_folder)
     if not (path / ADAPTER_CONFIG).is_file():
@@ -58,10 +61,13 @@ def merge(
     model, difference = merge_into(loaded, path)
     model = model.to(stored)
     name = str(stored).removeprefix("torch.")
-    card = f"# {path.name}, merged\n\nThe weights of `{base}` with the adapter `{path.name}` added, in {name}.\n"
+    formats = formats_of(model)
+    card = f"# {path.name}, merged\n\nThe weights of `{base}` with the adapter `{path.name}` added, in {name}"
+    card += "".join(f", {count} matrices as {form}" for form, count in formats.items()) + ".\n"
+    card += "\nWrite `import shoestring.methods.quantizers` before `from_pretrained`.\n" if formats else ""
     tokenizer = _tokenizer(path) or loaded.tokenizer
     save(model, tokenizer, out, card=card, overwrite=overwrite)
-    return {"folder": str(out), "dtype": name, "difference": difference}
+    return {"folder": str(out), "dtype": name, "difference": difference, "formats": formats}
 
 
 def _tokenizer(path: Path) -> Any:

@@ -58,6 +58,72 @@ def check(step: Step) -> None:
         raise UsageError(f"{step.method} does not {step.verb}", remedy=f"Its verb is {has}")
 
 
+def order(steps: Sequence[Step]) -> list[str]:
+    """Why steps cannot follow each other: what their methods say, and adapters that are not folded in first."""
+    problems = []
+    for before, after in zip(steps, steps[1:]):
+        if before.verb == "train" and after.verb == "compress":
+            problems.append(
+                f"{after.method} cannot compress the adapter that {before.method} makes. Put a merge between."
+            )
+        if after.verb == "merge" and before.verb != "train":
+            problems.append(f"merge follows {before}, which makes no adapter. Put merge after a train step.")
+    named = [step.method for step in steps if step.method]
+    packed = ""
+    for step in steps:
+        if packed and step.verb == "merge":
+            problems.append(f"An adapter cannot be folded into packed weights. Train it before {packed}.")
+        if step.method and getattr(catalog.contract(catalog.get(step.method).room), "PACKS", False):
+            packed = step.method
+    for i, later in enumerate(named):
+        for earlier in named[:i]:
+            reason = follows(later, earlier)
+            if reason not in ("", "yes"):
+                problems.append(f"{later} cannot follow {earlier}: {reason}.")
+    return problems
+
+
+def follows(after: str, before: str) -> str:
+    """What the method `after` says of following `before`: "yes", the reason why not, or nothing."""
+    says, about = catalog.get(after), catalog.get(before)
+    return says.combines.get(about.name) or says.combines.get(about.room) or ""
+
+
+def stack(methods: Sequence[str], options: Mapping[str, Any]) -> list[Step]:
+    """The steps of compressing with several methods one after another; adapters are trained and folded in.
+
+    Args:
+        options: of the method, or with several `method.option`; a method without any takes the first of its own.
+
+    Raises:
+        UsageError: a method that is unknown, has another verb, or cannot follow those before it; options of none.
+    """
+    steps: list[Step] = []
+    own: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for key, value in options.items():
+        name, dot, option = key.rpartition(".")
+        if not dot and len(methods) == 1:
+            name = methods[0]
+        if name not in own:
+            raise UsageError(
+                f"the option {key} belongs to no method of {', '.join(methods)}",
+                remedy="With several methods write --option method.option=value",
+            )
+        own[name][option] = value
+    for name in methods:
+        room = catalog.contract(catalog.get(name).room)
+        chosen = own[name] or dict(catalog.module(name).settings()[0])
+        steps.append(Step(room.VERB, name, chosen))
+        check(steps[-1])
+        if room.VERB == "train":
+            steps.append(Step("merge"))
+    if steps and all(step.verb != "compress" for step in steps):
+        raise UsageError(f"{methods[-1]} does not compress", remedy=f"Its verb is {steps[0].verb}")
+    for problem in order(steps):
+        raise UsageError(problem)
+    return steps
+
+
 def read_pipeline(path: Path) -> dict[str, Any]:
     """A pipeline file: YAML with `verb: fit` and its request, or `model`, `data` and `steps`.
 

@@ -52,7 +52,7 @@ def validate(path: Path, *, contents: bool = True) -> list[str]:
         with _noting(problems):
             Budget.parse(str(written.get("budget") or ""))
     steps = _steps(written, verb, problems)
-    problems += _order(steps) if verb is None else []
+    problems += pipeline.order(steps) if verb is None else []
     if problems or not contents:
         return problems  # reading a model takes longer than mending a word
     shape = None
@@ -103,10 +103,14 @@ def _training(written: Any) -> None:
 def _steps(written: Mapping[str, Any], verb: str | None, problems: list[str]) -> list[Step]:
     """The steps with known verbs and methods."""
     rows: Sequence[Any] = []
-    if verb in ("train", "compress"):
+    if verb == "compress":
+        with _noting(problems):
+            names = str(written.get("method") or "").replace(" ", "").split(",")
+            return pipeline.stack(names, written.get("options") or {}) if names != [""] else []
+        return []
+    if verb == "train":
         rows = [{"verb": verb, "method": written.get("method"), "options": written.get("options")}]
-        if verb == "train" and not written.get("method"):
-            rows = []
+        rows = rows if written.get("method") else []
     elif verb == "fit":
         named = [("train", written.get("adapt")), ("compress", written.get("compress"))]
         rows = [{"verb": v, "method": m} for v, m in named if m not in (None, "auto", "none")]
@@ -121,28 +125,6 @@ def _steps(written: Mapping[str, Any], verb: str | None, problems: list[str]) ->
             pipeline.check(step)
             steps.append(step)
     return steps
-
-
-def _order(steps: Sequence[Step]) -> list[str]:
-    """Why steps cannot follow each other: what their methods say, and adapters that are not folded in first."""
-    problems = []
-    for before, after in zip(steps, steps[1:]):
-        if before.verb == "train" and after.verb == "compress":
-            problems.append(
-                f"{after.method} cannot compress the adapter that {before.method} makes. Put a merge between."
-            )
-        if after.verb == "merge" and before.verb != "train":
-            problems.append(f"merge follows {before}, which makes no adapter. Put merge after a train step.")
-    named = [step for step in steps if step.method]
-    for i, after in enumerate(named):
-        for before in named[:i]:
-            for one, other in ((after, before), (before, after)):
-                says, about = catalog.get(one.method), catalog.get(other.method)
-                reason = says.combines.get(about.name) or says.combines.get(about.room) or "yes"
-                if reason != "yes":
-                    problems.append(f"{after.method} cannot follow {before.method}: {reason}.")
-                    break
-    return problems
 
 
 def _shape(written: Mapping[str, Any], request: Any) -> Shape:

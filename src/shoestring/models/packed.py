@@ -8,9 +8,7 @@ under `packing`, so a folder is read without knowing what made it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +29,9 @@ from shoestring.kernels import formats, ops
 from shoestring.kernels.formats import Format
 from shoestring.kernels.formats._format import Product
 from shoestring.models import surgery
+from shoestring.models.seal import unseal
 
-# transformers skips a quantization method it does not know and goes on with random weights. Naming a file that cannot
-# exist as the weights makes it stop instead, with the remedy in its message.
-SEAL = "needs-the-line__import-shoestring.methods.quantizers__before-from_pretrained.safetensors"
+ROOM = "shoestring.methods.quantizers"  # what to import before a packed folder can be read
 BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
 PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
 
@@ -216,7 +213,7 @@ def linear(
 
 
 def mark(model: PreTrainedModel, config: PackedConfig | None = None) -> None:
-    """Make a model whose layers were packed one by one save itself as a packed folder; seal that with `seal`."""
+    """Make a model whose layers were packed one by one save itself as a packed folder, to be sealed for `ROOM`."""
     made = config or PackedConfig()
     made.packing = packing_of(model)
     model.config.quantization_config = made
@@ -278,8 +275,7 @@ class PackedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The one hook that sees the config before the weight files are looked up.
-        if getattr(config, "transformers_weights", None) == SEAL:
-            del config.transformers_weights
+        unseal(config, ROOM)
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -361,14 +357,6 @@ class PackedQuantizer(HfQuantizer):
 if PLAIN not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(PLAIN)(PackedConfig)
     register_quantizer(PLAIN)(PackedQuantizer)
-
-
-def seal(folder: Path) -> None:
-    """Make a saved folder refuse readers that do not know the format, with the remedy in their error."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["transformers_weights"] = SEAL
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def tie(model: PreTrainedModel) -> None:

@@ -8,7 +8,6 @@ imported. Readers who do not know it stop: at its `model_type`, and the family's
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,10 @@ from shoestring.core.errors import UsageError
 from shoestring.models import surgery
 from shoestring.models.anatomy import Absent, Block, block_lists, features, halves, inspect, renumber
 from shoestring.models.load import UNEVEN, quiet
+from shoestring.models.seal import seal, unseal
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LINE = "import shoestring.models.uneven"
-# No weight file has this name: who does not know to take it out of the configuration stops, with the remedy in the
-# message. The family's own class would fill what it misses with random numbers.
-SEAL = "needs-the-line__import-shoestring.models.uneven__before-from_pretrained.safetensors"
+LINE = f"import {__name__}"
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
@@ -349,14 +346,12 @@ def _make(family: str) -> tuple[Any, Any]:
             self.layer_key_value_heads = [self.num_key_value_heads] * self.num_hidden_layers
         if self.layer_intermediate_sizes is None:
             self.layer_intermediate_sizes = [self.intermediate_size] * self.num_hidden_layers
-        if getattr(self, "transformers_weights", None) == SEAL:
-            del self.transformers_weights
+        unseal(self, __name__)
 
     def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
         base.save_pretrained(self, save_directory, **kwargs)
-        file = Path(save_directory) / "config.json"
-        sealed = {**json.loads(file.read_text(encoding="utf-8")), "transformers_weights": SEAL}
-        file.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # The family's own class would fill what it misses with random numbers.
+        seal(Path(save_directory), __name__)
 
     config: Any = strict(
         type(

@@ -1,7 +1,7 @@
 """Candidate pipelines: which methods save what the budget lacks, in the order worth trying.
 
-Nothing here knows a method by name: a method is a candidate because its METHOD says what it saves, because its room has
-the verb that is asked for, and because its `settings` and `price` say what it would make of the model.
+Nothing here knows a method by name: a method is a candidate because its room has the verb that is asked for, because its
+METHOD says that it is a default choice there, and because its `settings` and `price` say what it would make of the model.
 """
 
 from __future__ import annotations
@@ -129,11 +129,7 @@ def _compressions(
         return
     if compress:
         _must_do(compress, "compress")
-    names = (
-        [compress]
-        if compress
-        else [m.name for m in by_verb("compress") if {"storage", "memory", "latency"} & set(m.saves)]
-    )
+    names = [compress] if compress else [m.name for m in by_verb("compress") if m.default]
     for name in names:
         module = catalog.module(name)
         for settings in [dict(options)] if options else module.settings():

@@ -13,7 +13,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.lab import tiny
-from shoestring.methods.quantizers import _shared
+from shoestring.models.packed import ROOM
+from shoestring.models.seal import seal
 
 FORMATS = ("int4", "int8")
 
@@ -72,7 +73,7 @@ def test_a_reader_that_does_not_know_the_format_gets_no_model(
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_sealed_folder_says_the_remedy(name: str, tmp_path: Path) -> None:
     packed(name, tmp_path / "float").save_pretrained(tmp_path / "packed")
-    _shared.seal(tmp_path / "packed")
+    seal(tmp_path / "packed", ROOM)
     with forgotten(name), pytest.raises(Exception, match="import-shoestring.methods.quantizers"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 

@@ -25,8 +25,11 @@ from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
 from shoestring.methods.quantizers import _shared
 from shoestring.models.load import load_tokenizer
+from shoestring.models.packed import ROOM
+from shoestring.models.seal import seal
 
 VERB = "compress"
+PACKS = True  # what comes out has no float weights that a later step could change
 WORDS = ("settings", "price")
 # A method may also define
 #   compress(loaded: models.Loaded, config, work: Work) -> PreTrainedModel: for what needs the whole model, data or
@@ -68,7 +71,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     with atomic_folder(out) as folder:
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        _shared.seal(folder)
+        seal(folder, ROOM)
     return {"parameters": models.shape_of(loaded.path).parameters}
 
 
@@ -83,7 +86,7 @@ def _streamed(module: ModuleType, made: Any, step: Step, source: Path, out: Path
     with atomic_folder(out) as folder:
         facts = module.stream(source, folder, made, rows, work)
         tokenizer.save_pretrained(folder)
-        _shared.seal(folder)
+        seal(folder, ROOM)
     return {"parameters": shape.parameters, **facts}
 
 
@@ -312,9 +315,9 @@ def _quantized(
         rows = [{"input_ids": ids, "labels": ids} for ids in tiny.batch(8, 12).tolist()]
         (base / "packed").mkdir()
         module.stream(source, base / "packed", made, rows, Work(Ledger(), base))
-        _shared.seal(base / "packed")
+        seal(base / "packed", ROOM)
         return AutoModelForCausalLM.from_pretrained(base / "packed").eval(), base / "packed"
     quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=made, dtype=dtype).eval()
     quantized.save_pretrained(base / "packed")
-    _shared.seal(base / "packed")
+    seal(base / "packed", ROOM)
     return quantized, base / "packed"

@@ -15,7 +15,7 @@ from shoestring.core.shape import Shape, Weight
 from shoestring.kernels import formats
 from shoestring.kernels.formats import Format
 from shoestring.kernels.layout import GROUPS, parse
-from shoestring.models.packed import Packed, PackedConfig, PackedLinear, PackedQuantizer, packed_modules, seal
+from shoestring.models.packed import Packed, PackedConfig, PackedLinear, PackedQuantizer, packed_modules
 
 __all__ = [
     "FormatConfig",
@@ -25,7 +25,6 @@ __all__ = [
     "PackedQuantizer",
     "packed_modules",
     "price",
-    "seal",
 ]
 
 

@@ -27,7 +27,13 @@ METHOD = Method(
     paper=Paper("The case for 4-bit precision: k-bit Inference Scaling Laws", "2022-12", arxiv="2212.09720"),
     provides="Int4Config",
     saves=("storage", "memory", "latency", "energy"),
-    combines={"adapters": "yes", "quantizers": "the weights are integers already"},
+    combines={
+        "adapters": "yes",
+        "pruners": "yes",
+        "architectures": "yes",
+        "quantizers": "the weights are integers already",
+    },  # fmt: skip
+    default=True,
 )
 
 

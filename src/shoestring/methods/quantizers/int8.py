@@ -31,7 +31,13 @@ METHOD = Method(
     ),
     provides="Int8Config",
     saves=("storage", "memory", "latency", "energy"),
-    combines={"adapters": "yes", "quantizers": "the weights are integers already"},
+    combines={
+        "adapters": "yes",
+        "pruners": "yes",
+        "architectures": "yes",
+        "quantizers": "the weights are integers already",
+    },  # fmt: skip
+    default=True,
 )
 
 

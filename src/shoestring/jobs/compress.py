@@ -21,6 +21,7 @@ from shoestring.jobs.at_work import storage
 from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
+from shoestring.models.folder import check_folder
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(tensor.size for tensor in check_folder(folder).tensors.values())
 
 
 def _card(request: CompressRequest, steps: list[Step], result: Mapping[str, Any], folder: Path) -> str:

@@ -63,7 +63,8 @@ class PackedConfig(QuantizationConfigMixin):
 
     def format_of(self, name: str, rows: int, columns: int, embedding: bool) -> Format | None:
         """The format of the module called `name`, whose weight is [rows, columns]; None leaves it as it is."""
-        return None
+        spec = self.packing.get(name)
+        return None if spec is None else formats.parse(spec.removesuffix(BIAS))
 
     def pack(self, weight: torch.Tensor, format: Format, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a float weight [rows, columns]; those of a format whose length depends on them, any length."""

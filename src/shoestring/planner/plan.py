@@ -1,7 +1,7 @@
 """Candidate pipelines: which methods save what the budget lacks, in the order worth trying.
 
 Nothing here knows a method by name: a method is a candidate because its room has the verb that is asked for, because
-its METHOD says that it is a default choice there, and because its `settings` and `price` say what it makes of the model.
+its METHOD says that it is a default choice there, and because its `settings` and `price` say what it makes of it.
 """
 
 from __future__ import annotations

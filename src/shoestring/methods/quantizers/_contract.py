@@ -32,10 +32,9 @@ VERB = "compress"
 PACKS = True  # what comes out has no float weights that a later step could change
 WORDS = ("settings", "price")
 # A method may also define
-#   compress(loaded: models.Loaded, config, work: Work) -> PreTrainedModel: for what needs the whole model, data or
-#       training before it packs. It gets the float model and returns one of packed layers (`models.packed.mark`);
-#       `work.train` and `work.valid` are examples, `work.training` settings of the loop, and `work.folder` outlives a
-#       crash.
+#   compress(model: PreTrainedModel, config, rows, work: Work) -> PreTrainedModel: for what needs the whole model, data
+#       or training before it packs. It gets the float model and returns one of packed layers (`models.packed.mark`);
+#       `rows` are those of `data.encode`, `work.training` settings of the loop; `work.folder` outlives a crash.
 #   stream(source: Path, folder: Path, config, rows, work: Work) -> dict[str, Any]: the same for a model that need not
 #       fit into memory. It reads the folder `source` piece by piece and writes the packed model to `folder`; `rows` are
 #       those of `data.encode`. Returns facts.
@@ -63,31 +62,36 @@ def config(module: ModuleType, options: dict[str, Any]) -> Any:
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
-    """Quantize the folder `source` into `out`: one tensor at a time, or as the method's own `stream` does it."""
+    """Quantize the folder `source` into `out`: one tensor at a time, or as the method's own word for it does."""
     made = config(module, dict(step.options))
-    if hasattr(module, "stream"):
-        return _streamed(module, made, step, source, out, work)
-    loaded = models.load(str(source), quantization_config=made, trust_remote_code=work.trust_remote_code)
+    facts: dict[str, Any] = {}
     with atomic_folder(out) as folder:
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        if hasattr(module, "stream"):
+            tokenizer = load_tokenizer(source, trust_remote_code=work.trust_remote_code)
+            facts = module.stream(source, folder, made, _rows(module, source, tokenizer, step, work), work)
+        else:
+            whole = hasattr(module, "compress")
+            given = {} if whole else {"quantization_config": made}
+            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code, **given)  # type: ignore[arg-type]
+            model, tokenizer = loaded.model, loaded.tokenizer
+            if whole:
+                torch.manual_seed(work.seed)
+                model = module.compress(model, made, _rows(module, source, tokenizer, step, work), work)
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         seal(folder, ROOM)
-    return {"parameters": models.shape_of(loaded.path).parameters}
+    shape = models.shape_of(source, trust_remote_code=work.trust_remote_code)
+    return {"parameters": shape.parameters, **facts}
 
 
-def _streamed(module: ModuleType, made: Any, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
+def _rows(module: ModuleType, source: Path, tokenizer: Any, step: Step, work: Work) -> Any:
     if not work.train:
         raise UsageError(f"the step {step} looks at data, and none was given", remedy="Add --data FILE")
-    tokenizer = load_tokenizer(source, trust_remote_code=work.trust_remote_code)
-    shape = models.shape_of(source, trust_remote_code=work.trust_remote_code)
-    settings = {"max_length": 512, "on_long": "truncate", **work.training}
-    length = min(settings["max_length"], shape.context or settings["max_length"])
-    rows = data.encode(work.train, tokenizer, length, on_long=settings["on_long"]).rows
-    with atomic_folder(out) as folder:
-        facts = module.stream(source, folder, made, rows, work)
-        tokenizer.save_pretrained(folder)
-        seal(folder, ROOM)
-    return {"parameters": shape.parameters, **facts}
+    context = models.shape_of(source, trust_remote_code=work.trust_remote_code).context
+    settings = {"max_length": 512, "on_long": "truncate", **getattr(module, "TRAINING", {}), **work.training}
+    length = min(settings["max_length"], context or settings["max_length"])
+    return data.encode(work.train, tokenizer, length, on_long=settings["on_long"]).rows
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
@@ -311,13 +315,18 @@ def _quantized(
     source = base / "float"
     (model or _base(module)).to(dtype).save_pretrained(source)  # type: ignore[arg-type]
     made = config(module, {**module.settings()[0], **(options or {})})
+    rows = [{"input_ids": ids, "labels": ids} for ids in tiny.batch(8, 12).tolist()]
     if hasattr(module, "stream"):
-        rows = [{"input_ids": ids, "labels": ids} for ids in tiny.batch(8, 12).tolist()]
         (base / "packed").mkdir()
         module.stream(source, base / "packed", made, rows, Work(Ledger(), base))
         seal(base / "packed", ROOM)
         return AutoModelForCausalLM.from_pretrained(base / "packed").eval(), base / "packed"
-    quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=made, dtype=dtype).eval()
+    if hasattr(module, "compress"):
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        torch.manual_seed(0)
+        quantized = module.compress(plain, made, rows, Work(Ledger(), base, training={"max_steps": 2})).eval()
+    else:
+        quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=made, dtype=dtype).eval()
     quantized.save_pretrained(base / "packed")
     seal(base / "packed", ROOM)
     return quantized, base / "packed"

@@ -213,6 +213,26 @@ def linear(
     return made
 
 
+def replace_embedding(model: PreTrainedModel, name: str, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put a packed table in the place of the float one called `name`, and under a head that shares its weight."""
+    table: Any = model.get_submodule(name)
+    rows, columns, dtype = table.num_embeddings, table.embedding_dim, table.weight.dtype
+    head, owner = model.get_output_embeddings(), tied_head(model)
+    with torch.device("meta"):
+        scale = float(getattr(table, "scalar_embed_scale", 1.0))
+        made = PackedEmbedding(rows, columns, format, table.padding_idx, scale, dtype)
+    made.hold(format, tensors)
+    surgery.replace_module(model, name, made.train(table.training))
+    if owner and isinstance(head, nn.Linear):
+        with torch.device("meta"):
+            above = PackedLinear(columns, rows, format, head.bias is not None, dtype, tied=True)
+        above.hold(format, tensors)
+        above.weight = made.weight  # type: ignore[assignment]
+        if head.bias is not None:
+            above.bias = nn.Parameter(head.bias.detach(), requires_grad=False)
+        surgery.replace_module(model, owner, above.train(head.training))
+
+
 def mark(model: PreTrainedModel, config: PackedConfig | None = None) -> None:
     """Make a model whose layers were packed one by one save itself as a packed folder, to be sealed for `ROOM`."""
     made = config or PackedConfig()
@@ -394,9 +414,14 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     return module is not model.get_output_embeddings() or name == tied_head(model)
 
 
-def refuse_unpacked(model: PreTrainedModel) -> None:
-    """A promise of size must not be broken in silence by matrices that no packed module holds (fused experts, say)."""
-    packed = sum(m.rows * m.columns for _, m in packed_modules(model))
+def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
+    """A promise of size must not be broken in silence by matrices that no packed module holds (fused experts, say).
+
+    Args:
+        packed: how many weights will be packed; None counts those that are.
+    """
+    if packed is None:
+        packed = sum(m.rows * m.columns for _, m in packed_modules(model))
     head = model.get_output_embeddings()
     left = {
         name: p.numel()

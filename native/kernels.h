@@ -47,8 +47,8 @@ SK_API int64_t sk_packed_size(int32_t format, int64_t rows, int64_t cols, int64_
 // order: stored row of each packed row, or null. source_size and out_size are checked.
 SK_API int32_t sk_pack(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size, const void* scales, const int64_t* order, void* out, int64_t out_size, int32_t threads);
 
-// For formats that are used as stored and whose bytes say themselves how long they are: 0 when a product may read them, 1 when
-// they contradict themselves or the matrix. Formats of fixed sizes are always sound.
+// Of formats that not any bytes can be: 0 when a product may read these, 1 when they contradict themselves or the matrix.
+// sk_pack asks by itself; formats that are used as stored must be asked.
 SK_API int32_t sk_sound(int32_t format, int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size);
 
 struct SkPacking {  // arguments of sk_pack
@@ -123,18 +123,25 @@ constexpr int64_t SK_LEAST_GROUP = 16;
 constexpr int64_t SK_CACHE_INT8 = 1, SK_CACHE_FLOAT32 = 2;
 constexpr int64_t SK_CACHE_SIZES[] = {2, 1, 4};  // bytes of a number, by SkCache.type
 
-// What a format wants to be multiplied with. Q8: int8 codes in the matrix's groups, as in SkTokens.
-enum SkKind : int32_t { SK_FLOAT32 = 0, SK_BFLOAT16 = 1, SK_Q8 = 2 };
+constexpr int32_t SK_ENTRY = 512;  // what is added to each entry of a table, so that none is negative
+
+// What a format wants to be multiplied with. Q8: int8 codes in the matrix's groups, as in SkTokens; Q8_TABLES: tables beside them.
+enum SkKind : int32_t { SK_FLOAT32 = 0, SK_BFLOAT16 = 1, SK_Q8 = 2, SK_Q8_TABLES = 3 };
+inline bool sk_has_codes(SkKind kind) { return kind == SK_Q8 || kind == SK_Q8_TABLES; }
 
 struct SkInput {  // tokens prepared for matrices of one kind and group; sk_input lays it out, prepare fills it
   const void* rows;        // [count][stride] float32, bfloat16 or int8, zero beyond the last column
-  const float* scales;     // [count][group_stride], here and below SK_Q8 only
+  const float* scales;     // [count][group_stride], here and below only with codes
   const float* sums;       // [count][group_stride]: scale * sum of codes
   const int32_t* offsets;  // [count][group_stride]: -8 * sum of codes, what codes stored as q + 8 add too much
   int64_t count, stride, group_stride;
+  // SK_Q8_TABLES: [count][table_stride]. For each 16 columns 64 bytes and 64 more: entry k of a four of columns is the sum of
+  // those codes whose bit in k is set, plus SK_ENTRY; its 5 low bits are byte 16 * four + k, its 5 high ones 64 bytes further.
+  const uint8_t* tables;
+  int64_t table_stride;
 };
 
-// The layout of `count` tokens of a kind and group (of SK_Q8) on memory of sk_input_size bytes, aligned to 64.
+// The layout of `count` tokens of a kind and group (where there are codes) on memory of sk_input_size bytes, aligned to 64.
 int64_t sk_input_size(SkKind kind, int64_t cols, int64_t group, int64_t count);
 SkInput sk_input(void* memory, SkKind kind, int64_t cols, int64_t group, int64_t count);
 
@@ -148,7 +155,7 @@ struct SkFormat {  // one for each format and instruction set: a file a format, 
   // Rows begin..end-1 (begin a multiple of SK_TILE) of y[count][y_stride] = or += (add) x @ matrix.T + bias.
   void (*product)(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end);
   void (*row)(const SkMatrix& m, int64_t row, float* out);
-  // Null, or for bytes that say themselves how long they are: whether they may be read as such a matrix.
+  // Null, or where not any bytes will do: whether these may be read as such a matrix.
   bool (*sound)(int64_t rows, int64_t cols, int64_t group, const void* source, int64_t source_size);
 };
 

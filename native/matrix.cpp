@@ -16,11 +16,12 @@ const SkFormat* format_of(int64_t number, const SkTable* table = sk_table()) {
 
 constexpr int64_t PACKED_EACH = 1 << 17;  // bytes of a chunk
 
-// Whether its sizes belong together and its order stays inside.
+// Whether its sizes belong together, its codes mean something, and its order stays inside.
 bool holds(const SkPacking& p) {
   const SkFormat* f = format_of(p.format);
   if (!f || f->packed_size(p.rows, p.cols, p.group) < 0 || f->packed_size(p.rows, p.cols, p.group) != p.out_size) return false;
   if (f->source_size(p.rows, p.cols, p.group) != p.source_size) return false;
+  if (f->sound && !f->sound(p.rows, p.cols, p.group, p.source, p.source_size)) return false;
   if (p.order)
     for (int64_t r = 0; r < p.rows; ++r)
       if (p.order[r] < 0 || p.order[r] >= p.rows) return false;
@@ -77,19 +78,23 @@ int64_t sk_input_size(SkKind kind, int64_t cols, int64_t group, int64_t count) {
   if (kind == SK_FLOAT32) return count * rounded_up(cols, 16) * 4;
   if (kind == SK_BFLOAT16) return count * rounded_up(cols, 32) * 2;
   const int64_t codes = rounded_up(cols, 128), groups = rounded_up((cols + group - 1) / group, 16);
-  return count * (codes + 12 * groups);
+  return count * (codes + 12 * groups + (kind == SK_Q8_TABLES ? 8 * codes : 0));
 }
 
 SkInput sk_input(void* memory, SkKind kind, int64_t cols, int64_t group, int64_t count) {
-  SkInput in{memory, nullptr, nullptr, nullptr, count, 0, 0};
+  SkInput in{memory, nullptr, nullptr, nullptr, count, 0, 0, nullptr, 0};
   if (kind == SK_FLOAT32) in.stride = rounded_up(cols, 16);
   if (kind == SK_BFLOAT16) in.stride = rounded_up(cols, 32);
-  if (kind == SK_Q8) {
+  if (sk_has_codes(kind)) {
     in.stride = rounded_up(cols, 128);
     in.group_stride = rounded_up((cols + group - 1) / group, 16);
     in.scales = reinterpret_cast<float*>(static_cast<char*>(memory) + count * in.stride);
     in.sums = in.scales + count * in.group_stride;
     in.offsets = reinterpret_cast<const int32_t*>(in.sums + count * in.group_stride);
+    if (kind == SK_Q8_TABLES) {
+      in.tables = reinterpret_cast<const uint8_t*>(in.offsets + count * in.group_stride);
+      in.table_stride = 8 * in.stride;
+    }
   }
   return in;
 }

@@ -35,6 +35,22 @@ void quantize(const float* x, int64_t cols, int64_t group, int64_t groups, int8_
   }
 }
 
+// The tables of a row of codes, as SkInput says.
+void tabulate(const int8_t* codes, int64_t stride, uint8_t* tables) {
+  typedef int16_t Entries __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Entries entry = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Entries has[4] = {-(entry & 1), -(entry >> 1 & 1), -(entry >> 2 & 1), -(entry >> 3)};
+  for (int64_t four = 0; four < stride / 4; ++four) {
+    Entries sums = Entries{} + SK_ENTRY;
+    for (int64_t j = 0; j < 4; ++j) sums += has[j] & int16_t(codes[four * 4 + j]);
+    const Bytes low = __builtin_convertvector(sums & 31, Bytes), high = __builtin_convertvector(sums >> 5, Bytes);
+    uint8_t* to = tables + four / 4 * 128 + four % 4 * 16;
+    __builtin_memcpy(to, &low, 16);
+    __builtin_memcpy(to + 64, &high, 16);
+  }
+}
+
 }  // namespace
 
 namespace ISA {
@@ -58,6 +74,7 @@ void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_
       quantize(from, cols, group, groups, to, const_cast<float*>(in.scales) + at, const_cast<float*>(in.sums) + at,
                const_cast<int32_t*>(in.offsets) + at);
       for (int64_t j = groups * group; j < in.stride; ++j) to[j] = 0;
+      if (kind == SK_Q8_TABLES) tabulate(to, in.stride, const_cast<uint8_t*>(in.tables) + t * in.table_stride);
     }
   }
 }

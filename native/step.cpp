@@ -85,7 +85,7 @@ struct Step {
 };
 
 int64_t input_bound(int64_t cols, int64_t count) {
-  const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8, cols, SK_LEAST_GROUP, count);
+  const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8_TABLES, cols, SK_LEAST_GROUP, count);
   return rounded_up(larger(plain, codes), 64);
 }
 
@@ -255,16 +255,17 @@ SkInput some_of(const SkInput& in, SkKind kind, int64_t begin, int64_t end) {
   SkInput some = in;
   some.rows = static_cast<const char*>(in.rows) + begin * in.stride * bytes;
   some.count = end - begin;
-  if (kind != SK_Q8) return some;
+  if (!sk_has_codes(kind)) return some;
   some.scales += begin * in.group_stride;
   some.sums += begin * in.group_stride;
   some.offsets += begin * in.group_stride;
+  if (in.tables) some.tables += begin * in.table_stride;
   return some;
 }
 
 bool same_input(const Step& s, const SkMatrix& a, const SkMatrix& b) {
   const SkKind kind = format_of(s.table, a)->kind;
-  return kind == format_of(s.table, b)->kind && (kind != SK_Q8 || a.group == b.group);
+  return kind == format_of(s.table, b)->kind && (!sk_has_codes(kind) || a.group == b.group);
 }
 
 // a @ x of tokens begin..end-1 and the job's matrix i.
@@ -367,7 +368,7 @@ void run_job(Step& s) {
     if (!j.gated || i == 0) tiles += (m.rows + SK_TILE - 1) / SK_TILE;
     bool known = false;
     for (int32_t before = 0; before < i && !known; ++before) {
-      known = j.format[before]->kind == j.format[i]->kind && (j.format[i]->kind != SK_Q8 || j.matrix[before]->group == m.group);
+      known = j.format[before]->kind == j.format[i]->kind && (!sk_has_codes(j.format[i]->kind) || j.matrix[before]->group == m.group);
       if (known) j.input[i] = j.input[before];
     }
     if (known) continue;

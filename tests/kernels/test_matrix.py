@@ -17,8 +17,13 @@ if not LEVELS:
 FORMS = [
     *((name, 32) for name in ("fp32", "bf16", "q8_0", "q4_0", "q4_1")),
     *((name, group) for name in ("int8", "int4") for group in (32, 64, 128)),
+    *((name, group) for name in ("binary2", "binary3", "binary4") for group in (32, 64, 128)),
+    *((name, group) for name in ("uniform2", "uniform3", "uniform4") for group in (32, 64, 128)),
+    *((name, group) for name in ("ternary", "tritplanes") for group in (32, 64, 128)),
 ]
 BLOCK = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
+BITS = {"uniform2": 2, "uniform3": 3, "uniform4": 4, "ternary": 2, "tritplanes": 4}
+TRITS = ("ternary", "tritplanes")
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +53,21 @@ def stored(
             numbers = (random.standard_normal((rows, groups, 1)) * size).astype(np.float16)
             blocks[..., at : at + 2] = numbers.view(np.uint8)
         return blocks, None
+    if name.startswith("binary"):
+        bits = random.integers(0, 256, (rows, int(name[-1]), groups * group // 8), dtype=np.uint8)
+        numbers = random.standard_normal((rows, groups, matrix.SCALES[name])) * 0.01
+        return bits, numbers.astype(np.float16).view(np.uint16)
+    if name in BITS:
+        codes = random.integers(0, 256, (rows, groups, group * BITS[name] // 8), dtype=np.uint8)
+        numbers = random.standard_normal((rows, groups, matrix.SCALES[name])) * 0.01
+        return trits(codes) if name in TRITS else codes, numbers.astype(np.float16).view(np.uint16)
     codes = random.integers(0, 256, (rows, groups, group if name == "int8" else group // 2), dtype=np.uint8)
     return codes, matrix_reference.to_bfloat16(random.standard_normal((rows, groups)) * 0.01)
+
+
+def trits(codes: np.ndarray) -> np.ndarray:
+    """The bytes with their codes 3 turned into 1."""
+    return codes & ~((codes & codes >> 1 & 0x55) << 1)
 
 
 def columns(name: str) -> tuple[int, ...]:
@@ -115,7 +133,7 @@ def test_extreme_values(level, name, group):
         if name in BLOCK:
             source[..., 4 if name == "q4_1" else 2 :] = byte
         elif scales is not None:
-            source[...] = byte
+            source[...] = trits(np.array(byte, np.uint8)) if name in TRITS else byte
         made = matrix.make(name, rows, cols, source, group=group, scales=scales)
         weight = matrix_reference.weight(name, rows, cols, source, group, scales)
         expected = matrix_reference.multiply(weight, matrix_reference.rounded(x, kind(name, level), group))
@@ -148,7 +166,7 @@ def test_not_a_number_stays_with_its_token_and_its_row(level, name, group):
     elif name == "bf16":
         source[17, 5] = nan
     elif scales is not None:
-        scales[17, 0] = nan
+        scales[17, 0] = nan if name.startswith("int") else 0x7E00
     else:
         source[17, 0, :2] = np.array([nan], np.uint16).view(np.uint8)
     made = matrix.make(name, rows, cols, source, group=group, scales=scales)
@@ -183,6 +201,26 @@ def test_packed_bytes_are_the_same_at_every_level(name, group):
         matrix.library().sk_set_isa(level.encode())
         packed.append(matrix.make(name, 21, 160, source, group=group, scales=scales).data.tobytes())
     assert len(set(packed)) == 1
+
+
+@pytest.mark.parametrize("name", TRITS)
+def test_the_code_that_no_trit_has_is_refused(name):
+    for cols, group in ((1, 32), (300, 64), (129, 128)):
+        source, scales = stored(name, 3, cols, group, np.random.default_rng(11))
+        matrix.make(name, 3, cols, source, group=group, scales=scales)
+        for byte in (0, source.size // 2, source.size - 1):
+            for bits in (0x03, 0x0C, 0x30, 0xC0):
+                bad = source.copy()
+                bad.reshape(-1)[byte] |= bits
+                with pytest.raises(UsageError, match=name):
+                    matrix.make(name, 3, cols, bad, group=group, scales=scales)
+
+
+@pytest.mark.parametrize("name,group", [form for form in FORMS if form[0] in BITS])
+def test_packed_codes_take_their_real_width(name, group):
+    source, scales = stored(name, 48, 4 * group, group, np.random.default_rng(12))
+    made = matrix.make(name, 48, 4 * group, source, group=group, scales=scales)
+    assert made.size == source.nbytes + scales.nbytes
 
 
 @pytest.mark.parametrize("name", BLOCK)

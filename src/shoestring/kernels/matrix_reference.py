@@ -21,6 +21,19 @@ def weight(
         blocks = stored.reshape(rows, groups, -1)
         q = blocks.view(np.int8).astype(np.float32) if format == "int8" else _nibbles(blocks) - 8
         return (d * q).reshape(rows, -1)[:, :cols].copy()
+    if format.startswith("binary"):
+        assert scales is not None
+        planes = int(format[-1])
+        numbers = scales.view(np.float16).reshape(rows, groups, planes + 1).astype(np.float32)
+        bits = np.unpackbits(stored.reshape(rows, planes, groups, -1), axis=3, bitorder="little")
+        values = np.zeros((rows, groups, group), np.float32)
+        with np.errstate(all="ignore"):
+            for plane in range(planes):
+                values += numbers[..., plane : plane + 1] * np.where(bits[:, plane], np.float32(1), np.float32(-1))
+            return (values + numbers[..., planes:]).reshape(rows, -1)[:, :cols].copy()
+    if format.startswith(("uniform", "trit", "ternary")):
+        assert scales is not None
+        return _in_torch(f"{format}/{group}", rows, cols, stored, scales)
     blocks = stored.reshape(rows, groups, -1)
     d = blocks[..., :2].copy().view(np.float16).astype(np.float32)
     if format == "q8_0":
@@ -29,6 +42,17 @@ def weight(
         return (d * (_nibbles(blocks[..., 2:]) - 8)).reshape(rows, cols)
     m = blocks[..., 2:4].copy().view(np.float16).astype(np.float32)
     return (d * _nibbles(blocks[..., 4:]) + m).reshape(rows, cols)
+
+
+def _in_torch(spec: str, rows: int, cols: int, stored: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    import torch
+
+    from shoestring.kernels import formats
+
+    made = formats.parse(spec)
+    tensors = {"weight": torch.from_numpy(stored), "scales": torch.from_numpy(scales.view(np.float16))}
+    shaped = {name: tensors[name].view(dims) for name, (_, dims) in made.layout.tensors(rows, cols).items()}
+    return np.asarray(made.unpack(shaped, cols).numpy())
 
 
 def rounded(x: np.ndarray, kind: str, group: int = 32) -> np.ndarray:

@@ -36,7 +36,7 @@ def search(layers: int, most: int, loss: Callable[[Keep], float], last: int = 1)
         for m in range(min(most, n), 0, -1):
             tried = tuple(kept and place != prunable - n for place, kept in enumerate(best[m - 1]))
             found = loss(tried)
-            if found < value[m]:  # of equals the older stays
+            if found < value[m]:  # (eq. 1); of equals the older stays
                 best[m], value[m] = tried, found
     return tuple(best)
 

@@ -85,7 +85,7 @@ def scores(weight: Tensor, variance: Tensor, groups: int = 0) -> Tensor:
     spread = score.std()
     # All inputs of a layer alike: none stands out.
     score = (score - score.mean()) / spread if spread > 0 else torch.zeros_like(score)
-    return score.view(groups, -1).mean(1) if groups else score
+    return score.view(groups, -1).mean(1) if groups else score  # (eq. 2)
 
 
 def choose(
@@ -110,7 +110,7 @@ def choose(
     widths = []
     for ratio in ratios:
         stays = torch.zeros(len(pooled), dtype=torch.bool)
-        # The number of best units whose share is nearest to the ratio.
+        # The number of best units whose share is nearest to the ratio (eq. 3).
         stays[order[: 1 + int((reached - ratio).abs().argmin())]] = True
         parts = stays.split([len(part) for part in (*attention, *neurons)])
         widths.append(Width(tuple(parts[: len(attention)]), tuple(parts[len(attention) :])))
@@ -119,4 +119,4 @@ def choose(
 
 def compensation(weight: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
     """The bias (out,) that stands for the removed inputs at their means: W[:, removed] @ mean[removed]."""
-    return weight[:, removed].float() @ mean[removed].float()
+    return weight[:, removed].float() @ mean[removed].float()  # (eq. 4)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.models.anatomy import features, inspect, is_transposed
+from shoestring.models.anatomy import features, inspect
 from shoestring.models.surgery import replace_module
 
 HIDDEN = 16
@@ -33,13 +34,14 @@ class ShapeRouter(nn.Module):
     def forward(self, keep: Sequence[bool], width: int) -> Tensor:
         """(experts,) that sum to 1, 0 for all but `top`. In training a fresh noise is added to what decides."""
         device = self.noise.weight.device
-        shape = torch.tensor([float(stays) for stays in keep], device=device)
-        shape = torch.cat([shape, F.one_hot(torch.tensor(width, device=device), self.widths).float()])
-        logits = self.score(shape)
-        if self.training:
-            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(shape))
-        best, places = logits.topk(self.top)
-        return torch.zeros_like(logits).scatter(0, places, best.softmax(0))
+        one_hot = [float(place == width) for place in range(self.widths)]
+        shape = torch.tensor([*map(float, keep), *one_hot], device=device)
+        with torch.autocast(device.type, enabled=False):  # gates blend float32 matrices
+            logits = self.score(shape)
+            if self.training:
+                logits = logits + torch.randn_like(logits) * F.softplus(self.noise(shape))
+            best, places = logits.topk(self.top)
+            return torch.zeros_like(logits).scatter(0, places, best.softmax(0))  # (eq. 6)
 
 
 class MixedLinear(nn.Module):
@@ -59,7 +61,7 @@ class MixedLinear(nn.Module):
         inputs, outputs = features(base)
         self.scaling = alpha / rank
         bound = 1 / math.sqrt(inputs)  # kaiming's with a = sqrt(5), as a plain low-rank adapter starts
-        device = base.weight.device
+        device: Any = base.weight.device
         self.A = nn.Parameter(torch.empty(experts, rank, inputs, device=device).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(experts, outputs, rank, device=device))
         self.gates: Tensor | None = None
@@ -69,7 +71,7 @@ class MixedLinear(nn.Module):
     def blended(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank): each the sum of the experts' own by their gates, so their product has cross
         terms."""
-        return torch.tensordot(gates, self.A, 1), torch.tensordot(gates, self.B, 1)
+        return torch.tensordot(gates, self.A, 1), torch.tensordot(gates, self.B, 1)  # (eq. 5)
 
     def update(self, gates: Tensor) -> Tensor:
         """What the mixture adds to the weight, (out, in) float32."""
@@ -92,14 +94,6 @@ def attach(model: nn.Module, experts: int, rank: int, alpha: float) -> dict[str,
     model.requires_grad_(False)
     made = {}
     for name, module, _ in list(inspect(model).linears()):
-        if is_transposed(module):
-            raise TypeError(f"{name} is stored transposed")
         made[name] = MixedLinear(module, experts, rank, alpha)
         replace_module(model, name, made[name])
     return made
-
-
-def detach(model: nn.Module, layers: dict[str, MixedLinear]) -> None:
-    """Put the plain layers back."""
-    for name, layer in layers.items():
-        replace_module(model, name, layer.base_layer)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from shoestring.methods.pruners._supernet import Subnet, Supernet
 from shoestring.training.loss import IGNORED, chunked_cross_entropy, last_hidden_and_head
@@ -98,7 +97,7 @@ class Sandwich(nn.Module):
 def balanced(loss: Tensor, reference: Tensor) -> Tensor:
     """`loss` with its gradient, at the size of `reference`: loss * reference / loss, the quotient being a constant."""
     ratio = reference.detach() / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny)
-    return loss * ratio.clamp(max=MOST_WEIGHT)
+    return loss * ratio.clamp(max=MOST_WEIGHT)  # (eq. 8)
 
 
 def distillation(
@@ -113,13 +112,27 @@ def distillation(
     """
     learned = labels[:, 1:] != IGNORED
     ours, theirs = hidden[:, :-1][learned], teacher[:, :-1][learned]
-    total = ours.float().sum() * 0.0
-    for own, other in zip(ours.split(_CHUNK), theirs.split(_CHUNK)):
-        total = total + checkpoint(_soft_loss, head, own, other, use_reentrant=False)
+    total: Tensor = _SoftLoss.apply(ours, theirs, head)  # type: ignore[no-untyped-call]
     return total / (max(1, len(ours)) if num_items is None else num_items)
 
 
-def _soft_loss(head: nn.Module, own: Tensor, other: Tensor) -> Tensor:
-    with torch.no_grad():
-        wanted = head(other).float().softmax(-1)
-    return -(wanted * head(own).float().log_softmax(-1)).sum()
+class _SoftLoss(torch.autograd.Function):
+    """Summed -sum p log q of a frozen head; the gradient is made in the forward pass, so that logits never pile up."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, head: nn.Module) -> Tensor:
+        total = torch.zeros((), device=ours.device)
+        gradients = [ours[:0]]
+        for own, other in zip(ours.detach().split(_CHUNK), theirs.split(_CHUNK)):
+            wanted = head(other).float().softmax(-1)
+            with torch.enable_grad():
+                own.requires_grad_()
+                loss = -(wanted * head(own).float().log_softmax(-1)).sum()  # (eq. 7)
+                gradients += torch.autograd.grad(loss, own)
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        return ctx.saved_tensors[0] * outer[0], None, None

@@ -25,7 +25,7 @@ from shoestring.training.fingerprint import weights_digest
 
 ABOUT, TENSORS = "supernet.json", "supernet.safetensors"
 _PARTS = ("groups", "neurons")
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,12 @@ class Supernet(nn.Module):
         width = self.plan.widths[subnet.width]
         keep = []
         for stays, block, groups, neurons in zip(subnet.keep, inspect(plain).blocks, width.groups, width.neurons):
-            biases = (shifts.get(block.projections.get(role, "")) if stays else None for role in ("o", "down"))
-            own = (groups, neurons) if stays else (groups[:0], neurons[:0])
-            keep.append(uneven.Keep(*(part.nonzero().flatten().tolist() for part in own), *biases))
+            if not stays:
+                keep.append(uneven.Keep((), ()))
+                continue
+            places = (part.nonzero().flatten().tolist() for part in (groups, neurons))
+            biases = (shifts.get(block.projections.get(role, "")) for role in ("o", "down"))
+            keep.append(uneven.Keep(*places, *biases))  # type: ignore[arg-type]
         return uneven.shrink(plain, keep)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
 """dictionary: ternary rows in a fixed code of 16-bit words, each of which stands for 1 to 14 pairs of weights.
 
 The format
-    A weight is 0, its row's smallest value or its row's largest one: symbols 0, 1, 2. Two neighbours are a pair with the
-    number first + 3 * second; a row of odd length ends with a zero. The dictionary holds the 65,536 sequences of up to 14
-    pairs that are the most probable ones when a weight is 0 with probability 0.885 and either other value with 0.0575;
-    equally probable ones come in the order of their pairs. It is made, never stored. With every sequence it holds all
-    beginnings of it, so the longest match, taken again and again, encodes any row.
+    A weight is 0, its row's smallest value or its row's largest one: symbols 0, 1, 2. Two neighbours are a pair of the
+    number first + 3 * second; a row of odd length ends with a zero. The dictionary holds the 65,536 sequences of up to
+    14 pairs that are the most probable ones when a weight is 0 with probability 0.885 and either other value with
+    0.0575; equally probable ones come in the order of their pairs. It is made, never stored. With every sequence it
+    holds all beginnings of it, so the longest match, taken again and again, encodes any row.
     A matrix is one run of bytes, little end first: int32 row_off[rows + 1], the words before each row; bfloat16
     [rows][2], the row's smallest and largest value; uint16 w_comp[row_off[rows]].
 Plain rounding

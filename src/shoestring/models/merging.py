@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import ShoestringError, UsageError
-from shoestring.core.files import atomic_folder, locked
+from shoestring.core.files import locked
 from shoestring.models.cache import cache_dir
 from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS, check_adapter, check_folder
 from shoestring.models.load import Loaded, load, quiet, refuse_strays, resolve
+from shoestring.models.saving import save
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,9 @@ _FORMAT = 1  # raise it when a merged model changes, so that older ones are made
 
 def merge_into(base: Loaded, adapter: Path) -> tuple[Any, float]:
     """The base with the adapter in its weights, and the largest difference of a logit, relative to the largest logit.
+
+    An adapter may end in packed weights. The logits compared are then those of the numbers that these stand for: that
+    products with them also round their activations is the format's doing, not the merging's.
 
     Args:
         base: in float32; it is used up.
@@ -56,7 +62,8 @@ def merge_into(base: Loaded, adapter: Path) -> tuple[Any, float]:
             "its logits are zero or not finite",
             "Train it again at a lower learning rate",
         )
-    difference = float((_probe(model) - before).abs().max()) / largest
+    with plain_products(model):
+        difference = float((_probe(model) - before).abs().max()) / largest
     if not difference <= _TOLERANCE:
         raise ShoestringError(
             f"Merging {adapter} changes the model's answers", f"logits differ by {difference:.2g} of the largest one"
@@ -82,11 +89,27 @@ def merged_once(adapter: Path, *, offline: bool | None = None, trust_remote_code
             if not made.is_dir():
                 loaded = load(base, dtype="float32", offline=offline, trust_remote_code=trust_remote_code)
                 model, _ = merge_into(loaded, adapter)
-                with atomic_folder(made, overwrite=True) as temp:
-                    model.to(stored_dtype(folder)).save_pretrained(temp)
-                    if loaded.tokenizer is not None:
-                        loaded.tokenizer.save_pretrained(temp)
+                save(model.to(stored_dtype(folder)), loaded.tokenizer, made, overwrite=True)
     return made
+
+
+@contextmanager
+def plain_products(model: Any) -> Iterator[None]:
+    """Within it, packed linear layers of `model` multiply by the weights that they stand for, activations unrounded."""
+    from torch.nn import functional
+
+    from shoestring.models.packed import PackedLinear, packed_modules
+
+    def product(layer: Any, given: Any, _: Any) -> torch.Tensor:
+        return functional.linear(given[0], layer.unpacked().to(given[0].dtype), layer.bias)
+
+    layers = [module for _, module in packed_modules(model) if isinstance(module, PackedLinear)]
+    hooks = [layer.register_forward_hook(product) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def stored_dtype(folder: Any) -> torch.dtype:

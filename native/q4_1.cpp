@@ -4,15 +4,14 @@
 namespace {
 
 struct Q4_1 {
-  static constexpr int BITS = 4;
+  static constexpr int BITS = 4, PLANES = 1, ZERO = 0;
   static constexpr bool HALF = true, MINIMUM = true;
   static bool fits(int64_t cols, int64_t group) { return group == 32 && cols % 32 == 0; }
   static int64_t row_bytes(int64_t cols, int64_t) { return cols / 32 * 20; }
   static void read(const void* source, const void*, int64_t row, int64_t cols, int64_t group, int64_t g, uint8_t* codes,
-                   uint16_t* scale, uint16_t* minimum) {
+                   uint16_t* numbers) {
     const uint8_t* block = static_cast<const uint8_t*>(source) + row * row_bytes(cols, group) + g * 20;
-    __builtin_memcpy(scale, block, 2);
-    __builtin_memcpy(minimum, block + 2, 2);
+    __builtin_memcpy(numbers, block, 4);
     for (int64_t j = 0; j < 16; ++j) codes[j] = block[4 + j] & 15, codes[j + 16] = block[4 + j] >> 4;
   }
 };

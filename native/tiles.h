@@ -1,8 +1,9 @@
 // What the tiled formats share. A tile is 16 rows, one to a 32-bit lane, and one stream of bytes: for every group its codes
-// in lines of 64 bytes, then 16 scales of 16 bits, then (formats with a minimum) 16 minima. A line of 8-bit codes holds 4
-// columns of each row, one of 4-bit codes 8: columns k..k+3 in the low nibbles and k+4..k+7 in the high ones. Codes are
-// unsigned: 8-bit ones q + 128, 4-bit ones q + 8, or q where there is a minimum.
-//   y[t][r] = sum_g weight_scale[r][g] * token_scale[t][g] * dot[r][t][g] (+ minimum[r][g] * token_sum[t][g])
+// in lines of 64 bytes, then 16 scales of 16 bits for each plane, then (formats with a minimum) 16 minima. A line of b-bit
+// codes holds 32 / b columns of each row, four to a word: columns k..k+3 in the lowest b bits of the row's four bytes,
+// k+4..k+7 in the next b, and so on. 3-bit codes are two lines of their lower two bits, then a line of 32 third bits. Of
+// several planes the lines for the same columns follow one another. Codes are unsigned: F::ZERO stands for zero.
+//   y[t][r] = sum_g token_scale[t][g] * sum_p weight_scale[p][r][g] * dot[p][r][t][g] (+ minimum[r][g] * token_sum[t][g])
 // dot is an exact integer and the sum over groups runs in order, so a token gets the same bits in any batch.
 // Rows a matrix does not have carry scale 0. A scale that is not a number makes its row not a number, and no other.
 #pragma once
@@ -18,12 +19,52 @@ constexpr int64_t SCALES = 2 * SK_TILE;  // bytes of a tile's scales of one grou
 
 template <class F>
 constexpr int64_t lines(int64_t group) {
-  return group * F::BITS / 32;
+  return group * F::BITS * F::PLANES / 32;
 }
 
 template <class F>
+constexpr int NUMBERS = F::PLANES + F::MINIMUM;  // 16-bit numbers of a row's group
+
+template <class F>
 constexpr int64_t group_bytes(int64_t group) {
-  return lines<F>(group) * 64 + SCALES * (F::MINIMUM ? 2 : 1);
+  return lines<F>(group) * 64 + SCALES * NUMBERS<F>;
+}
+
+// Columns of a step: whole lines, EACH of them.
+template <class F>
+constexpr int COLUMNS = F::BITS == 3 ? 32 : 32 / F::BITS;
+template <class F>
+constexpr int EACH = COLUMNS<F> * F::BITS * F::PLANES / 32;
+
+// Columns over which sums of pairs of products stay within 16 bits: 8 * 2 * 15 * 127.
+constexpr int SHORT = 32;
+
+// The codes of columns 4q..4q+3 of a step, a byte each, from as many bytes of each of its lines as a W has.
+template <class F, class W>
+inline __attribute__((always_inline)) W codes_of(const W* line, int q, int plane) {
+  constexpr uint64_t EVERY = 0x0101010101010101;
+  if (F::BITS == 8) return line[plane];
+  if (F::BITS != 3) return (line[plane] >> (F::BITS * q)) & W(W{} + EVERY * ((1 << F::BITS) - 1));
+  const W low = line[q / 4] >> (2 * (q % 4)), high = q < 2 ? line[2] << (2 - q) : line[2] >> (q - 2);
+  return (low & W(W{} + EVERY * 3)) | (high & W(W{} + EVERY * 4));
+}
+
+// The inverse: a word of codes into the words of its row, which were zero.
+template <class F>
+inline void put_codes(uint32_t* line, int q, int plane, uint32_t codes) {
+  if (F::BITS != 3) {
+    line[plane] |= codes << (F::BITS * q);
+  } else {
+    line[q / 4] |= (codes & 0x03030303) << (2 * (q % 4));
+    line[2] |= (codes >> 2 & 0x01010101) << q;
+  }
+}
+
+// What codes add too much to a dot of which `offset` is that of ZERO = 8; a power of two, so nothing is lost.
+template <class F, class T>
+inline __attribute__((always_inline)) T of_zero(T offset) {
+  constexpr int UP = F::ZERO > 8 ? F::ZERO / 8 : 1, DOWN = F::ZERO > 4 ? 0 : F::ZERO > 2 ? 1 : F::ZERO > 1 ? 2 : 3;
+  return F::ZERO ? (offset * UP) >> DOWN : offset * 0;
 }
 
 // Number i of 16-bit ones at p.
@@ -65,22 +106,30 @@ inline int32_t four(const int8_t* codes) {
 
 template <class F, int GROUP>
 struct Product {
-  static constexpr int LINES = int(lines<F>(GROUP)), BYTES = int(group_bytes<F>(GROUP)), COLUMNS = F::BITS == 8 ? 4 : 8;
+  static constexpr int LINES = int(lines<F>(GROUP)), BYTES = int(group_bytes<F>(GROUP)), PLANES = F::PLANES;
+  static constexpr int WIDE = COLUMNS<F>, QUADS = WIDE / 4, STEPS = GROUP / WIDE;
 
 #if defined(__AVX512VNNI__)
-  static constexpr int MOST = 6;       // tokens together: with two tiles their sums and dots fill the registers
+  static constexpr int MOST = PLANES > 1 ? 4 : 6;  // tokens together: with two tiles their sums and dots fill the registers
   static constexpr int TILES = 2;
   static constexpr int64_t AHEAD = 8192, FAR = 32768;  // bytes fetched in advance on the first pass over a tile
+  typedef uint64_t Wide __attribute__((vector_size(64)));
 
   static __m512 numbers(const uint8_t* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return F::HALF ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
 
+  static __m512i start(int32_t offset) {
+    if (F::ZERO == 0) return _mm512_setzero_si512();
+    const __m512i all = _mm512_set1_epi32(offset);
+    if (F::ZERO == 8) return all;
+    return F::ZERO > 8 ? _mm512_slli_epi32(all, 4) : _mm512_srai_epi32(all, F::ZERO == 4 ? 1 : F::ZERO == 2 ? 2 : 3);
+  }
+
   // T tokens, N tiles that stand `next` bytes apart.
   template <int T, int N>
   static void some(const uint8_t* p, int64_t next, int64_t groups, const SkInput& x, int64_t token, float (*sums)[N][SK_TILE]) {
-    const __m512i nibble = _mm512_set1_epi8(15);
     const int64_t stride = x.stride, group_stride = x.group_stride;
     const int8_t* a = static_cast<const int8_t*>(x.rows) + token * stride;
     const float *scales = x.scales + token * group_stride, *totals = x.sums + token * group_stride;
@@ -91,50 +140,60 @@ struct Product {
     for (int i = 0; i < T; ++i)
       for (int n = 0; n < N; ++n) sum[i][n] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, p += BYTES, a += GROUP) {
-      __m512i dot[T][N];
+      __m512i dot[T][N][PLANES];
 #pragma GCC unroll 8
       for (int i = 0; i < T; ++i) {
-        __m512i start = _mm512_setzero_si512();
-        if (!F::MINIMUM) start = _mm512_set1_epi32(offsets[i * group_stride + g]);
-        if (F::BITS == 8) start = _mm512_slli_epi32(start, 4);
-        for (int n = 0; n < N; ++n) dot[i][n] = start;
+        const __m512i from = start(offsets[i * group_stride + g]);
+        for (int n = 0; n < N; ++n)
+          for (int plane = 0; plane < PLANES; ++plane) dot[i][n][plane] = from;
       }
 #pragma GCC unroll 8
-      for (int line = 0; line < LINES; ++line) {
-        __m512i low[N], high[N];
+      for (int step = 0; step < STEPS; ++step) {
+        Wide line[N][EACH<F>];
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) {
-          _mm_prefetch(p + n * next + line * 64 + ahead, _MM_HINT_T0);
-          low[n] = _mm512_loadu_si512(p + n * next + line * 64);
-          if (F::BITS == 4) {
-            high[n] = _mm512_and_si512(_mm512_srli_epi16(low[n], 4), nibble);
-            low[n] = _mm512_and_si512(low[n], nibble);
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+          for (int l = 0; l < EACH<F>; ++l) {
+            const uint8_t* at = p + n * next + (step * EACH<F> + l) * 64;
+            _mm_prefetch(at + ahead, _MM_HINT_T0);
+            line[n][l] = Wide(_mm512_loadu_si512(at));
           }
-        }
 #pragma GCC unroll 8
-        for (int i = 0; i < T; ++i) {
-          const int8_t* at = a + i * stride + line * COLUMNS;
-          const __m512i left = _mm512_set1_epi32(four(at));
+        for (int q = 0; q < QUADS; ++q) {
+          __m512i codes[N][PLANES];
 #pragma GCC unroll 2
-          for (int n = 0; n < N; ++n) dot[i][n] = _mm512_dpbusd_epi32(dot[i][n], low[n], left);
-          if (F::BITS == 4) {
-            const __m512i right = _mm512_set1_epi32(four(at + 4));
+          for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+            for (int plane = 0; plane < PLANES; ++plane) codes[n][plane] = __m512i(codes_of<F>(line[n], q, plane));
+#pragma GCC unroll 8
+          for (int i = 0; i < T; ++i) {
+            const __m512i quad = _mm512_set1_epi32(four(a + i * stride + step * WIDE + q * 4));
 #pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) dot[i][n] = _mm512_dpbusd_epi32(dot[i][n], high[n], right);
+            for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+              for (int plane = 0; plane < PLANES; ++plane)
+                dot[i][n][plane] = _mm512_dpbusd_epi32(dot[i][n][plane], codes[n][plane], quad);
           }
         }
       }
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) {
-        _mm_prefetch(p + n * next + LINES * 64 + ahead, _MM_HINT_T0);
-        const __m512 scale = numbers(p + n * next + LINES * 64);
-        __m512 minimum = scale;
-        if (F::MINIMUM) minimum = numbers(p + n * next + LINES * 64 + SCALES);
+        const uint8_t* at = p + n * next + LINES * 64;
+        _mm_prefetch(at + ahead, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int plane = 0; plane < PLANES; ++plane) {
+          const __m512 scale = numbers(at + plane * SCALES);
 #pragma GCC unroll 8
-        for (int i = 0; i < T; ++i) {
-          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[i * group_stride + g]));
-          sum[i][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][n]), both, sum[i][n]);
-          if (F::MINIMUM) sum[i][n] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(totals[i * group_stride + g]), sum[i][n]);
+          for (int i = 0; i < T; ++i) {
+            const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[i * group_stride + g]));
+            sum[i][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][n][plane]), both, sum[i][n]);
+          }
+        }
+        if (F::MINIMUM) {
+          const __m512 minimum = numbers(at + PLANES * SCALES);
+#pragma GCC unroll 8
+          for (int i = 0; i < T; ++i)
+            sum[i][n] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(totals[i * group_stride + g]), sum[i][n]);
         }
       }
     }
@@ -144,6 +203,7 @@ struct Product {
 
 #elif defined(__AVX2__)
   static constexpr int MOST = 4, TILES = 1;
+  typedef uint64_t Wide __attribute__((vector_size(32)));
 
   static __m256 numbers(const uint8_t* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -153,54 +213,64 @@ struct Product {
   // T tokens, N tiles that stand `next` bytes apart, half a tile at a time.
   template <int T, int N>
   static void some(const uint8_t* start, int64_t next, int64_t groups, const SkInput& x, int64_t token, float (*sums)[N][SK_TILE]) {
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sign = _mm256_set1_epi8(char(0x80));
+    const __m256i ones = _mm256_set1_epi16(1), sign = _mm256_set1_epi8(char(0x80));
     for (int half = 0; half < 2 * N; ++half) {
       const uint8_t* p = start + half / 2 * next;
       const int8_t* a = static_cast<const int8_t*>(x.rows) + token * x.stride;
       __m256 sum[T];
       for (int i = 0; i < T; ++i) sum[i] = _mm256_setzero_ps();
       for (int64_t g = 0; g < groups; ++g, p += BYTES, a += GROUP) {
-        __m256i dot[T];
-        for (int i = 0; i < T; ++i)
-          dot[i] = _mm256_set1_epi32(F::BITS == 4 && !F::MINIMUM ? x.offsets[(token + i) * x.group_stride + g] : 0);
-        // Pairs of products stay within 16 bits: 2 * 15 * 127, four lines of both nibbles of it; or once 2 * 128 * 127.
-        constexpr int TOGETHER = F::BITS == 4 ? 4 : 1;
-        for (int line = 0; line < LINES; line += TOGETHER) {
-          __m256i pairs[T];
-          for (int i = 0; i < T; ++i) pairs[i] = _mm256_setzero_si256();
+        __m256i dot[T][PLANES];
+        for (int i = 0; i < T; ++i) {
+          const int32_t from = F::BITS == 8 ? 0 : of_zero<F>(x.offsets[(token + i) * x.group_stride + g]);
+          for (int plane = 0; plane < PLANES; ++plane) dot[i][plane] = _mm256_set1_epi32(from);
+        }
+        // Of 8-bit codes a pair of products fits just once: 2 * 128 * 127.
+        constexpr int TOGETHER = F::BITS == 8 ? WIDE : SHORT;
+        for (int span = 0; span < GROUP; span += TOGETHER) {
+          __m256i pairs[T][PLANES];
+          for (int i = 0; i < T; ++i)
+            for (int plane = 0; plane < PLANES; ++plane) pairs[i][plane] = _mm256_setzero_si256();
 #pragma GCC unroll 4
-          for (int l = line; l < line + TOGETHER; ++l) {
-            __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + l * 64 + half % 2 * 32)), high = low;
-            if (F::BITS == 4) {
-              high = _mm256_and_si256(_mm256_srli_epi16(low, 4), nibble);
-              low = _mm256_and_si256(low, nibble);
-            } else {
-              low = _mm256_xor_si256(low, sign);
-              high = _mm256_abs_epi8(low);
-            }
+          for (int k = span; k < span + TOGETHER; k += WIDE) {
+            Wide line[EACH<F>];
+            for (int l = 0; l < EACH<F>; ++l) __builtin_memcpy(line + l, p + (k / WIDE * EACH<F> + l) * 64 + half % 2 * 32, 32);
+#pragma GCC unroll 8
+            for (int q = 0; q < QUADS; ++q) {
+              __m256i codes[PLANES];
 #pragma GCC unroll 4
-            for (int i = 0; i < T; ++i) {
-              const int8_t* at = a + i * x.stride + l * COLUMNS;
-              const __m256i left = _mm256_set1_epi32(four(at));
-              if (F::BITS == 8) {
-                pairs[i] = _mm256_maddubs_epi16(high, _mm256_sign_epi8(left, low));
-              } else {
-                pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(low, left));
-                pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(high, _mm256_set1_epi32(four(at + 4))));
+              for (int plane = 0; plane < PLANES; ++plane) codes[plane] = __m256i(codes_of<F>(line, q, plane));
+#pragma GCC unroll 4
+              for (int i = 0; i < T; ++i) {
+                const __m256i quad = _mm256_set1_epi32(four(a + i * x.stride + k + q * 4));
+#pragma GCC unroll 4
+                for (int plane = 0; plane < PLANES; ++plane) {
+                  if (F::BITS == 8) {
+                    const __m256i code = _mm256_xor_si256(codes[plane], sign);
+                    pairs[i][plane] = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(quad, code));
+                  } else {
+                    pairs[i][plane] = _mm256_add_epi16(pairs[i][plane], _mm256_maddubs_epi16(codes[plane], quad));
+                  }
+                }
               }
             }
           }
-          for (int i = 0; i < T; ++i) dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(pairs[i], ones));
+          for (int i = 0; i < T; ++i)
+            for (int plane = 0; plane < PLANES; ++plane)
+              dot[i][plane] = _mm256_add_epi32(dot[i][plane], _mm256_madd_epi16(pairs[i][plane], ones));
         }
         const uint8_t* at = p + LINES * 64 + half % 2 * (SCALES / 2);
-        const __m256 scale = numbers(at);
-        __m256 minimum = scale;
-        if (F::MINIMUM) minimum = numbers(at + SCALES);
-        for (int i = 0; i < T; ++i) {
-          const int64_t number = (token + i) * x.group_stride + g;
-          const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[number]));
-          sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i]), both, sum[i]);
-          if (F::MINIMUM) sum[i] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x.sums[number]), sum[i]);
+        for (int plane = 0; plane < PLANES; ++plane) {
+          const __m256 scale = numbers(at + plane * SCALES);
+          for (int i = 0; i < T; ++i) {
+            const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[(token + i) * x.group_stride + g]));
+            sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i][plane]), both, sum[i]);
+          }
+        }
+        if (F::MINIMUM) {
+          const __m256 minimum = numbers(at + PLANES * SCALES);
+          for (int i = 0; i < T; ++i)
+            sum[i] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x.sums[(token + i) * x.group_stride + g]), sum[i]);
         }
       }
       for (int i = 0; i < T; ++i) _mm256_storeu_ps(sums[i][half / 2] + half % 2 * 8, sum[i]);
@@ -225,43 +295,48 @@ struct Product {
       const int8_t* a = static_cast<const int8_t*>(x.rows) + token * x.stride;
       float sum[T][SK_TILE] = {};
       for (int64_t g = 0; g < groups; ++g, p += BYTES, a += GROUP) {
-        Ints dot[T][8] = {};
-        // Sums of products stay within 16 bits: four lines of 15 * 127 from both nibbles, or two of 128 * 127.
-        constexpr int TOGETHER = F::BITS == 4 ? 4 : 2;
-        for (int line = 0; line < LINES; line += TOGETHER) {
-          Shorts pairs[T][8] = {};
-          for (int l = line; l < line + TOGETHER; ++l)
-            for (int i = 0; i < T; ++i) {
-              const int8_t* at = a + i * x.stride + l * COLUMNS;
-              Shorts left, right;
-              twice(at, left);
-              if (F::BITS == 4) twice(at + 4, right);
+        Ints dot[T][PLANES][8] = {};
+        // Of 8-bit codes two products fit into 16 bits: 2 * 128 * 127.
+        constexpr int TOGETHER = F::BITS == 8 ? 2 * WIDE : SHORT;
+        for (int span = 0; span < GROUP; span += TOGETHER) {
+          Shorts pairs[T][PLANES][8] = {};
+          for (int k = span; k < span + TOGETHER; k += WIDE)
+            for (int q = 0; q < QUADS; ++q) {
+              Shorts quad[T];
+              for (int i = 0; i < T; ++i) twice(a + i * x.stride + k + q * 4, quad[i]);
               for (int v = 0; v < 8; ++v) {
-                Codes bytes;
-                __builtin_memcpy(&bytes, p + l * 64 + v * 8, 8);
-                const Shorts code = __builtin_convertvector(bytes, Shorts);
-                if (F::BITS == 4)
-                  pairs[i][v] += (code & 15) * left + (code >> 4) * right;
-                else
-                  pairs[i][v] += (code - 128) * left;
+                uint64_t line[EACH<F>];
+                for (int l = 0; l < EACH<F>; ++l) __builtin_memcpy(line + l, p + (k / WIDE * EACH<F> + l) * 64 + v * 8, 8);
+                for (int plane = 0; plane < PLANES; ++plane) {
+                  const uint64_t word = codes_of<F>(line, q, plane);
+                  Codes bytes;
+                  __builtin_memcpy(&bytes, &word, 8);
+                  const Shorts code = __builtin_convertvector(bytes, Shorts) - (F::BITS == 8 ? 128 : 0);
+                  for (int i = 0; i < T; ++i) pairs[i][plane][v] += code * quad[i];
+                }
               }
             }
           for (int i = 0; i < T; ++i)
-            for (int v = 0; v < 8; ++v) {
-              Ints both;
-              __builtin_memcpy(&both, &pairs[i][v], 16);
-              dot[i][v] += (both >> 16) + ((both << 16) >> 16);
-            }
+            for (int plane = 0; plane < PLANES; ++plane)
+              for (int v = 0; v < 8; ++v) {
+                Ints both;
+                __builtin_memcpy(&both, &pairs[i][plane][v], 16);
+                dot[i][plane][v] += (both >> 16) + ((both << 16) >> 16);
+              }
         }
         for (int i = 0; i < T; ++i) {
           const int64_t at = (token + i) * x.group_stride + g;
-          const int32_t offset = F::BITS == 4 && !F::MINIMUM ? x.offsets[at] : 0;
+          const int32_t offset = F::BITS == 8 ? 0 : of_zero<F>(x.offsets[at]);
           const float token_scale = x.scales[at], token_sum = x.sums[at];
-          for (int r = 0; r < SK_TILE; ++r) {
-            const int32_t whole = dot[i][r / 2][r % 2 * 2] + dot[i][r / 2][r % 2 * 2 + 1] + offset;
-            sum[i][r] += float(whole) * (number<F>(p + LINES * 64, r) * token_scale);
-            if (F::MINIMUM) sum[i][r] += number<F>(p + LINES * 64 + SCALES, r) * token_sum;
-          }
+          const uint8_t* from = p + LINES * 64;
+          for (int plane = 0; plane < PLANES; ++plane)
+            for (int r = 0; r < SK_TILE; ++r) {
+              const Ints& pair = dot[i][plane][r / 2];
+              const int32_t whole = pair[r % 2 * 2] + pair[r % 2 * 2 + 1] + offset;
+              sum[i][r] += float(whole) * (number<F>(from + plane * SCALES, r) * token_scale);
+            }
+          if (F::MINIMUM)
+            for (int r = 0; r < SK_TILE; ++r) sum[i][r] += number<F>(from + PLANES * SCALES, r) * token_sum;
         }
       }
       for (int i = 0; i < T; ++i) __builtin_memcpy(sums[i][n], sum[i], sizeof sum[i]);
@@ -303,9 +378,10 @@ struct Product {
 };
 
 // A format F says
-//   BITS, HALF (float16 scales; else bfloat16), MINIMUM
+//   BITS of a code, PLANES, ZERO (the code of zero, a power of two, or 0), HALF (float16 scales; else bfloat16), MINIMUM
 //   bool fits(cols, group); int64_t row_bytes(cols, group) of a stored row
-//   void read(source, scales, row, cols, group, g, codes, scale, minimum): group g of a stored row, codes as in a tile
+//   void read(source, scales, row, cols, group, g, codes, numbers): group g of a stored row, codes as in a tile, 128 for
+//     each plane, and its NUMBERS
 template <class F>
 struct Tiles {
   static int64_t groups(int64_t cols, int64_t group) { return (cols + group - 1) / group; }
@@ -326,50 +402,50 @@ struct Tiles {
 
   static void pack(int64_t rows, int64_t cols, int64_t group, const void* source, const void* scales, const int64_t* order,
                    void* out, int64_t begin, int64_t end) {
-    constexpr uint8_t NOTHING = F::MINIMUM ? 0 : F::BITS == 4 ? 8 : 128;
     uint8_t* p = static_cast<uint8_t*>(out) + begin * tile_bytes(cols, group);
     for (int64_t tile = begin; tile < end; ++tile)
-      for (int64_t g = 0; g < groups(cols, group); ++g) {
-        uint16_t scale[SK_TILE], minimum[SK_TILE];
+      for (int64_t g = 0; g < groups(cols, group); ++g, p += group_bytes<F>(group))
         for (int64_t r = 0; r < SK_TILE; ++r) {
           const int64_t row = tile * SK_TILE + r;
-          uint8_t codes[128];
-          if (row < rows) {
-            F::read(source, scales, order ? order[row] : row, cols, group, g, codes, scale + r, minimum + r);
-          } else {
-            for (int64_t j = 0; j < group; ++j) codes[j] = NOTHING;
-            scale[r] = minimum[r] = 0;
+          uint8_t codes[F::PLANES * 128];
+          uint16_t numbers[NUMBERS<F>] = {};
+          if (row < rows)
+            F::read(source, scales, order ? order[row] : row, cols, group, g, codes, numbers);
+          else
+            __builtin_memset(codes, F::ZERO, sizeof codes);
+          for (int64_t k = 0; k < group; k += COLUMNS<F>) {
+            uint32_t line[EACH<F>] = {};
+            for (int q = 0; q < COLUMNS<F> / 4; ++q)
+              for (int plane = 0; plane < F::PLANES; ++plane) {
+                uint32_t word;
+                __builtin_memcpy(&word, codes + plane * 128 + k + q * 4, 4);
+                put_codes<F>(line, q, plane, word);
+              }
+            for (int l = 0; l < EACH<F>; ++l) __builtin_memcpy(p + (k / COLUMNS<F> * EACH<F> + l) * 64 + r * 4, line + l, 4);
           }
-          for (int64_t line = 0; line < lines<F>(group); ++line) {
-            uint32_t word, high;  // four columns of the row
-            __builtin_memcpy(&word, codes + line * (F::BITS == 8 ? 4 : 8), 4);
-            if (F::BITS == 4) {
-              __builtin_memcpy(&high, codes + line * 8 + 4, 4);
-              word |= high << 4;
-            }
-            __builtin_memcpy(p + line * 64 + r * 4, &word, 4);
-          }
+          for (int n = 0; n < NUMBERS<F>; ++n) __builtin_memcpy(p + lines<F>(group) * 64 + n * SCALES + r * 2, numbers + n, 2);
         }
-        p += lines<F>(group) * 64;
-        __builtin_memcpy(p, scale, SCALES);
-        p += SCALES;
-        if (F::MINIMUM) {
-          __builtin_memcpy(p, minimum, SCALES);
-          p += SCALES;
-        }
-      }
   }
 
   static void row(const SkMatrix& m, int64_t row, float* out) {
     const int64_t r = row % SK_TILE, count = lines<F>(m.group);
     const uint8_t* p = static_cast<const uint8_t*>(m.data) + row / SK_TILE * tile_bytes(m.cols, m.group);
     for (int64_t g = 0; g * m.group < m.cols; ++g, p += group_bytes<F>(m.group)) {
-      float v[128];
-      const float scale = number<F>(p + count * 64, r), minimum = F::MINIMUM ? number<F>(p + count * 64 + SCALES, r) : 0.f;
-      for (int64_t j = 0; j < m.group; ++j) {
-        const int64_t in_line = F::BITS == 8 ? 4 : 8, byte = j / in_line * 64 + r * 4 + j % 4;
-        const int32_t code = F::BITS == 8 ? p[byte] - 128 : j % 8 < 4 ? p[byte] & 15 : p[byte] >> 4;
-        v[j] = F::MINIMUM ? scale * float(code) + minimum : scale * float(F::BITS == 8 ? code : code - 8);
+      float v[128] = {};
+      for (int64_t k = 0; k < m.group; k += COLUMNS<F>) {
+        uint32_t line[EACH<F>];
+        for (int l = 0; l < EACH<F>; ++l) __builtin_memcpy(line + l, p + (k / COLUMNS<F> * EACH<F> + l) * 64 + r * 4, 4);
+        for (int plane = 0; plane < F::PLANES; ++plane) {
+          const float scale = number<F>(p + count * 64 + plane * SCALES, r);
+          for (int q = 0; q < COLUMNS<F> / 4; ++q) {
+            const uint32_t word = codes_of<F>(line, q, plane);
+            for (int c = 0; c < 4; ++c) v[k + q * 4 + c] += scale * float(int32_t(word >> (8 * c) & 255) - F::ZERO);
+          }
+        }
+      }
+      if (F::MINIMUM) {
+        const float minimum = number<F>(p + count * 64 + F::PLANES * SCALES, r);
+        for (int64_t j = 0; j < m.group; ++j) v[j] += minimum;
       }
       const int64_t start = g * m.group, here = m.cols - start < m.group ? m.cols - start : m.group;
       for (int64_t j = 0; j < here; ++j) out[start + j] = v[j];
@@ -386,7 +462,9 @@ struct Tiles {
     }
   }
 
-  static constexpr SkFormat format(const char* name) { return {name, SK_Q8, packed_size, source_size, pack, product, row, nullptr}; }
+  static constexpr SkFormat format(const char* name, decltype(SkFormat::sound) sound = nullptr) {
+    return {name, SK_Q8, packed_size, source_size, pack, product, row, sound};
+  }
 };
 
 }  // namespace

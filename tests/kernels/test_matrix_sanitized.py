@@ -12,7 +12,10 @@ import pytest
 from shoestring.kernels import ops
 
 NATIVE = Path(__file__).parents[2] / "native"
-KERNELS = ("fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "prepare")
+KERNELS = (
+    "fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "uniform", "ternary", "tritplanes", "binary", "exponents",
+    "sparse", "dictionary", "prepare",
+)  # fmt: skip
 FLAGS = {
     "base": [],
     "avx512bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.files import atomic_folder, locked, write_text
@@ -43,6 +44,26 @@ def convert_once(source: Path, make: Callable[[Path], None]) -> Path:
     Raises:
         ShoestringError: the cache cannot be written, or the disk is full; nothing is left behind.
     """
+    models = _models()
+    digest = _known_digest(source, models)
+    folder = models / f"{re.sub(r'[^A-Za-z0-9._-]', '_', source.stem)[:60]}-{digest[:12]}-{_CONVERTER}"
+    _fill(folder, {"source": source.name, "bytes": source.stat().st_size, "sha256": digest}, make)
+    return folder
+
+
+def make_once(name: str, recipe: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The folder that `make(folder)` fills as `recipe` says, plain data; made only if there is none for this recipe.
+
+    Raises:
+        ShoestringError: as `convert_once`.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    folder = _models() / f"{name}-{digest[:12]}"
+    _fill(folder, {"source": name, "recipe": dict(recipe), "sha256": digest}, make)
+    return folder
+
+
+def _models() -> Path:
     models = cache_dir() / "models"
     try:
         models.mkdir(parents=True, exist_ok=True)
@@ -52,17 +73,18 @@ def convert_once(source: Path, make: Callable[[Path], None]) -> Path:
             error.strerror or "",
             "Set SHOESTRING_CACHE to a folder you may write to",
         ) from error
-    digest = _known_digest(source, models)
-    folder = models / f"{re.sub(r'[^A-Za-z0-9._-]', '_', source.stem)[:60]}-{digest[:12]}-{_CONVERTER}"
+    return models
+
+
+def _fill(folder: Path, manifest: Mapping[str, Any], make: Callable[[Path], None]) -> None:
+    digest = str(manifest["sha256"])
     if _whole(folder, digest):
-        return folder
-    with locked(models / f".{folder.name}.lock"):
+        return
+    with locked(folder.parent / f".{folder.name}.lock"):
         if not _whole(folder, digest):
             with atomic_folder(folder, overwrite=True) as temp:
                 make(temp)
-                manifest = {"source": source.name, "bytes": source.stat().st_size, "sha256": digest}
                 (temp / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
 
 
 def _whole(folder: Path, digest: str) -> bool:

@@ -221,20 +221,28 @@ struct Product {
       for (int i = 0; i < T; ++i) sum[i] = _mm256_setzero_ps();
       for (int64_t g = 0; g < groups; ++g, p += BYTES, a += GROUP) {
         __m256i dot[T][PLANES];
+#pragma GCC unroll 4
         for (int i = 0; i < T; ++i) {
           const int32_t from = F::BITS == 8 ? 0 : of_zero<F>(x.offsets[(token + i) * x.group_stride + g]);
+#pragma GCC unroll 4
           for (int plane = 0; plane < PLANES; ++plane) dot[i][plane] = _mm256_set1_epi32(from);
         }
         // Of 8-bit codes a pair of products fits just once: 2 * 128 * 127.
         constexpr int TOGETHER = F::BITS == 8 ? WIDE : SHORT;
         for (int span = 0; span < GROUP; span += TOGETHER) {
           __m256i pairs[T][PLANES];
+#pragma GCC unroll 4
           for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
             for (int plane = 0; plane < PLANES; ++plane) pairs[i][plane] = _mm256_setzero_si256();
 #pragma GCC unroll 4
           for (int k = span; k < span + TOGETHER; k += WIDE) {
             Wide line[EACH<F>];
-            for (int l = 0; l < EACH<F>; ++l) __builtin_memcpy(line + l, p + (k / WIDE * EACH<F> + l) * 64 + half % 2 * 32, 32);
+#pragma GCC unroll 4
+            for (int l = 0; l < EACH<F>; ++l) {
+              const uint8_t* at = p + (k / WIDE * EACH<F> + l) * 64 + half % 2 * 32;
+              line[l] = Wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+            }
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; ++q) {
               __m256i codes[PLANES];
@@ -255,13 +263,17 @@ struct Product {
               }
             }
           }
+#pragma GCC unroll 4
           for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
             for (int plane = 0; plane < PLANES; ++plane)
               dot[i][plane] = _mm256_add_epi32(dot[i][plane], _mm256_madd_epi16(pairs[i][plane], ones));
         }
         const uint8_t* at = p + LINES * 64 + half % 2 * (SCALES / 2);
+#pragma GCC unroll 4
         for (int plane = 0; plane < PLANES; ++plane) {
           const __m256 scale = numbers(at + plane * SCALES);
+#pragma GCC unroll 4
           for (int i = 0; i < T; ++i) {
             const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[(token + i) * x.group_stride + g]));
             sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i][plane]), both, sum[i]);
@@ -269,6 +281,7 @@ struct Product {
         }
         if (F::MINIMUM) {
           const __m256 minimum = numbers(at + PLANES * SCALES);
+#pragma GCC unroll 4
           for (int i = 0; i < T; ++i)
             sum[i] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x.sums[(token + i) * x.group_stride + g]), sum[i]);
         }

@@ -187,6 +187,11 @@ def test_the_largest_group_that_divides_a_width_is_recorded_for_each_layer(tmp_p
     model: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", quantization_config=catalog.load("ptqtp")(outlier_weight=5.0), dtype=torch.float32
     ).eval()
+    config = model.hf_quantizer.quantization_config
+    facts = config.facts()["layers"]
+    assert len(facts) == 14 and "layers" not in model.config.to_dict()["quantization_config"]
+    assert {layer["bits_per_weight"] for layer in facts.values()} == {4.25, 4.5}
+    assert all(0.1 < layer["relative_error"] < 0.2 and layer["iterations"] > 2 for layer in facts.values())
     groups = {str(module.format) for _, module in packed_modules(model)}
     assert groups == {"tritplanes/128", "tritplanes/64", "int8/64"}
     model.save_pretrained(tmp_path / "packed")

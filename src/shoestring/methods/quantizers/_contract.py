@@ -38,6 +38,7 @@ WORDS = ("settings", "price")
 #   stream(source: Path, folder: Path, config, rows, work: Work) -> dict[str, Any]: the same for a model that need not
 #       fit into memory. It reads the folder `source` piece by piece and writes the packed model to `folder`; `rows` are
 #       those of `data.encode`. Returns facts.
+#   facts() of its config: what is worth knowing of how it packed, after it did so while a model was read.
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
 #   QUANTIZER: transformers' quantizer of a format that is not packed linear layers.
 #   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for;
@@ -77,6 +78,8 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             if whole:
                 torch.manual_seed(work.seed)
                 model = module.compress(model, made, _rows(module, source, tokenizer, step, work), work)
+            else:
+                facts = getattr(made, "facts", dict)()
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

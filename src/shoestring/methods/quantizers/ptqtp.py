@@ -73,6 +73,7 @@ class PtqtpConfig(_shared.FormatConfig):
     def __init__(self, group_size: int = 128, outlier_weight: float = 0.0, **kwargs: Any) -> None:
         super().__init__(group_size, **kwargs)
         self.outlier_weight = outlier_weight
+        self.layers: dict[str, dict[str, Any]] = {}
         if not isinstance(outlier_weight, int | float) or not 0 <= outlier_weight < float("inf"):
             raise UsageError(f"outlier_weight {outlier_weight!r} is not possible", remedy="Use 0 or more, such as 5")
 
@@ -90,7 +91,22 @@ class PtqtpConfig(_shared.FormatConfig):
         if not isinstance(format, Tritplanes):
             return format.pack(weight)
         found = fit(weight, format.layout.group, self.outlier_weight)
-        return format.encode(found.first, found.second, found.scales)
+        tensors = format.encode(found.first, found.second, found.scales)
+        error = (format.unpack(tensors, weight.shape[1]) - weight).double().norm() / weight.double().norm()
+        self.layers[name] = {
+            "relative_error": float(error),
+            "zeros": found.zeros,
+            "iterations": float(found.iterations.double().mean()),
+            "bits_per_weight": 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel(),
+        }
+        return tensors
+
+    def facts(self) -> dict[str, Any]:
+        """How well each layer was met."""
+        return {"layers": self.layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "layers"}
 
 
 @dataclass(frozen=True)

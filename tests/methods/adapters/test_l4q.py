@@ -146,6 +146,16 @@ def test_the_start_clips_nothing_and_can_be_stored(bits: int, start: str) -> Non
         assert not offset.any() and torch.allclose(step[4:], exact[4:], rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_can_start_as_plain_rounding(bits: int) -> None:
+    fmt = formats.parse(f"uniform{bits}/32")
+    model, plain = wrapped(bits=bits, start="zero"), tiny.model()
+    for name, layer in layers(model).items():
+        weight = plain.get_submodule(name).weight.detach()
+        rounded = layer.rules["default"].weight(torch.float32, *layer.parts("default"))
+        assert torch.allclose(rounded, fmt.unpack(fmt.pack(weight), weight.shape[1]), atol=1e-6)
+
+
 # ---------------------------------------------------------------- what merging ends in
 
 
@@ -444,7 +454,7 @@ def test_the_quantizer_starts_from_the_warmed_weight() -> None:
     model.base_model.update_and_allocate(1)
     rule = layer.rules["default"]
     assert layer.rounds
-    assert torch.equal(layer.l4q_scale["default"], rule.begin(base + rule.scaling * (b @ a), "symmetric")[0])
+    assert torch.equal(layer.l4q_scale["default"], rule.begin(base + rule.scaling * (b @ a), "zero")[0])
 
 
 def test_while_it_warms_up_it_is_a_lora() -> None:

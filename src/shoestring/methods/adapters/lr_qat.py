@@ -128,7 +128,7 @@ class LrQatRule(_rounded.Rule):
 
     def inside(self, levels: Tensor) -> Tensor:
         near = levels.round()
-        return (near >= self.low) & (near <= self.high)
+        return near.clamp(self.low, self.high) == near
 
     def gradients(
         self, grad: Tensor, levels: Tensor, codes: Tensor, inside: Tensor, step: Tensor

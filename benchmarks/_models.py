@@ -1,4 +1,4 @@
-"""The files that the engine's benchmarks compare on: the default model in other formats, a random model of 1B."""
+"""The files that the engine's benchmarks compare on: the default model in other formats, random models, one of 1B."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 # A Llama of 1.07 billion parameters; the token table is the head too.
 BIG = dict(hidden=2048, layers=22, heads=32, kv_heads=4, intermediate=5632, context=2048)
+# GGUF's types -> columns of a block, its bytes, and where in it float16 scales stand.
+_BLOCKS = {
+    "Q4_0": (32, 18, (0,)), "Q2_K": (256, 84, (80, 82)), "Q3_K": (256, 110, (108,)), "Q4_K": (256, 144, (0, 2)),
+    "TQ2_0": (256, 66, (64,)), "BF16": (1, 2, ()),
+}  # fmt: skip
 _REQUANTIZE = """
 import sys, llama_cpp as llama
 params = llama.llama_model_quantize_default_params()
-params.ftype, params.allow_requantize, params.nthread = llama.LLAMA_FTYPE_MOSTLY_BF16, True, int(sys.argv[3])
+params.allow_requantize, params.nthread = True, int(sys.argv[3])
+params.ftype = getattr(llama, "LLAMA_FTYPE_MOSTLY_" + sys.argv[4])
 sys.exit(llama.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
 """
 
 
-def bfloat16_gguf(python: str, source: Path, out: Path, threads: int) -> Path:
-    """The same numbers in bfloat16, written by llama.cpp itself."""
-    words = [python, "-c", _REQUANTIZE, str(source), str(out), str(threads)]
+def requantized(python: str, source: Path, out: Path, threads: int, kind: str = "BF16") -> Path:
+    """The GGUF file `source` in another type, written by llama.cpp itself."""
+    words = [python, "-c", _REQUANTIZE, str(source), str(out), str(threads), kind]
     subprocess.run(words, check=True, capture_output=True)
     return out
 
 
-def big_gguf(like: Path, out: Path) -> Path:
-    """The random model in Q4_0, with the tokenizer of the GGUF file `like`."""
+def big_gguf(like: Path, out: Path, kind: str = "Q4_0") -> Path:
+    """The random model of 1B with every matrix in one type, with the tokenizer of the GGUF file `like`."""
     import gguf
 
     reader, sizes = gguf.GGUFReader(like), BIG
@@ -47,12 +54,17 @@ def big_gguf(like: Path, out: Path) -> Path:
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     vocab = len(reader.fields["tokenizer.ggml.tokens"].data)
     rng = np.random.default_rng(0)
-    shapes = [(name, shape) for name, shape in _shapes(vocab, "blk.{}.{}", _GGUF_NAMES) if len(shape) == 2]
-    for name, (rows, cols) in shapes:
-        blocks = rng.integers(0, 256, (rows, cols // 32, 18), np.uint8)
-        blocks[..., :2] = np.array([0.004], np.float16).view(np.uint8)  # scales: weights of about 0.02
-        writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    for name, shape in _shapes(vocab, "blk.{}.{}", _GGUF_NAMES):
+    width, size, places = _BLOCKS[kind]
+    for name, (rows, cols) in _matrices(vocab, "blk.{}.{}", _GGUF_NAMES, sizes):
+        if kind == "BF16":
+            numbers = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+            blocks = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        else:
+            blocks = rng.integers(0, 256, (rows, cols // width, size), np.uint8)
+            for at in places:
+                blocks[..., at : at + 2] = np.array([0.004], np.float16).view(np.uint8)  # weights of about 0.02
+        writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+    for name, shape in _shapes(vocab, "blk.{}.{}", _GGUF_NAMES, sizes):
         if len(shape) == 1:
             writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
@@ -62,34 +74,72 @@ def big_gguf(like: Path, out: Path) -> Path:
     return out
 
 
-def big_int4(like: Path, out: Path) -> Path:
-    """The random model as the quantizer int4 packs it, groups of 64, with the tokenizer of the folder `like`."""
+def packed(like: Path, out: Path, spec: str, table: str, sizes: dict[str, int] = BIG) -> Path:
+    """A random model with its layers in the format `spec` and its token table in `table`; the rest is that of `like`.
+
+    Codes are random; a format that only a weight's own numbers make is made of random ones.
+    """
     from safetensors.torch import save_file
-    from torch import bfloat16, from_numpy, full, ones
+    from torch import bfloat16, ones
 
     out.mkdir()
     for file in like.glob("token*"):
         shutil.copy(file, out)
-    sizes, vocab = BIG, json.loads((like / "config.json").read_text())["vocab_size"]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "dtype": "bfloat16",
+    config = json.loads((like / "config.json").read_text())
+    vocab = config["vocab_size"]
+    config |= {
         "hidden_size": sizes["hidden"], "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes["kv_heads"], "intermediate_size": sizes["intermediate"], "rms_norm_eps": 1e-5,
-        "max_position_embeddings": sizes["context"], "tie_word_embeddings": True, "rope_theta": 10000.0,
-        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "quantization_config": {"bits": 4, "embeddings": 4, "group_size": 64, "quant_method": "shoestring_int4"},
+        "num_key_value_heads": sizes["kv_heads"], "intermediate_size": sizes["intermediate"],
+        "head_dim": sizes["hidden"] // sizes["heads"], "max_position_embeddings": sizes["context"],
     }  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config))
-    rng, tensors = np.random.default_rng(0), {}
-    for name, shape in _shapes(vocab, "model.layers.{}.{}", _FOLDER_NAMES):
+    tensors, packing, seen = {}, {}, {}
+    for name, shape in _shapes(vocab, "model.layers.{}.{}", _FOLDER_NAMES, sizes):
         if len(shape) == 1:
             tensors[f"{name}.weight"] = ones(shape, dtype=bfloat16)
-        else:
-            rows, cols = shape
-            tensors[f"{name}.weight"] = from_numpy(rng.integers(0, 256, (rows, cols // 2), np.uint8))
-            tensors[f"{name}.scales"] = full((rows, cols // 64), 0.004, dtype=bfloat16)
+            continue
+        key = (table if name == _FOLDER_NAMES["embedding"] else spec, shape)
+        if key not in seen:
+            seen[key] = _random_codes(*key)
+        packing[name], found = seen[key]
+        tensors |= {f"{name}.{part}": tensor.clone() for part, tensor in found.items()}
+    packing["lm_head"] = packing[_FOLDER_NAMES["embedding"]]
+    config["quantization_config"] = {"quant_method": "shoestring_packed", "packing": packing}
+    (out / "config.json").write_text(json.dumps(config))
     save_file(tensors, out / "model.safetensors")
     return out
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """The sizes of the model in a folder, as `BIG` has them."""
+    config = json.loads((folder / "config.json").read_text())
+    return dict(
+        hidden=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"], intermediate=config["intermediate_size"], context=2048,
+    )  # fmt: skip
+
+
+def _random_codes(spec: str, shape: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """A format's full name, and its tensors."""
+    import torch
+
+    from shoestring.kernels import formats, layout
+    from shoestring.kernels.formats._format import DTYPES
+
+    made, rng = layout.parse(spec), np.random.default_rng(0)
+    if made.says_its_size:
+        numbers = torch.from_numpy(rng.standard_normal(shape, np.float32) * np.float32(0.02)).bfloat16()
+        found = formats.of(made).pack(numbers)
+        return f"{made.kind}/{found['weight'].numel()}", found
+    tensors = {}
+    for name, (dtype, dims) in made.tensors(*shape).items():
+        if name == "scales":
+            tensors[name] = torch.full(dims, 0.004, dtype=DTYPES[dtype])
+            continue
+        codes = rng.integers(0, 256, dims, np.uint8)
+        if made.kind in ("ternary", "tritplanes"):
+            codes &= ~((codes & codes >> 1 & 0x55) << 1)  # no trit has the code 3
+        tensors[name] = torch.from_numpy(codes).view(DTYPES[dtype])
+    return spec, tensors
 
 
 _ROLES = ("embedding", "final_norm", "norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
@@ -103,17 +153,19 @@ _FOLDER_NAMES = dict(zip(_ROLES, (
 )))  # fmt: skip
 
 
-def _shapes(vocab: int, layer_name: str, names: dict[str, str]) -> list[tuple[str, tuple[int, ...]]]:
+def _matrices(vocab: int, layer_name: str, names: dict[str, str], sizes: dict[str, int]) -> list[tuple[str, Any]]:
+    return [(name, shape) for name, shape in _shapes(vocab, layer_name, names, sizes) if len(shape) == 2]
+
+
+def _shapes(vocab: int, layer_name: str, names: dict[str, str], sizes: dict[str, int]) -> list[tuple[str, Any]]:
     """(name, dimensions) of all tensors."""
-    hidden, inner = BIG["hidden"], BIG["intermediate"]
-    keys = hidden // BIG["heads"] * BIG["kv_heads"]
+    hidden, inner = sizes["hidden"], sizes["intermediate"]
+    keys = hidden // sizes["heads"] * sizes["kv_heads"]
     shapes = {
         "norm": (hidden,), "q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden),
         "mlp_norm": (hidden,), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
     }  # fmt: skip
-    found: list[tuple[str, tuple[int, ...]]] = [
-        (names["embedding"], (vocab, hidden)), (names["final_norm"], (hidden,))
-    ]  # fmt: skip
-    for layer in range(BIG["layers"]):
+    found: list[tuple[str, Any]] = [(names["embedding"], (vocab, hidden)), (names["final_norm"], (hidden,))]
+    for layer in range(sizes["layers"]):
         found += [(layer_name.format(layer, names[role]), shape) for role, shape in shapes.items()]
     return found

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from _models import bfloat16_gguf, big_gguf, big_int4
+from _models import big_gguf, packed, requantized
 from _peers import ENVIRONMENT, gguf
 from shoestring.models import resolve
 
@@ -88,11 +88,11 @@ def sets(names: list[str], given: Any, folder: Path) -> Iterator[tuple[str, list
             plain = resolve(file)
             arms = [Arm("ours", "ours", here, plain), Arm("transformers", "transformers", here, plain)]
             if peer:
-                same = bfloat16_gguf(peer, file, folder / "bf16.gguf", given.threads)
+                same = requantized(peer, file, folder / "bf16.gguf", given.threads)
                 arms.append(Arm("llama.cpp", "llama", peer, same))
         else:
             same = big_gguf(file, folder / "big.gguf")
-            arms = [Arm("ours, int4", "ours", here, big_int4(resolve(file), folder / "big"))]
+            arms = [Arm("ours, int4", "ours", here, packed(resolve(file), folder / "big", "int4/64", "int4/64"))]
             arms += [Arm("ours, Q4_0", "ours", here, same)] + ([Arm("llama.cpp", "llama", peer, same)] if peer else [])
         yield name, arms
 

@@ -32,7 +32,7 @@ def main() -> int:
         for name, arms in sets(given.sets.split(","), given, Path(place)):
             with asked(arms, given.threads) as processes:
                 report["sets"][name] = compared(processes, given)
-            _print(name, report["sets"][name])
+            printed(name, report["sets"][name])
     report["circumstances"]["load_average_after"] = circumstances(given.threads)["load_average"]
     keep(given.json, report)
     return 0
@@ -67,7 +67,7 @@ def compared(processes: dict[str, Any], given: Any) -> dict[str, Any]:
     }
 
 
-def _print(name: str, found: dict[str, Any]) -> None:
+def printed(name: str, found: dict[str, Any]) -> None:
     print(f"\n{name:26} {'tokens/s, median (range)':>28} {'fastest token':>15}")
     for arm, values in found["tokens_per_s"].items():
         print(f"{arm:26} {shown(values):>28} {found['fastest_token_per_s'][arm]:>15.1f}")

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
+from shoestring.core.ledger import Ledger
+from shoestring.core.step import Step, Work
 from shoestring.kernels import formats
 from shoestring.lab import tiny
 from shoestring.methods.quantizers import ptqtp
@@ -202,6 +204,16 @@ def test_the_largest_group_that_divides_a_width_is_recorded_for_each_layer(tmp_p
         sizes = [file.get_tensor(f"{down}.{name}").nbytes for name in ("weight", "scales")]
     assert sizes == [64 * 128 // 2, 64 * 1 * 2 * 2]
     assert sum(sizes) * 8 / (64 * 128) == 4 + 32 / 128
+
+
+def test_compressing_says_how_well_each_layer_was_met(tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "float")
+    step = Step("compress", "ptqtp", {"group_size": 64})
+    contract = catalog.contract("quantizers")
+    facts = contract.apply(
+        catalog.module("ptqtp"), step, tmp_path / "float", tmp_path / "packed", Work(Ledger(), tmp_path)
+    )
+    assert len(facts["layers"]) == 14
 
 
 @pytest.mark.real

@@ -79,7 +79,8 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
                 torch.manual_seed(work.seed)
                 model = module.compress(model, made, _rows(module, source, tokenizer, step, work), work)
             else:
-                facts = getattr(made, "facts", dict)()
+                # Not of `made`, of which transformers takes a copy.
+                facts = getattr(model.config.quantization_config, "facts", dict)()
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -233,7 +233,7 @@ def _with_a_head(decision: Decision, gates: Any) -> Decision:
     """A model without any attention could not count its tokens: the likeliest group stays."""
     if any(bool((z > 0).any()) for z in decision.groups):
         return decision
-    best = max((block for block, gate in enumerate(gates) if len(gate)), key=lambda block: float(gates[block].max()))
+    best = max((block for block, gate in enumerate(gates) if len(gate)), key=lambda block: gates[block].max().item())
     groups = list(decision.groups)
     groups[best] = groups[best].clone()
     groups[best][int(gates[best].argmax())] = 1.0

@@ -70,7 +70,8 @@ def last_hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Te
 
     def keep_one(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0])
-        return (args[0][:, -1:].contiguous(), *args[1:])
+        # A view of one row counts as contiguous whatever its strides, which send the product down a slow path.
+        return (args[0][:, -1:].clone(memory_format=torch.contiguous_format), *args[1:])
 
     hook = head.register_forward_pre_hook(keep_one)
     try:

@@ -69,6 +69,7 @@ ROUNDING = ("compensated", "nearest")
 WINDOW = 256  # tokens that are read together
 MEASURED = 512  # tokens whose gradients are looked at
 DAMPING = 0.01  # of the mean diagonal of H
+RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that are tried
 
 
 class MixedConfig(PackedConfig):
@@ -81,6 +82,7 @@ class MixedConfig(PackedConfig):
         rounding: "compensated" (step 3) or "nearest".
         calibration: tokens that rounding is fitted on.
         modules_to_not_convert: names, or parts of names, of modules to leave alone.
+        packing: module -> format, a plan of one's own in place of steps 1 and 2.
     """
 
     method = "mixed"
@@ -173,7 +175,7 @@ def compress(
         DoesNotFit: the smallest formats on offer are larger than the limit.
         UsageError: a weight that is not finite, or rows too short to learn from.
     """
-    modules = dict(_modules(model, config))
+    modules = dict(places(model, config))
     packed.refuse_unpacked(model, sum(_weight(module).numel() for module in modules.values()))
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     parameters = sum(p.numel() for p in model.parameters())
@@ -181,8 +183,10 @@ def compress(
     for name, module in modules.items():
         _refuse_not_finite(name, _weight(module))
     longest = min(WINDOW, shape_of(model).context or WINDOW)
-    choices = harms(model, modules, config, windows(rows, MEASURED, longest))
-    plan = allocate(choices, config.limit(parameters) - floats)
+    plan = config.packing
+    if not plan:
+        choices = harms(model, modules, config, windows(rows, MEASURED, longest))
+        plan = allocate(choices, config.limit(parameters) - floats)
     _pack(model, plan, config, windows(rows, config.calibration, longest))
     packed.mark(model, config)
     return model
@@ -313,7 +317,7 @@ def rounded(weight: Tensor, hessian: Tensor, format: Format) -> dict[str, Tensor
     for start in range(0, columns, group):
         end = min(columns, start + group)
         block, inner = rest[:, start:end].clone(), factor[start:end, start:end]
-        scale, offset = format.pack(block)["scales"].float().unbind(-1)
+        scale, offset = _grid(block, inner, format)
         steps = torch.where(scale == 0, 1, scale)
         errors = torch.empty_like(block)
         for j in range(end - start):
@@ -327,6 +331,28 @@ def rounded(weight: Tensor, hessian: Tensor, format: Format) -> dict[str, Tensor
         scales.append(scale)
         offsets.append(offset)
     return format.encode(codes, torch.cat(scales, 1), torch.cat(offsets, 1))  # type: ignore[attr-defined, no-any-return]
+
+
+def _grid(block: Tensor, inner: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Scale and offset of a group's rows, [rows, 1] each: of the ranges tried, the one whose errors cost least.
+
+    A range that cuts off the ends has finer steps; what an error costs is 1 / U_ii^2, as in the step that spreads it.
+    """
+    weights = inner.diagonal().square().reciprocal()
+    low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
+    best: Tensor | None = None
+    for share in RANGES:
+        tensors = format.pack(block.clamp(low * share, high * share))  # what is cut off rounds to the ends
+        scale, offset = tensors["scales"].float().unbind(-1)
+        errors = format.unpack(tensors, block.shape[1]) - block
+        cost = (errors.square() * weights).sum(1, keepdim=True)
+        if best is None:
+            best, chosen = cost, (scale, offset)
+        else:
+            better = cost < best
+            best = torch.where(better, cost, best)
+            chosen = (torch.where(better, scale, chosen[0]), torch.where(better, offset, chosen[1]))
+    return chosen
 
 
 def _pack(model: PreTrainedModel, plan: Mapping[str, str], config: MixedConfig, ids: Tensor) -> None:
@@ -430,7 +456,8 @@ def _hessians(
     return found
 
 
-def _modules(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, nn.Module]]:
+def places(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that gets a format, by name; a head that shares the table's weight is not one of its own."""
     tied = tied_head(model)
     for name, module in model.named_modules():
         if name != tied and packable(model, name, module) and not config.left_alone(name):

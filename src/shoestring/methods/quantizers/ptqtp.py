@@ -11,7 +11,7 @@ How it works
     4. Repeat 2 and 3 until a moves by less than 1e-4, or 50 times.
     5. Round a to float16 and choose the trits once more, against the scales as they are stored.
     `outlier_weight` w counts element j in (3) as 1 + w x_j^2 / mean(x^2) elements. Large weights, which the plain fit
-    cuts off by a third, then keep their size; perplexity is far better for it (w = 5), the squared error hardly worse.
+    cuts off by a third, then keep their size; perplexity is far better for it (w = 5), the squared error no worse.
     Only the numbers of a group that lie above the four midpoints between non-negative levels, and their sums, enter
     (3). So a group is sorted by magnitude once, and an iteration takes four binary searches in running sums.
 

@@ -12,8 +12,8 @@ from shoestring.models import packed
 
 _HERE = (
     "SmolLM2-135M-Instruct, every linear layer in 3 bits in groups of 64 and the token table in 8, against formats "
-    "chosen by layer within the same bytes; 2,048 tokens to calibrate on; divergence on 24 held-out examples. The file was "
-    "4-bit in groups of 32 once, so such groups would be exact for linear layers: they are on offer at 5 bits each"
+    "chosen by layer within the same bytes; 2,048 tokens to calibrate on; divergence on 24 held-out examples. The file "
+    "was 4-bit in groups of 32 once, so such groups would be exact for linear layers: they are on offer at 5 bits each"
 )
 CLAIMS = (
     Claim(

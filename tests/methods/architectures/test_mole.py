@@ -206,7 +206,7 @@ def test_the_spectrum_says_what_other_sizes_would_lose(tmp_path: Path) -> None:
 def test_independent_experts_keep_little() -> None:
     """m / n of the energy and a little more: a warning, not a success."""
     weights = torch.randn(64, 24, 64, generator=torch.Generator().manual_seed(0))
-    assert 24 / 64 < MOLE.factor(weights, 24).kept < 24 / 64 + 0.06
+    assert 24 / 64 < MOLE.factor(weights, 24).kept < 24 / 64 + 0.1
 
 
 def test_more_experts_a_group_keep_less() -> None:

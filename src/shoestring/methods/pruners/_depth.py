@@ -47,14 +47,17 @@ def evaluations(layers: int, most: int, last: int = 1) -> int:
 
 
 @contextmanager
-def skipping(model: nn.Module, keep: Sequence[bool], start: Tensor | None = None) -> Iterator[None]:
+def skipping(blocks: Sequence[nn.Module], keep: Sequence[bool], start: Tensor | None = None) -> Iterator[None]:
     """Within the block the layers marked False are passed over, and the others take their places in a key-value cache.
 
     Args:
+        blocks: all layers of a model.
         start: what enters the layer behind the first False, (batch, length, width); the layers before that one are
             passed over as well. It saves computing them again for one and the same batch.
     """
-    blocks = [block.module for block in inspect(model).blocks]
+    if all(keep):
+        yield
+        return
     gone = keep.index(False) if start is not None else -1
     kept = [place for place, stays in enumerate(keep) if stays and place > gone]
     try:
@@ -103,7 +106,7 @@ class LossWithout:
             if keep is None:
                 hidden, head = self._watched(batch)
             else:
-                with skipping(self.model, keep, self.entering[number][keep.index(False)]):
+                with skipping(self.blocks, keep, self.entering[number][keep.index(False)]):
                     hidden, head, _ = last_hidden_and_head(self.model, batch)
             total += float(chunked_cross_entropy(hidden, head, batch["labels"], 1.0))
         return total

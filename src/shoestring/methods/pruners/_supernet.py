@@ -131,6 +131,7 @@ class Supernet(nn.Module):
         self.masks, self.shifts = _views(model, plan, self.size)
         self.layers = _mixture.attach(model, experts, rank, alpha)
         self.model = model
+        self.blocks = tuple(block.module for block in inspect(model).blocks)
         self.router = _mixture.ShapeRouter(len(plan.keeps[0]), len(plan.ratios), experts, top)
         self.router.to(next(model.parameters()).device)
         self.options = {"experts": experts, "top": top, "rank": rank, "alpha": alpha}
@@ -145,7 +146,7 @@ class Supernet(nn.Module):
                 layer.gates = gates
                 layer.mask = self.masks[subnet.width].get(name)
                 layer.shift = self.shifts[subnet.width].get(name)
-            with _depth.skipping(self.model, subnet.keep):
+            with _depth.skipping(self.blocks, subnet.keep):
                 yield
         finally:
             for name, layer in self.layers.items():

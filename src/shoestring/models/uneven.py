@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -280,7 +281,7 @@ def _config(
     if not biases and set(left) == {most}:
         try:
             return CONFIG_MAPPING[family](**values)
-        except (ValueError, TypeError):
+        except StrictDataclassError:
             pass  # some families' own configurations allow only heads that divide the width
     return _CONFIGS[family](
         **values,

@@ -19,7 +19,7 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
 from shoestring.engine.torch_adapters import Adapters
 from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Through, flat_slots
-from shoestring.models.anatomy import inspect, is_projection
+from shoestring.models.anatomy import attends, inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
 from shoestring.models.seal import needs
@@ -273,10 +273,12 @@ class TorchRunner:
             self._refuse(f"it has attention outside its blocks ({error})")
         except (TypeError, ValueError, AttributeError) as error:
             self._refuse(f"it cannot be called with positions and a cache ({str(error)[:200]})")
-        without = [i for i in range(count) if i not in self._attention.seen]
+        # A block that was cut down to its feed-forward remembers nothing.
+        seen = {i: Head(0, 0, 0) for i, block in enumerate(self._blocks) if not attends(block)} | self._attention.seen
+        without = [i for i in range(count) if i not in seen]
         if without:
             self._refuse(f"layers {without[:5]} remember in another way than keys and values")
-        return [self._attention.seen[i] for i in range(count)]
+        return [seen[i] for i in range(count)]
 
     def _refuse(self, why: str) -> None:
         raise UsageError(f"{self._name} cannot run in the engine", why, "Use another model, or `transformers` itself")
@@ -354,6 +356,7 @@ def _put_back(block: nn.Module, forward: Any) -> None:
 
 def _facts(model: Any, heads: list[Head], pages: torch.dtype, dtype: torch.dtype, windows: bool) -> Facts:
     config = model.config.get_text_config(decoder=True)
+    largest = max(heads, key=lambda head: head.kv_heads)
     scale = 4 if pages == torch.int8 else 0
     widths = [(h.kv_heads, dim) for h in heads for dim in (h.key_dim, h.value_dim) if dim]
     token = sum(count * (dim * pages.itemsize + scale) for count, dim in widths)
@@ -371,9 +374,9 @@ def _facts(model: Any, heads: list[Head], pages: torch.dtype, dtype: torch.dtype
         layers=len(heads),
         hidden=int(getattr(config, "hidden_size", 0) or embedding.embedding_dim),
         vocab=int(getattr(config, "vocab_size", 0) or embedding.num_embeddings),
-        heads=int(getattr(config, "num_attention_heads", 0) or heads[0].kv_heads),
-        kv_heads=heads[0].kv_heads,
-        head_dim=heads[0].key_dim,
+        heads=int(getattr(config, "num_attention_heads", 0) or largest.kv_heads),
+        kv_heads=largest.kv_heads,
+        head_dim=largest.key_dim,
         context=_context(config),
         weight_bytes=sum(storages.values()),
         block_bytes=BLOCK * token,

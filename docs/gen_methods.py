@@ -8,8 +8,9 @@ from typing import Any
 import mkdocs_gen_files
 
 from shoestring.core import catalog
-from shoestring.jobs import claim_table
+from shoestring.jobs import claim_table, pipeline
 from shoestring.jobs.explain import explain
+from shoestring.planner.plan import by_verb
 
 
 def method_page(found: dict[str, Any]) -> str:
@@ -80,6 +81,34 @@ def room_section(name: str) -> str:
     )
 
 
+def stacks() -> str:
+    """Which methods that compress go one after another: what they say of each other, and what the tests run."""
+    names = [m.name for m in by_verb("compress")]
+    lines = ["| first \\ then | " + " | ".join(f"`{name}`" for name in names) + " |", "| --- " * (len(names) + 1) + "|"]
+    reasons: dict[str, str] = {}
+    for first in names:
+        cells = []
+        for second in names:
+            said = pipeline.combines(first, second) if first != second else ""
+            packed = getattr(catalog.contract(catalog.get(first).room), "PACKS", False)
+            if packed:
+                cells.append("no")
+            elif said == "yes":
+                cells.append("tested")
+            else:
+                if said:
+                    reasons[f"`{first}` and `{second}`"] = said
+                cells.append("no" if said else "")
+        lines.append(f"| `{first}` | " + " | ".join(cells) + " |")
+    why = "".join(f"- {pair}: {reason}\n" for pair, reason in reasons.items())
+    return (
+        "## Stacks\n\n`shoestring compress MODEL --method first,then` runs methods one after another; methods that "
+        "train adapters may stand among them and are folded in. *tested*: a test runs the pair and reads the result back "
+        "with plain transformers. *no*: refused before any work, with the reason; after packed weights nothing can follow. "
+        "An empty cell was not tried.\n\n" + "\n".join(lines) + "\n\n" + why
+    )
+
+
 INTRO = """# Methods
 
 The list of methods is the folder listing of `src/shoestring/methods`; these pages are made from the files.
@@ -87,6 +116,7 @@ The list of methods is the folder listing of `src/shoestring/methods`; these pag
 index = INTRO
 for room in catalog.rooms():
     index += "\n" + room_section(room) + "\n"
+index += "\n" + stacks()
 with mkdocs_gen_files.open("methods/index.md", "w") as page:
     page.write(index)
 for name in catalog.methods():

@@ -29,7 +29,7 @@ class Method:
         paper: the publication.
         provides: the class or function that `catalog.load(name)` returns: the neighbour's config, sampler, strategy ...
         saves: resources it saves, from `RESOURCES`.
-        combines: what it may follow -> "yes", or the reason why it may not; keys are rooms or method names.
+        combines: what it may follow or precede -> "yes", or the reason why not; keys are rooms or method names.
         traits: what distinguishes it within its room -> text; the room's contract names the keys it wants.
         expects: a check of the room's contract -> the reason why this method cannot pass it.
         default: a plain choice of its room, taken when nothing asks for another.

@@ -73,20 +73,25 @@ def order(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         if packed and step.verb == "merge":
             problems.append(f"An adapter cannot be folded into packed weights. Train it before {packed}.")
+        elif packed and step.verb == "compress" and combines(step.method, packed) in ("", "yes"):
+            problems.append(f"{step.method} cannot follow {packed}: it needs weights, and finds codes.")
         if step.method and getattr(catalog.contract(catalog.get(step.method).room), "PACKS", False):
             packed = step.method
     for i, later in enumerate(named):
         for earlier in named[:i]:
-            reason = follows(later, earlier)
+            reason = combines(later, earlier)
             if reason not in ("", "yes"):
                 problems.append(f"{later} cannot follow {earlier}: {reason}.")
     return problems
 
 
-def follows(after: str, before: str) -> str:
-    """What the method `after` says of following `before`: "yes", the reason why not, or nothing."""
-    says, about = catalog.get(after), catalog.get(before)
-    return says.combines.get(about.name) or says.combines.get(about.room) or ""
+def combines(one: str, other: str) -> str:
+    """What two methods say of each other: "yes", the reason why they do not go together, or nothing."""
+    said = []
+    for a, b in ((one, other), (other, one)):
+        says, about = catalog.get(a), catalog.get(b)
+        said.append(says.combines.get(about.name) or says.combines.get(about.room) or "")
+    return next((reason for reason in said if reason not in ("", "yes")), max(said))
 
 
 def stack(methods: Sequence[str], options: Mapping[str, Any]) -> list[Step]:

@@ -51,9 +51,9 @@ METHOD = Method(
     combines={
         "adapters": "yes",
         "pruners": "yes",
-        "architectures": "yes",
+        "architectures": "it runs blocks one at a time, and these may take things from each other",
         "quantizers": "the weights are integers already",
-    },  # fmt: skip
+    },
     expects={
         "check_bytes_are_as_promised": "which formats it takes follows from the weights; it promises a limit",
         "check_error_bound": "it rounds some weights further to make up for the errors of others",

@@ -143,7 +143,7 @@ def example() -> AmoebaOptions:
 
 def settings() -> tuple[dict[str, Any], ...]:
     """The shapes worth trying, the gentlest first."""
-    return tuple({"depth": depth, "width": width} for depth, width in ((0.9, 1.0), (0.9, 0.875), (0.8, 0.875)))
+    return ({"depth": 0.9, "width": 1.0}, {"depth": 0.9, "width": 0.875}, {"depth": 0.8, "width": 0.875})
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
@@ -193,18 +193,24 @@ def prune(
 
 
 def train_supernet(
-    loaded: models.Loaded, options: AmoebaOptions, rows: _shared.Rows, valid: _shared.Rows, work: Work
+    loaded: models.Loaded,
+    options: AmoebaOptions,
+    rows: _shared.Rows,
+    valid: _shared.Rows,
+    work: Work,
+    plan: Plan | None = None,
 ) -> tuple[Supernet, dict[str, Any]]:
     """Plan and train the supernet around `loaded.model`, which becomes part of it; with what the training came to.
 
     Args:
+        plan: what `plan_supernet` found, when that was done before.
         rows: `input_ids` and `labels`; the first of them, questions included, also say which layers and neurons stay.
         work: `training` has settings of the training loop, `folder` gets checkpoints.
 
     Raises:
         UsageError: a model that cannot be cut, or too small for what `options` ask.
     """
-    plan = plan_supernet(loaded.model, options, rows)
+    plan = plan or plan_supernet(loaded.model, options, rows)
     supernet = Supernet(loaded.model, plan, options.experts, options.top, options.rank, options.alpha)
     with Sandwich(supernet, options.between, options.distillation) as sandwich:
         done = training.train(

@@ -103,8 +103,9 @@ def stacks() -> str:
     why = "".join(f"- {pair}: {reason}\n" for pair, reason in reasons.items())
     return (
         "## Stacks\n\n`shoestring compress MODEL --method first,then` runs methods one after another; methods that "
-        "train adapters may stand among them and are folded in. *tested*: a test runs the pair and reads the result back "
-        "with plain transformers. *no*: refused before any work, with the reason; after packed weights nothing can follow. "
+        "train adapters may stand among them and are folded in. *tested*: a test runs the pair and reads the result "
+        "back with plain transformers. *no*: refused before any work, with the reason; after packed weights nothing "
+        "can follow. "
         "An empty cell was not tried.\n\n" + "\n".join(lines) + "\n\n" + why
     )
 

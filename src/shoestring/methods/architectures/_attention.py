@@ -22,7 +22,7 @@ from shoestring.models.anatomy import Block, attention_of, features, inspect
 
 NAME = "shoestring_shared"  # of the attention function below in transformers' registry
 PLAIN = (None, "sdpa", "eager")  # functions in whose place it stands
-STRIP = 256  # query rows of a strip
+STRIP = 128  # query rows of a strip: many enough to fill the kernels, few enough to compute little above the diagonal
 Strips = list[Tensor]  # each [batch, key heads, heads of a key head, rows, columns]
 
 

@@ -279,7 +279,9 @@ def base() -> PreTrainedModel:
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    """Step 3, layer by layer."""
+    """Step 3, layer by layer. Raises UsageError for a model without experts, and as `Sizes`."""
+    if not any(len(weight.dims) == 3 for weight in shape.of("expert")):
+        raise _dense(f"a {shape.family} model")
     known = {name: value for name, value in options.items() if name in MoLEOptions.__dataclass_fields__}
     chosen = MoLEOptions(**{**settings()[0], **known})
     weights: list[Weight] = []
@@ -358,11 +360,7 @@ def convert(model: PreTrainedModel, options: MoLEOptions, rows: _shared.Rows) ->
     family = getattr(model.config, "model_type", "")
     found = experts_of(model)
     if family not in FAMILIES or not found:
-        raise UsageError(
-            f"MoLE does not convert {type(model).__name__}",
-            "it rebuilds the experts of mixtures that keep them in fused tensors",
-            f"Take a model of one of {', '.join(FAMILIES)}",
-        )
+        raise _dense(type(model).__name__)
     if options.weighted and not rows:
         raise UsageError("The weighted conversion measures on text, and there is none", remedy="Add --data FILE")
     moments = _moments(model, rows) if options.weighted else {}
@@ -384,6 +382,14 @@ def convert(model: PreTrainedModel, options: MoLEOptions, rows: _shared.Rows) ->
         facts["after"] += sizes.parameters
         facts["layers"].append({"name": name, **told})
     return _shared.Converted(_built(model, family, options, state), facts)
+
+
+def _dense(name: str) -> UsageError:
+    return UsageError(
+        f"MoLE does not convert {name}",
+        "it rebuilds the experts of mixtures that keep them in fused tensors",
+        f"Take a model of one of {', '.join(FAMILIES)}",
+    )
 
 
 def heal(

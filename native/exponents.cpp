@@ -7,10 +7,8 @@
 
 namespace {
 
-constexpr char NAME[] = "SKEXPON1";
-constexpr int64_t PIECE_BYTES = 96, CODES = 64;
-
 struct Exponents {
+  static constexpr int64_t PIECE_BYTES = 96, CODES = 64;
   const uint8_t *starts, *list, *pieces;
   int64_t row_bytes;
 #if defined(__AVX512F__)
@@ -97,7 +95,7 @@ struct Exponents {
 #endif
 
   static bool sound(int64_t rows, int64_t cols, int64_t, const void* p, int64_t size) {
-    if (!sound_head(NAME, rows, cols, p, size, 4, pieces_of(cols) * PIECE_BYTES, 0)) return false;
+    if (!sound_head("SKEXPON1", rows, cols, p, size, 4, pieces_of(cols) * PIECE_BYTES, 0)) return false;
     const uint8_t *starts = static_cast<const uint8_t*>(p) + HEAD, *list = starts + 4 * (rows + 1);
     for (int64_t r = 0; r < rows; ++r) {
       int64_t before = -1;

@@ -30,6 +30,13 @@ SK_API int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t t
 // y[count][in_features] = weight[ids[i]], or weight[first + i] when ids is null; 1 when an id is outside 0..rows-1.
 SK_API int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void* y, int64_t first, int64_t count, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group);
 
+// ---- numbers in files ----
+
+// Numbers first..first+count-1 of bfloat16 ones whose exponents are Huffman codes, as kernels/huffman.py lays them out:
+// tables uint8 [table_count + 1][256], positions uint32 [blocks + 1], rest uint8 [rest_size]. 1 when the bytes contradict
+// themselves; then `out` is of no use.
+SK_API int32_t sk_huffman(const void* tables, int64_t table_count, const void* encoded, int64_t encoded_size, const void* gaps, int64_t gaps_size, const void* positions, int64_t blocks, const void* rest, int64_t rest_size, int64_t first, int64_t count, void* out, int32_t threads);
+
 // ---- the engine: whole layers of a Llama-like model over packed weights ----
 
 // A matrix [rows][cols] in a format of sk_format. All fields are eight bytes, here and below, so that Python can lay them out.

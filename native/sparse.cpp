@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr char NAME[] = "SKSPARS1";
-
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Spread {  // for each byte of bits: where in eight numbers the bytes of each of eight columns stand; 0x80: nowhere
   alignas(64) uint8_t at[256][16];
@@ -90,7 +88,7 @@ struct Sparse {
 
   static bool sound(int64_t rows, int64_t cols, int64_t, const void* p, int64_t size) {
     const int64_t pieces = pieces_of(cols);
-    if (!sound_head(NAME, rows, cols, p, size, 2, pieces * 8, 64)) return false;
+    if (!sound_head("SKSPARS1", rows, cols, p, size, 2, pieces * 8, 64)) return false;
     const uint8_t *starts = static_cast<const uint8_t*>(p) + HEAD, *bits = starts + 4 * (rows + 1);
     const uint64_t beyond = cols % PIECE ? ~uint64_t(0) << cols % PIECE : 0;
     for (int64_t r = 0; r < rows; ++r) {

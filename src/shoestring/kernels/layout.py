@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from shoestring.core.errors import UsageError, nearest
-from shoestring.kernels import matrix
+from shoestring.kernels import huffman, matrix
 
 GROUPS = (32, 64, 128)
 ITEM = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2}  # types by their safetensors names -> bytes
+FOR_FILES = ("huffman",)  # no kernels multiply them: they are read into plain bfloat16, to the bit
 _SPEC = re.compile(r"([a-z]+)(\d?)(o?)/(\d{1,12})")
 # Name -> numbers of bits or planes it comes with.
 _KINDS: dict[str, tuple[int, ...]] = {
     "int": (4, 8), "uniform": (2, 3, 4), "ternary": (0,), "tritplanes": (0,), "binary": (2, 3, 4),
-    **dict.fromkeys(matrix.SAY_THEIR_SIZE, (0,)),
+    **dict.fromkeys((*matrix.SAY_THEIR_SIZE, *FOR_FILES), (0,)),
 }  # fmt: skip
 
 
@@ -31,7 +32,8 @@ class Layout:
     """The tensors of a packed matrix.
 
     Attributes:
-        kind: of `int`, `uniform`, `ternary`, `tritplanes`, `binary`, and those of `matrix.SAY_THEIR_SIZE`.
+        kind: of `int`, `uniform`, `ternary`, `tritplanes`, `binary`, and those of `matrix.SAY_THEIR_SIZE`
+            and of `FOR_FILES`.
         planes: bits of a code, or bit planes; 0 where the kind has but one number of them.
         offset: binary codes only: groups have an offset beside the scales of their planes.
         number: columns of a group, or bytes where the content decides on the length.
@@ -57,6 +59,11 @@ class Layout:
 
     @property
     def says_its_size(self) -> bool:
+        return self.used_as_stored or self.kind in FOR_FILES
+
+    @property
+    def used_as_stored(self) -> bool:
+        """Whether the kernels read the stored bytes where they stand."""
         return self.kind in matrix.SAY_THEIR_SIZE
 
     def groups(self, cols: int) -> int:
@@ -99,6 +106,9 @@ class Layout:
         Args:
             tensors: bytes of each tensor, uint8 of any shape, or numbers of 16 bits.
         """
+        if self.kind in FOR_FILES:
+            numbers = huffman.unpack(tensors["weight"].reshape(-1).view(np.uint8), rows, cols).decode()
+            return matrix.make("bf16", rows, cols, numbers, bias=bias, **given)
         scales = None
         if "scales" in tensors:
             wanted = matrix.SCALES[self.native]

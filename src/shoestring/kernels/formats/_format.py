@@ -97,14 +97,17 @@ class Product:
         return Product, (self.format, *self.size)
 
     def __call__(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+        if bias is not None and not self.format.native and not ops.recorded(x, bias):
+            # As a plain layer does it: the bias is added before the sum is rounded.
+            self._check(x)
+            return F.linear(x, self.format.unpack(tensors, self.size[1]).to(x.dtype), bias.to(x.dtype))
         y = _Differentiable.apply(x, self, tensors) if ops.recorded(x, bias) else self.plain(x, tensors)
         return y if bias is None else y + bias.to(y.dtype)
 
     def plain(self, x: Tensor, tensors: Tensors) -> Tensor:
         """Without gradients and without the bias."""
         rows, cols = self.size
-        if x.shape[-1] != cols:
-            raise UsageError(f"An input of {x.shape[-1]} features does not fit a layer of {cols}")
+        self._check(x)
         weight = tensors["weight"]
         if not (self.format.native and x.is_cpu and weight.is_cpu and ops.backend()["native"]) or _traced(x):
             return self.format.multiply(x, tensors, cols, rows)
@@ -114,6 +117,10 @@ class Product:
             self._made = key, self.format.layout.matrix(arrays, rows, cols)
         y = self._made[1].multiply(x.reshape(-1, cols).float().numpy(), ops.threads())
         return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], rows)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.size[1]:
+            raise UsageError(f"An input of {x.shape[-1]} features does not fit a layer of {self.size[1]}")
 
     def gradient(self, grad: Tensor, tensors: Tensors) -> Tensor:
         """grad [..., rows] @ matrix in grad's type; rounding of activations counts as identity."""

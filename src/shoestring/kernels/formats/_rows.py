@@ -1,7 +1,8 @@
 """What formats share that are one run of bytes: a head, the ends of the rows in a list, the list, and the rest.
 
-The head has 64 bytes, numbers with their little end first: 8 bytes that name the format, int64 rows, columns and entries
-of the list, 16 bytes of the format's own, 16 zeros. After it come uint32 ends[rows + 1], growing from 0 to the entries.
+The head has 64 bytes, numbers with their little end first: 8 bytes that name the format, int64 rows, columns and
+entries of the list, 16 bytes of the format's own, 16 zeros. After it come uint32 ends[rows + 1], growing from 0 to the
+number of entries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LIMIT = 1 << 32
 
 class Head(NamedTuple):
     rows: int
-    count: int
+    entries: int
     own: bytes
     ends: Tensor  # int64 [rows + 1]
     after: int  # where the bytes go on
@@ -80,7 +81,7 @@ def to_bytes(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def entries_of(head: Head, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows `ids` [count]: of each of their entries the place in `ids` and the place in the list, int64 [entries]."""
+    """For each entry of rows `ids` [count]: its row's place in `ids` and its own place in the list, int64 [entries]."""
     ends = head.ends.to(ids.device)
     first, counts = ends[ids], ends[ids + 1] - ends[ids]
     place = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)

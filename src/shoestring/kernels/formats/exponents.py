@@ -1,8 +1,8 @@
 """exponents: bfloat16 numbers to the bit, with 4 bits for the exponent where it is one of the matrix's 16 commonest.
 
 The format
-    The numbers of a trained matrix have few exponents: 16 codes cover all but some in ten thousand. A number is its sign
-    and mantissa, a byte, and a code of 4 bits; one whose exponent has no code stands with it in a list. 12 bits a
+    The numbers of a trained matrix have few exponents: 16 codes cover all but some in ten thousand. A number is its
+    sign and mantissa, a byte, and a code of 4 bits; one whose exponent has no code stands with it in a list. 12 bits a
     number, and 32 for each row and each listed number.
     A matrix is one run of bytes, little end first: a head as `_rows` has it, whose own 16 bytes are the exponents of
     the codes; uint32 ends of the rows in the list; the list, uint32 [count]: column + exponent * 2^24, columns growing
@@ -83,7 +83,7 @@ def decode(data: Tensor, cols: int, ids: Tensor | None = None) -> Tensor:
     """
     head = _rows.read_head(NAME, data, cols)
     pieces = -(-cols // _rows.PIECE)
-    begin = head.after + 4 * head.count
+    begin = head.after + 4 * head.entries
     if begin + head.rows * pieces * _PIECE_BYTES != data.numel():
         raise _rows.wrong(data.numel(), cols)
     packed = data[begin:].view(head.rows, pieces, _PIECE_BYTES)
@@ -96,7 +96,7 @@ def decode(data: Tensor, cols: int, ids: Tensor | None = None) -> Tensor:
     rest, codes = packed.split((_rows.PIECE, _PIECE_BYTES - _rows.PIECE), 2)
     exponents = table[torch.cat((codes & 15, codes >> 4), 2).int()].flatten(1)[:, :cols].contiguous()
     place, entry = _rows.entries_of(head, ids)
-    listed = _rows.words(data, head.after, head.count)[entry]
+    listed = _rows.words(data, head.after, head.entries)[entry]
     columns = listed & 0xFFFFFF
     if columns.numel() and int(columns.max()) >= cols:
         raise _rows.wrong(data.numel(), cols)

@@ -69,12 +69,12 @@ def decode(data: Tensor, cols: int, ids: Tensor | None = None) -> Tensor:
         UsageError: the bytes contradict themselves, or an id names no row.
     """
     head = _rows.read_head(NAME, data, cols)
-    if size(head.rows, cols, head.count) != data.numel():
+    if size(head.rows, cols, head.entries) != data.numel():
         raise _rows.wrong(data.numel(), cols)
     width = -(-cols // _rows.PIECE) * 8
     begin = head.after + head.rows * width
     there = data[head.after : begin].view(head.rows, width)
-    numbers = data[begin : begin + 2 * head.count].clone().view(torch.int16)
+    numbers = data[begin : begin + 2 * head.entries].clone().view(torch.int16)
     if ids is None:
         ids = torch.arange(head.rows, device=data.device)
     else:

@@ -280,7 +280,7 @@ class _Loader:
                     "Check that configuration and weights belong together",
                 )
             arrays[part] = aligned(stored.data, ITEM[dtype])
-            if not layout.says_its_size:
+            if not layout.used_as_stored:
                 self.read.append(stored.name)
         return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing)
 

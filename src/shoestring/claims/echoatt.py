@@ -1,0 +1,149 @@
+"""EchoAtt beside the model it is made of: parameters, what sharing costs, what choosing and healing are worth, time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from shoestring.core import catalog
+from shoestring.core.claim import Claim
+from shoestring.core.step import Work
+from shoestring.jobs.evaluate import heldout
+from shoestring.lab.arms import Arms
+
+if TYPE_CHECKING:
+    import torch
+
+_PAPER = (
+    "TinyLLaMA-1.1B: inference 15 % faster, training 25 % faster, about 4 % fewer parameters, and zero-shot "
+    "performance improved"
+)
+_HERE = "SmolLM2-135M-Instruct, 7 blocks of 2 layers among its 28 inner ones"
+_TEXT = "; perplexity on the answers of 20 held-out examples of Python documentation, at most 96 tokens"
+CLAIMS = (
+    Claim(
+        "parameters",
+        paper=_PAPER,
+        here=_HERE,
+        measure="parameters",
+        arm="echoatt",
+        against="teacher",
+        expect="<= 0.98",
+        cannot="the 1.1B model, whose embeddings are a smaller part of it",
+    ),
+    Claim(
+        "cache",
+        paper="no figure; followers need no keys",
+        here=_HERE + "; bytes of the cache after 256 tokens",
+        measure="cache_bytes",
+        arm="echoatt",
+        against="teacher",
+        expect="<= 0.9",
+    ),
+    Claim(
+        "choice",
+        paper="layers are shared where their attention is similar, by the cosine of their attention matrices",
+        here=_HERE
+        + ", chosen by measured similarity against drawn from all ways to place them; before any training"
+        + _TEXT,
+        measure="perplexity_unhealed",
+        arm="echoatt",
+        against="random-blocks",
+        expect="< 1.0",
+    ),
+    Claim(
+        "healing",
+        paper="knowledge distillation in two stages, from the teacher's pseudo-labels first, keeps performance",
+        here=_HERE + _TEXT + "; what is left of the loss that sharing adds to the teacher's, after 8 steps of the "
+        "first stage and 4 of the second, of 2 examples of at most 96 tokens, AdamW",
+        measure="added_loss",
+        arm="echoatt",
+        against="sharing-alone",
+        expect="<= 0.5",
+        cannot="zero-shot benchmarks, and the paper's number of tokens",
+    ),
+    Claim(
+        "prefill",
+        paper=_PAPER,
+        here=_HERE + "; prefill of 2,048 tokens at batch 1 in transformers, bfloat16, one thread, the fastest of two "
+        "interleaved passes",
+        measure="prefill_seconds",
+        arm="echoatt",
+        against="teacher",
+        expect="<= 0.95",
+        cannot="training 25 % faster, which is training from scratch",
+    ),
+)
+SHARE, SIZE = 0.5, 2
+TRAINING = {"learning_rate": 2e-4, "per_device_train_batch_size": 2, "warmup_ratio": 0.1, "save_steps": 0}
+
+
+def run(arms: Arms) -> None:
+    echo = catalog.module("echoatt")
+    steps = arms.size(2, 12)
+    loaded = arms.load()
+    base = loaded.model
+    rows = arms.docs(loaded.tokenizer, {"train": 2 * steps, "test": arms.size(4, 20)}, max_length=96)
+    texts, test = rows["train"].rows, rows["test"].rows
+    options = echo.EchoAttOptions(block_size=SIZE, share=SHARE, texts=arms.size(2, 12), tokens=96, first_stage=2 / 3)
+    with arms.arm("teacher") as stage:
+        alone = heldout(base, test).loss.value
+        _sizes(stage, base)
+    with arms.arm("echoatt") as stage:
+        converted = echo.convert(base, options, texts)
+        model = converted.model
+        before = heldout(model, test)
+        stage.record("perplexity_unhealed", before.perplexity.value, "perplexity", "measured")
+        _sizes(stage, model)
+    with arms.arm("random-blocks") as stage:
+        layers, count = len(converted.facts["share_map"]), len(converted.facts["blocks"])
+        drawn = echo.student(base, echo.map_of(layers, _drawn(layers, count, arms.seed), SIZE))
+        stage.record("perplexity_unhealed", heldout(drawn, test).perplexity.value, "perplexity", "measured")
+        del drawn
+    _time(arms, {"teacher": base, "echoatt": model}, arms.size(64, 2048))
+    with arms.arm("sharing-alone") as stage:
+        stage.record("added_loss", before.loss.value - alone, "nat", "measured")
+    with arms.arm("echoatt") as stage:
+        training = {**TRAINING, "max_steps": steps}
+        work = Work(arms.ledger, arms.folder / "healing", training=training, seed=arms.seed)
+        echo.heal(converted, base, options, texts, [], work)
+        stage.record("added_loss", heldout(model.eval(), test).loss.value - alone, "nat", "measured")
+
+
+def _drawn(layers: int, count: int, seed: int) -> list[int]:
+    """First layers of `count` separate blocks of inner layers, every placing as likely as any other."""
+    import torch
+
+    # A block stands for one of the places that are left when the others' inner layers are taken out.
+    places = layers - 2 - count * (SIZE - 1)
+    chosen = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
+    return [1 + place + number * (SIZE - 1) for number, place in enumerate(chosen)]
+
+
+def _sizes(stage: Any, model: torch.nn.Module) -> None:
+    import torch
+
+    stage.record("parameters", sum(p.numel() for p in model.parameters()), "parameter", "counted")
+    with torch.inference_mode():
+        cache = model(torch.full((1, 256), 5), logits_to_keep=1, use_cache=True).past_key_values
+    parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    stage.record("cache_bytes", sum(part.numel() * part.element_size() for part in parts), "B", "counted")
+
+
+def _time(arms: Arms, models: dict[str, torch.nn.Module], tokens: int) -> None:
+    import torch
+
+    ids = torch.randint(3, 40_000, (1, tokens), generator=torch.Generator().manual_seed(arms.seed))
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for _ in range(2):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(ids, logits_to_keep=1, use_cache=True)
+                taken[name].append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    for name, seconds in taken.items():
+        with arms.arm(name) as stage:
+            stage.record("prefill_seconds", min(seconds), "s", "measured")

@@ -299,6 +299,8 @@ def test_another_family_of_mixtures(tmp_path: Path) -> None:
 def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="LlamaForCausalLM has no experts.*dense"):
         compress(tmp_path, tiny.model())
+    with pytest.raises(UsageError, match="A llama model has no experts"):
+        QMOE.price(models.shape_of(tiny.model()), {})
 
 
 def test_loading_a_float_model_says_how_to_compress_it(tmp_path: Path) -> None:

@@ -107,10 +107,13 @@ def settings() -> tuple[dict[str, Any], ...]:
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    left = QMoEConfig(**options)
+    """What it becomes where 88.5% of the experts' weights are zero. Raises UsageError for a model without experts."""
+    chosen = QMoEConfig(**options)
+    if not any(len(weight.dims) == 3 for weight in shape.of("expert")):
+        raise _dense(f"A {shape.family} model")
 
     def touch(weight: Weight) -> Weight:
-        if weight.role != "expert" or len(weight.dims) != 3 or left.left_alone(weight.name):
+        if weight.role != "expert" or len(weight.dims) != 3 or chosen.left_alone(weight.name):
             return weight
         experts, rows, columns = weight.dims
         words = round(experts * rows * columns * CODE_BITS / 16)
@@ -284,12 +287,16 @@ def _experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
         if not usual or module.gate_up_proj.dim() != 3:  # type: ignore[operator, union-attr]
             raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
     if not found:
-        raise UsageError(
-            f"{type(model).__name__} has no experts",
-            "only the many experts of a mixture survive ternary weights; a dense model would lose most of its quality",
-            "Compress it with another method of `shoestring methods`, such as int4",
-        )
+        raise _dense(type(model).__name__)
     yield from found.items()
+
+
+def _dense(name: str) -> UsageError:
+    return UsageError(
+        f"{name} has no experts",
+        "only the many experts of a mixture survive ternary weights; a dense model would lose most of its quality",
+        "Compress it with another method of `shoestring methods`, such as int4",
+    )
 
 
 def _check_finite(name: str, experts: nn.Module) -> None:

@@ -128,7 +128,7 @@ def run(arms: Arms) -> None:
             "save_steps": 0,
         }
         work = Work(None, arms.folder / "supernet", training=settings, seed=arms.seed)
-        supernet, _ = amoeba.train_supernet(loaded, options, train[:steps], [], work, plan)
+        supernet, _ = amoeba.train_supernet(loaded, options, train[:steps], work, plan)
         _record(stage, supernet, supernet.extract(shape), few, arms)
     with arms.arm("alone") as stage:
         small = _tuned(untrained, train[:steps], steps, loaded.tokenizer, arms)

@@ -504,7 +504,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Supernet]:
     folder = tmp_path_factory.mktemp("amoeballm")
     torch.manual_seed(0)
     given = work(folder, max_steps=16, per_device_train_batch_size=4, learning_rate=2e-2)
-    made, facts = amoeballm.train_supernet(loaded(loud()), options(), counting(), [], given)
+    made, facts = amoeballm.train_supernet(loaded(loud()), options(), counting(), given)
     assert facts["steps"] == 16
     made.save(folder / "supernet")
     return folder, made
@@ -523,6 +523,16 @@ def test_one_training_makes_every_shape_better(trained: tuple[Path, Supernet]) -
     shapes = [made.plan.subnet(*shape) for shape in SHAPES]
     gains = {(s.depth, made.plan.ratios[s.width]): loss(raw, s) - loss(made, s) for s in shapes}
     assert len(gains) >= 6 and min(gains.values()) > 5, gains
+
+
+def test_every_shape_has_a_held_out_loss(trained: tuple[Path, Supernet]) -> None:
+    made, ids = trained[1], tiny.batch(2, 24)
+    table = amoeballm.compare_shapes(made, [{"input_ids": row, "labels": row} for row in ids.tolist()])
+    assert [(row["depth"], row["width"]) for row in table] == list(itertools.product((6, 5, 4, 3), RATIOS))
+    row = next(row for row in table if (row["depth"], row["width"]) == (4, 0.75))
+    small = made.extract(made.plan.subnet(4, 0.75))
+    assert row["loss"] == pytest.approx(small(ids, labels=ids).loss.item(), abs=1e-4)
+    assert row["weights_kept"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_another_shape_is_cut_out_of_what_was_kept(trained: tuple[Path, Supernet]) -> None:
@@ -559,7 +569,7 @@ def test_a_run_is_resumed_where_it_was(tmp_path: Path) -> None:
     def run() -> Tensor:
         given = replace(work(tmp_path, save_steps=2, max_steps=4), resume=True)
         torch.manual_seed(0)
-        made, _ = amoeballm.train_supernet(loaded(), options(), rows(), [], given)
+        made, _ = amoeballm.train_supernet(loaded(), options(), rows(), given)
         return tiny.logits(made.extract(made.plan.subnet(4, 0.75)))
 
     whole = run()

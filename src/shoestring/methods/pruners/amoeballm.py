@@ -19,7 +19,7 @@ How it works
     5. A subnet is cut out by dropping layers, slicing heads and neurons, writing the biases, and folding its mixture,
        which is one plain low-rank update, into the weights. That takes seconds, for as many shapes as wanted. With
        supernet=FOLDER among the options the supernet is kept there, and a later run that names the same folder and
-       another depth or width trains nothing. In Python:
+       another depth or width trains nothing. What the step reports lists the held-out loss of every shape. In Python:
 
            catalog.module("amoeballm").extract("smollm2", "FOLDER", depth=24, width=0.75)
 
@@ -49,6 +49,7 @@ from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape, Weight
 from shoestring.core.step import Work
 from shoestring.methods.pruners import _shared
+from shoestring.methods.pruners._depth import LossWithout
 from shoestring.methods.pruners._sandwich import Sandwich
 from shoestring.methods.pruners._supernet import ABOUT, Plan, Supernet, make_plan, open_supernet
 
@@ -179,8 +180,10 @@ def prune(
     if (folder / ABOUT).is_file():
         supernet = open_supernet(loaded.model, folder)
     else:
-        supernet, facts["training"] = train_supernet(loaded, options, rows, valid, work)
+        supernet, facts["training"] = train_supernet(loaded, options, rows, work)
         supernet.save(folder)
+        if valid:
+            facts["shapes"] = compare_shapes(supernet, first_tokens(valid, options.search_tokens))
     subnet = supernet.plan.subnet(_layers(options.depth, layers), options.width)
     means = supernet.means(subnet, first_tokens(rows, options.watched_tokens)) if options.recalibrate else None
     facts |= {
@@ -196,7 +199,6 @@ def train_supernet(
     loaded: models.Loaded,
     options: AmoebaOptions,
     rows: _shared.Rows,
-    valid: _shared.Rows,
     work: Work,
     plan: Plan | None = None,
 ) -> tuple[Supernet, dict[str, Any]]:
@@ -216,7 +218,7 @@ def train_supernet(
         done = training.train(
             sandwich,
             rows,
-            valid,
+            [],
             training.TrainOptions(**{"seed": work.seed, **work.training}),
             work.folder,
             tokenizer=loaded.tokenizer,
@@ -245,6 +247,18 @@ def plan_supernet(model: PreTrainedModel, options: AmoebaOptions, rows: _shared.
         options.widths,
         options.last,
     )
+
+
+def compare_shapes(supernet: Supernet, rows: _shared.Rows) -> list[dict[str, Any]]:
+    """Depth, width, share of the weights and loss on `rows` (nats a label) of every shape, to choose one by."""
+    found = []
+    for subnet in supernet.plan.subnets():
+        with supernet.active(subnet):
+            loss = LossWithout(supernet.model, rows).whole
+        kept = supernet.weights_of(subnet) / supernet.size.weights
+        width = supernet.plan.ratios[subnet.width]
+        found.append({"depth": subnet.depth, "width": width, "weights_kept": kept, "loss": loss})
+    return found
 
 
 def extract(model: PreTrainedModel | str, supernet: Path | str, depth: int, width: float) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -464,6 +465,25 @@ def test_apply_heals_and_reports(tmp_path: Path, tiny_folder: Path, corpus: Any)
     assert kept["healing"]["first_stage"]["steps"] == 3 and facts["healing"] == kept["healing"]
     assert facts["parameters"] == models.shape_of(tmp_path / "out").parameters
     assert "import shoestring.methods.architectures" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_it_is_packed_and_adapted_like_any_model(tmp_path: Path) -> None:
+    model = shared(base(initializer_range=0.02))
+    model.save_pretrained(tmp_path / "model")
+    room, packer = catalog.contract("quantizers"), catalog.module("int8")
+    room.apply(packer, Step("compress", "int8", {}), tmp_path / "model", tmp_path / "packed", work(tmp_path))
+    packed = models.load(tmp_path / "packed").model
+    wanted = tiny.logits(model)
+    assert (tiny.logits(packed) - wanted).norm() < 0.05 * wanted.norm()
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    wrapped(**tiny.inputs(model)).loss.backward()
+    held = [name for name, p in wrapped.named_parameters() if p.grad is not None and "layers.2.self_attn" in name]
+    assert any("v_proj" in name for name in held) and not any("q_proj" in name for name in held)
+
+
+def test_who_says_how_long_is_heard(tmp_path: Path) -> None:
+    for said, steps in (({}, 200), ({"max_steps": 3}, 3), ({"num_train_epochs": 2}, None), ({"max_seconds": 9}, None)):
+        assert CONTRACT._training(METHOD, work(tmp_path, training=said)).get("max_steps") == steps
 
 
 # ---- the engine ----

@@ -74,7 +74,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     options = config(module, step.options)
     loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
     torch.manual_seed(work.seed)
-    settings = {**getattr(module, "TRAINING", {}), **work.training}
+    settings = _training(module, work)
     rows, valid = _encoded(loaded, replace(work, training=settings))
     settings = {name: value for name, value in settings.items() if name not in OF_ENCODING}
     converted = build(module, loaded.model, options, rows, valid, replace(work, training=settings))
@@ -85,7 +85,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             loaded.tokenizer.save_pretrained(folder)
         facts = json.dumps(converted.facts, indent=2)
         (folder / f"{name}.json").write_text(facts + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(name, loaded.ref, options), encoding="utf-8")
+        (folder / "README.md").write_text(_card(name, Path(loaded.ref).name, options), encoding="utf-8")
     return {"parameters": models.shape_of(converted.model).parameters, **converted.facts}
 
 
@@ -101,6 +101,13 @@ def build(
     return replace(converted, facts=facts)
 
 
+def _training(module: ModuleType, work: Work) -> dict[str, Any]:
+    own = dict(getattr(module, "TRAINING", {}))
+    if {"num_train_epochs", "max_seconds"} & set(work.training):
+        own.pop("max_steps", None)  # who says how long in another way means that
+    return {**own, **work.training}
+
+
 def _encoded(loaded: models.Loaded, work: Work) -> tuple[_shared.Rows, _shared.Rows]:
     context = models.shape_of(loaded.model).context
     length = min(work.training.get("max_length") or 512, context or 2**31)
@@ -113,7 +120,7 @@ def _encoded(loaded: models.Loaded, work: Work) -> tuple[_shared.Rows, _shared.R
 def _card(name: str, base: str, options: Any) -> str:
     said = "\n".join(f"- {key}: {value}" for key, value in asdict(options).items())
     return (
-        f"---\nbase_model: {base}\nlibrary_name: transformers\n---\n\n# {name}\n\n"
+        f"---\nlibrary_name: transformers\n---\n\n# {name}\n\n"
         f"Made from {base} with shoestring's method {name}:\n\n{said}\n\n"
         "transformers knows this architecture after one line:\n\n"
         f"```python\n{_shared.LINE}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ from shoestring.models.seal import seal
 VERB = "compress"
 PACKS = True  # what comes out has no float weights that a later step could change
 WORDS = ("settings", "price")
+OF_ENCODING = ("max_length", "on_long")
 # A method may also define
 #   compress(model: PreTrainedModel, config, rows, work: Work) -> PreTrainedModel: for what needs the whole model, data
 #       or training before it packs. It gets the float model and returns one of packed layers (`models.packed.mark`);
@@ -77,10 +79,10 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             model, tokenizer = loaded.model, loaded.tokenizer
             if whole:
                 torch.manual_seed(work.seed)
-                model = module.compress(model, made, _rows(module, source, tokenizer, step, work), work)
-            else:
-                # Not of `made`, of which transformers takes a copy.
-                facts = getattr(model.config.quantization_config, "facts", dict)()
+                rows = _rows(module, source, tokenizer, step, work)
+                model = module.compress(model, made, rows, replace(work, training=_loop(module, work)))
+            # Not of `made`, of which transformers takes a copy.
+            facts = getattr(model.config.quantization_config, "facts", dict)()
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -93,9 +95,18 @@ def _rows(module: ModuleType, source: Path, tokenizer: Any, step: Step, work: Wo
     if not work.train:
         raise UsageError(f"the step {step} looks at data, and none was given", remedy="Add --data FILE")
     context = models.shape_of(source, trust_remote_code=work.trust_remote_code).context
-    settings = {"max_length": 512, "on_long": "truncate", **getattr(module, "TRAINING", {}), **work.training}
+    settings = {"max_length": 512, "on_long": "truncate", **_settings(module, work)}
     length = min(settings["max_length"], context or settings["max_length"])
     return data.encode(work.train, tokenizer, length, on_long=settings["on_long"]).rows
+
+
+def _settings(module: ModuleType, work: Work) -> dict[str, Any]:
+    return {**getattr(module, "TRAINING", {}), **work.training}
+
+
+def _loop(module: ModuleType, work: Work) -> dict[str, Any]:
+    """The settings of the training loop: without those of encoding."""
+    return {name: value for name, value in _settings(module, work).items() if name not in OF_ENCODING}
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
@@ -328,7 +339,8 @@ def _quantized(
     if hasattr(module, "compress"):
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
         torch.manual_seed(0)
-        quantized = module.compress(plain, made, rows, Work(Ledger(), base, training={"max_steps": 2})).eval()
+        work = Work(Ledger(), base, training={"max_steps": 2})
+        quantized = module.compress(plain, made, rows, replace(work, training=_loop(module, work))).eval()
     else:
         quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=made, dtype=dtype).eval()
     quantized.save_pretrained(base / "packed")

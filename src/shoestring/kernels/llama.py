@@ -168,7 +168,10 @@ class Adapter:
 class Llama:
     """A Llama-like model: norm, attention, norm, gated feed-forward in every block.
 
+    Blocks may have fewer heads and a narrower feed-forward than the largest, as many queries to a key in each.
+
     Attributes:
+        heads, kv_heads: of the largest block.
         embedding, head: [vocab, hidden]; the same matrix when tied.
         final_norm: float32 [hidden].
         cosines, sines: float32 [positions, rotary / 2]; a head's leading `rotary` dimensions are turned in halves.
@@ -207,11 +210,11 @@ class Llama:
 
     @property
     def head_dim(self) -> int:
-        return self.blocks[0].q.rows // self.heads
+        return max(block.q.rows for block in self.blocks) // self.heads
 
     @property
     def intermediate(self) -> int:
-        return self.blocks[0].gate.rows
+        return max(block.gate.rows for block in self.blocks)
 
     @property
     def weight_bytes(self) -> int:
@@ -381,18 +384,21 @@ class Llama:
             raise UsageError("A model without layers cannot run")
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values")
-        dim, q, kv = self.head_dim, self.blocks[0].q.rows, self.kv_heads * self.head_dim
-        if q % self.heads or dim % 2 or not 2 <= dim <= MOST_HEAD_DIM:
-            raise UsageError(f"Heads of {q / self.heads:g} dimensions", f"must be even and at most {MOST_HEAD_DIM}")
+        dim, most = self.head_dim, max(block.q.rows for block in self.blocks)
+        if most % self.heads or dim % 2 or not 2 <= dim <= MOST_HEAD_DIM:
+            raise UsageError(f"Heads of {most / self.heads:g} dimensions", f"must be even and at most {MOST_HEAD_DIM}")
         if self.activation not in ACTIVATIONS:
             raise UsageError(f"The kernels have no activation {self.activation}", remedy=f"it is one of {ACTIVATIONS}")
         rotary = self.cosines.shape[-1] * 2
         if self.cosines.ndim != 2 or self.cosines.shape != self.sines.shape or rotary > dim:
             raise UsageError(f"Cosines {self.cosines.shape} and sines {self.sines.shape} do not fit heads of {dim}")
-        shapes = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
-        wide = (self.intermediate, self.hidden)
-        shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
         for number, block in enumerate(self.blocks):
+            kv = block.k.rows
+            if not kv or kv % dim or not block.gate.rows:
+                raise UsageError(f"Layer {number} has {kv / dim:g} heads of keys and {block.gate.rows} neurons")
+            q, wide = kv * (self.heads // self.kv_heads), (block.gate.rows, self.hidden)
+            shapes = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
+            shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
             for name, shape in shapes.items():
                 matrix: Matrix = getattr(block, name)
                 if (matrix.rows, matrix.cols) != shape:

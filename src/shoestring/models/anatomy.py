@@ -452,6 +452,8 @@ def _stacked_experts(module: nn.Module) -> bool:
     # Packed linear layers can have three-dimensional weights too.
     if is_projection(module) or isinstance(module, nn.Embedding | nn.Conv1d):
         return False
+    if getattr(module, "stacked_experts", False):  # packed ones say so themselves
+        return True
     return any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
 
 

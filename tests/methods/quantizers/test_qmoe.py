@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from shoestring import models
@@ -273,6 +274,19 @@ def test_one_block_stands_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytes
     whole, _, _ = compress(tmp_path / "whole", QMOE.base(num_hidden_layers=5))
     sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(tiny.logits(sharded), tiny.logits(whole))
+
+
+def test_adapters_find_their_way_in_a_packed_mixture(tmp_path: Path) -> None:
+    model, folder, _ = compress(tmp_path)
+    anatomy = models.inspect(model)
+    assert [block.projections["expert"] for block in anatomy.blocks] == [
+        f"model.layers.{index}.mlp.experts" for index in range(2)
+    ]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    ids = tiny.batch()
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
+    assert models.shape_of(folder).parameters == models.shape_of(QMOE.base()).parameters
 
 
 def test_later_blocks_see_what_the_compressed_ones_give(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ METHOD = Method(
     ),
     provides="QMoEConfig",
     saves=("storage", "memory", "money"),
-    combines={"adapters": "yes", "quantizers": "the experts are ternary already"},
+    combines={
+        "adapters": "yes",
+        "quantizers": "the experts are ternary already",
+        "architectures": "it packs whole experts in fused tensors, which other builds no longer have",
+    },
     expects={
         "check_bytes_are_as_promised": "the code's length depends on the weights; the price is that of 88.5% zeros",
         "check_error_bound": "later columns take over the errors of earlier ones, so no weight has a bound of its own",
@@ -175,6 +179,8 @@ class ExpertMatrices(_shared.Packed):
 
 class PackedExperts(nn.Module):
     """The experts of a layer over packed matrices; what it is called with and returns is the family's own."""
+
+    stacked_experts = True  # for `models.anatomy`
 
     def __init__(self, family: nn.Module, gate_up: int, down: int) -> None:
         super().__init__()

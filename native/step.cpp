@@ -66,7 +66,9 @@ struct Step {
   const SkTable* table;
   int32_t threads;
   SkPageLayout layout;
-  int64_t q_width, kv_width, rank;  // rank: the highest of the adapters in use, 0 for none
+  int64_t q_width, kv_width;        // of the present layer; before the first one, of the widest
+  int64_t kv_heads;                 // of the present layer
+  int64_t rank;                     // the highest of the adapters in use, 0 for none
   int64_t low_bytes, low_x_bytes;   // of one token: a @ x as some matrix b wants it, x as some matrix a wants it
 
   const SkBlock* block;
@@ -143,13 +145,16 @@ bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t 
   if (m.hidden < 1 || m.intermediate < 1 || m.vocab < 1 || m.heads < 1 || m.heads > 65536 || m.heads % m.kv_heads) return false;
   if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_dim || (m.rotary && (!m.cosines || !m.sines))) return false;
   if (m.activation < 0 || m.activation > 1) return false;
-  const int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  const int64_t group = m.heads / m.kv_heads;
   for (int64_t l = first; l < last; ++l) {
     const SkBlock& b = m.blocks[l];
+    // Layers may be smaller than the model says, each in its own way.
+    const int64_t kv = b.k.rows, q = kv * group, width = b.gate.rows;
+    if (kv < 1 || kv > m.kv_heads * m.head_dim || kv % m.head_dim || width < 1 || width > m.intermediate) return false;
     if (!b.attention_norm || !b.mlp_norm) return false;
     if (!fits(table, b.q, q, m.hidden) || !fits(table, b.k, kv, m.hidden) || !fits(table, b.v, kv, m.hidden)) return false;
-    if (!fits(table, b.gate, m.intermediate, m.hidden) || !fits(table, b.up, m.intermediate, m.hidden)) return false;
-    if (!fits(table, b.o, m.hidden, q) || !fits(table, b.down, m.hidden, m.intermediate)) return false;
+    if (!fits(table, b.gate, width, m.hidden) || !fits(table, b.up, width, m.hidden)) return false;
+    if (!fits(table, b.o, m.hidden, q) || !fits(table, b.down, m.hidden, width)) return false;
   }
   return true;
 }
@@ -421,7 +426,7 @@ void place_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   int64_t begin, end;
   chunk_tokens(s, chunk, begin, end);
-  for (int64_t t = begin; t < end; ++t) place(s, t, 0, s.model->kv_heads);
+  for (int64_t t = begin; t < end; ++t) place(s, t, 0, s.kv_heads);
 }
 
 void attend_tile(const Step& s, const Tile& tile, int64_t head) {
@@ -450,7 +455,7 @@ void attend_tile(const Step& s, const Tile& tile, int64_t head) {
 
 void attend_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
-  attend_tile(s, s.first_tile[chunk / s.model->kv_heads], chunk % s.model->kv_heads);
+  attend_tile(s, s.first_tile[chunk / s.kv_heads], chunk % s.kv_heads);
 }
 
 // A single short sequence: each kv head is placed and attended by one chunk. Other batches may share pages between
@@ -506,7 +511,7 @@ void feed_forward(Step& s) {
   for (int32_t i = 0; i < 2; ++i) {
     s.job.matrix[i] = matrices[i];
     s.job.y[i] = y[i];
-    s.job.stride[i] = s.model->intermediate;
+    s.job.stride[i] = matrices[i]->rows;
     s.job.projection[i] = GATE + i;
   }
   s.job.x = s.batch->hidden + s.begin * s.model->hidden;
@@ -526,7 +531,9 @@ void each_part(Step& s, Work work) {
 
 void run_layer(Step& s) {
   const SkBatch& b = *s.batch;
-  const int64_t kv_heads = s.model->kv_heads;
+  s.q_width = s.block->q.rows;
+  s.kv_width = s.block->k.rows;
+  const int64_t kv_heads = s.kv_heads = s.kv_width / s.model->head_dim;
   const bool single = b.tokens <= FEW && s.sequence_of[0] == s.sequence_of[b.tokens - 1] && !b.attend;
   each_part(s, [&] {
     project(s);

@@ -16,9 +16,9 @@ from shoestring.lab.arms import Arms
 
 _HERE = (
     "layers 24 to 29 of SmolLM2-135M-Instruct, a fifth of the weights of their matrices gone, in KV groups and "
-    "neurons; the layers below stay as they are and are computed once; Python documentation, 88 steps of one example "
-    "of at most 64 tokens for every arm: 64 to choose and 24 to heal for Compresso, 88 to heal for the others, whose "
-    "LoRA (r 8 on q and v) starts right after the cut; gates at 0.4; held-out perplexity of the smaller model's answers"
+    "neurons; the layers below stay as they are and are computed once; Python documentation, 66 steps of one example "
+    "of at most 64 tokens for every arm: 48 to choose and 18 to heal for Compresso, 66 to heal for the others, whose "
+    "LoRA (r 8 on q and v) starts right after the cut; gates at 0.5; held-out perplexity of the smaller model's answers"
 )
 _PAPER = (
     "LLaMA-7B to 5.4B: over one-shot pruning at various sparsities up to +2.21 %, +11.43 %, +7.04 %, +4.81 % on "
@@ -74,7 +74,7 @@ def run(arms: Arms) -> None:
     from shoestring.models import Loaded, uneven
     from shoestring.training import TrainOptions
 
-    steps = arms.size(4, 88)
+    steps = arms.size(4, 66)
     scores: dict[str, Callable[[Any, Rows], Scores]] = {
         "random": _random, "magnitude": _magnitude, "first-order": _first_order,
     }  # fmt: skip
@@ -85,7 +85,7 @@ def run(arms: Arms) -> None:
         work = Work(arms.ledger, arms.folder / arm, training=settings, seed=arms.seed)
         with arms.arm(arm) as stage:
             if arm == "compresso":
-                options = compresso.CompressoOptions(SPARSITY, gate_learning_rate=0.4)
+                options = compresso.CompressoOptions(SPARSITY, gate_learning_rate=0.5)
                 given = Loaded(model, loaded.tokenizer, loaded.path, loaded.ref, loaded.kind)
                 small = compresso.prune(given, options, rows["train"], [], work).model
             elif arm == "original":

@@ -50,7 +50,7 @@ def read_adapter(folder: Path, model: LlamaLike) -> dict[tuple[int, str], tuple[
                 f"{where} holds {name[:120]}",
                 f"a {model.family} model of {model.layers} layers takes no low-rank matrix of that name",
             )
-        rows, cols = model.shape_of(role)
+        rows, cols = model.shape_of(role, layer)
         dims = tensors.dims(name) or (0,)
         wanted = (dims[0], cols) if match[3] == "A" else (rows, dims[-1])
         if dims != wanted or not 0 < min(dims) <= 65_536:

@@ -155,6 +155,11 @@ class NativeRunner:
     def _elsewhere(self, batch: Batch) -> Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         worker = self.attention
         assert worker is not None
+        if self.model.layer_kv_heads:
+            raise UsageError(
+                "Attention cannot be computed elsewhere for a model whose layers have unequally many heads",
+                "a worker is not told how many it gets",
+            )
         if any(self.model.windows):
             raise UsageError(
                 "Attention cannot be computed elsewhere for a model with sliding windows",
@@ -216,7 +221,7 @@ class _Loader:
 
     def norm(self, role: str, layer: int = 0) -> np.ndarray:
         stored = self.tensors[self.model.name(role, layer) + ".weight"]
-        self.check(stored, self.model.shape_of(role))
+        self.check(stored, self.model.shape_of(role, layer))
         values = floats(stored).copy()
         if not np.isfinite(values).all():
             raise UsageError(f"{stored.name} of {self.source.path} is not finite", remedy="Get an intact model")
@@ -225,7 +230,7 @@ class _Loader:
 
     def matrix(self, role: str, layer: int = 0) -> Matrix:
         name = self.model.name(role, layer)
-        rows, cols = self.model.shape_of(role)
+        rows, cols = self.model.shape_of(role, layer)
         order, bias = self.order(role), None
         if role in self.model.biased or f"{name}.bias" in self.tensors:
             stored = self.tensors[name + ".bias"]

@@ -22,6 +22,7 @@ _COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10_000.0,
     "num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
     "use_sliding_window": False, "layer_types": None, "max_position_embeddings": 32768,
+    "layer_key_value_heads": None, "layer_intermediate_sizes": None, "output_biases": False,
 }  # fmt: skip
 _QWEN: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -42,6 +43,7 @@ _ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
 }  # fmt: skip
+_UNEVEN = "Uneven"  # how the classes of `models.uneven` begin
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
@@ -90,6 +92,8 @@ class LlamaLike:
         tied: the head is the token table.
         interleaved: rows of q and k are stored in pairs and not in halves, as GGUF has them for some families.
         names: role -> name of its tensors without `.weight`, with {} for the layer.
+        layer_kv_heads, layer_intermediate: of each layer where layers differ, else empty; `heads`, `kv_heads` and
+            `intermediate` are then those of the largest.
     """
 
     family: str
@@ -115,14 +119,19 @@ class LlamaLike:
     logit_scale: float = 1.0
     interleaved: bool = False
     names: Mapping[str, str] = field(default_factory=lambda: _FOLDER_NAMES)
+    layer_kv_heads: tuple[int, ...] = ()
+    layer_intermediate: tuple[int, ...] = ()
 
-    def shape_of(self, role: str) -> tuple[int, ...]:
+    def shape_of(self, role: str, layer: int = 0) -> tuple[int, ...]:
         """Dimensions of the weight of a role, rows first."""
-        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        kv_heads = self.layer_kv_heads[layer] if self.layer_kv_heads else self.kv_heads
+        neurons = self.layer_intermediate[layer] if self.layer_intermediate else self.intermediate
+        narrow = kv_heads * self.head_dim
+        wide = self.heads // self.kv_heads * narrow
         return {
             "q": (wide, self.hidden), "k": (narrow, self.hidden), "v": (narrow, self.hidden), "o": (self.hidden, wide),
-            "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate), "embedding": (self.vocab, self.hidden),
+            "gate": (neurons, self.hidden), "up": (neurons, self.hidden),
+            "down": (self.hidden, neurons), "embedding": (self.vocab, self.hidden),
             "head": (self.vocab, self.hidden), "attention_norm": (self.hidden,), "mlp_norm": (self.hidden,),
             "final_norm": (self.hidden,), "q_norm": (self.head_dim,), "k_norm": (self.head_dim,),
         }[role]  # fmt: skip
@@ -176,7 +185,7 @@ def check_family(config: Mapping[str, Any]) -> str:
     """The family of a config.json. Raises NotNative when the kernels do not know it."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
-    family = _ARCHITECTURES.get(name) if name else str(config.get("model_type", ""))
+    family = _ARCHITECTURES.get(name.removeprefix(_UNEVEN)) if name else str(config.get("model_type", ""))
     if family not in FAMILIES:
         raise NotNative(
             f"The native runner does not know the family {name or family or 'of this model'}",
@@ -207,6 +216,7 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
     biased |= set(_MLP) if _flag(known, "mlp_bias") else set()
     if family == "mistral":
         biased = set()
+    biased |= {"o", "down"} if _flag(known, "output_biases") else set()
     granite = family == "granite"
     return _checked(
         LlamaLike(
@@ -231,6 +241,8 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
             embedding_scale=_number(known, "embedding_multiplier") if granite else 1.0,
             residual_scale=_number(known, "residual_multiplier") if granite else 1.0,
             logit_scale=1.0 / _number(known, "logits_scaling") if granite else 1.0,
+            layer_kv_heads=_of_each(known, "layer_key_value_heads", layers, kv_heads),
+            layer_intermediate=_of_each(known, "layer_intermediate_sizes", layers, _size(known, "intermediate_size")),
         )
     )
 
@@ -510,6 +522,24 @@ def _size(table: Mapping[str, Any], key: str, limit: int = _MAX) -> int:
             "Get an intact model",
         )
     return value
+
+
+def _of_each(table: Mapping[str, Any], key: str, layers: int, most: int) -> tuple[int, ...]:
+    """A list of sizes up to `most`, one for each layer; empty when there is none."""
+    values = table.get(key)
+    if values is None:
+        return ()
+    if (
+        not isinstance(values, list)
+        or len(values) != layers
+        or not all(type(value) is int and 0 <= value <= most for value in values)
+    ):
+        raise UsageError(
+            f"The model's configuration has no usable {key}", f"{layers} sizes up to {most}", "Get an intact model"
+        )
+    if 0 in values:
+        raise NotNative("The native runner does not compute layers that lack attention or feed-forward")
+    return tuple(values)
 
 
 def _number(table: Mapping[str, Any], key: str) -> float:

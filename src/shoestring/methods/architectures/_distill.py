@@ -6,7 +6,8 @@ The loss of a batch is a mean over its tokens of
 
 L_int: squared distance of hidden states after certain layers, divided by the teacher's mean square. L_soft: T^2 times
 the Kullback-Leibler divergence of the student's distribution of the next token from the teacher's, both at temperature
-T. L_hard: cross-entropy of the teacher's likeliest token. No label is needed, so every token of a text teaches.
+T. L_hard: cross-entropy of a token that is drawn from what the teacher says; its likeliest token would make the student
+surer than the teacher is. No label is needed, so every token of a text teaches.
 """
 
 from __future__ import annotations
@@ -51,22 +52,27 @@ class Said:
     """What a teacher says of some tokens: log-probabilities at the temperature [tokens, kept].
 
     Attributes:
-        ids: which tokens of the vocabulary they are of, None for all in order; the likeliest first.
-        best: [tokens] likeliest token.
+        ids: which tokens of the vocabulary they are of, None for all in order.
+        drawn: [tokens] one token of each distribution, drawn at temperature 1.
     """
 
     log_p: Tensor
     ids: Tensor | None
-    best: Tensor
+    drawn: Tensor
 
 
 def said(logits: Tensor, terms: Terms) -> Said:
     """The part of a teacher's `logits` [tokens, vocabulary] that is kept."""
-    log_p = F.log_softmax(logits.float() / terms.temperature, -1)
+    log_p, drawn = F.log_softmax(logits.float() / terms.temperature, -1), draw(logits)
     if terms.top is None or terms.top >= log_p.shape[-1]:
-        return Said(log_p, None, log_p.argmax(-1))
+        return Said(log_p, None, drawn)
     kept, ids = log_p.topk(terms.top, -1)
-    return Said(kept, ids, ids[:, 0])
+    return Said(kept, ids, drawn)
+
+
+def draw(logits: Tensor) -> Tensor:
+    """A token for each row of `logits` [tokens, vocabulary]."""
+    return torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
 
 
 def soft_loss(logits: Tensor, teacher: Said, temperature: float) -> Tensor:
@@ -162,7 +168,7 @@ class Pupil(nn.Module):
                 answer = said(teachers_head(taught), self.terms)
         logits = head(hidden)
         soft = soft_loss(logits, answer, self.terms.temperature).sum()
-        return soft, F.cross_entropy(logits.float(), answer.best, reduction="sum")
+        return soft, F.cross_entropy(logits.float(), answer.drawn, reduction="sum")
 
     def _known(self, ids: Tensor, real: Tensor) -> Said | None:
         """What the teacher said before of every row of the batch, None unless it is known of all."""
@@ -171,7 +177,7 @@ class Pupil(nn.Module):
         if not parts or len(parts) < len(found):
             return None
         kept = None if parts[0].ids is None else torch.cat([part.ids for part in parts if part.ids is not None])
-        return Said(torch.cat([part.log_p for part in parts]), kept, torch.cat([part.best for part in parts]))
+        return Said(torch.cat([part.log_p for part in parts]), kept, torch.cat([part.drawn for part in parts]))
 
     @torch.no_grad()
     def ask(self, rows: Rows) -> None:
@@ -213,7 +219,7 @@ def _loss(lesson: Lesson, labels: Tensor, num_items_in_batch: Any = None) -> Ten
 
 
 def _part(answer: Said, part: slice) -> Said:
-    return Said(answer.log_p[part], None if answer.ids is None else answer.ids[part], answer.best[part])
+    return Said(answer.log_p[part], None if answer.ids is None else answer.ids[part], answer.drawn[part])
 
 
 def _key(ids: Tensor) -> bytes:

@@ -11,8 +11,8 @@ How it works
        d d + d d_kv parameters each, and with them the product Q K^T, rotation, softmax, and the keys in the cache.
        Everything else is copied.
     4. Adjust. First the student learns from the frozen model it was made of: L1 = a L_int + b L_soft + c L_hard, with
-       hidden states after each block, softened distributions and the teacher's likeliest tokens. Then it is trained on
-       the true next tokens. The first stage takes `first_stage` of the steps.
+       hidden states after each block, softened distributions, and tokens drawn from the teacher's. Then it is trained
+       on the true next tokens. The first stage takes `first_stage` of the steps.
 
 Where it bends
     The paper names the loss terms and not their weights: here a = b = c = 1, T = 2, L_int relative to the teacher's

@@ -80,7 +80,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
         name = module.__name__.rpartition(".")[2]
-        (folder / "README.md").write_text(_card(name, loaded.ref, options, pruned.model), encoding="utf-8")
+        (folder / "README.md").write_text(_card(name, Path(loaded.ref).name, options, pruned.model), encoding="utf-8")
     after = sum(p.numel() for p in pruned.model.parameters())
     return {"parameters_before": before, "parameters": after, **pruned.facts}
 

@@ -39,7 +39,7 @@ BEYOND = 240  # the first exponent that has no code
 LONGEST, TABLES = 32, 16
 _NAME, _HEAD = b"SKHUFFM1", "<8sqqqq24x"
 _END = 256  # what fills the last byte up
-_STEP = 1 << 21  # numbers that are coded together
+_STEP = 1 << 16  # numbers that are coded together, few enough to stay near
 _TYPES = {"output_positions": np.uint32, "split_positions": np.int64}
 
 

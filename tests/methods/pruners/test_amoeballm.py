@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from shoestring import data, models
+from shoestring import models
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
@@ -619,9 +619,9 @@ def test_the_price_counts_layers_biases_and_what_trains(net: Supernet, shape: tu
 @pytest.mark.real
 def test_the_default_model() -> None:
     model = models.load("smollm2")
-    text = data.read("python-docs").part(data.read("python-docs").examples[:6])
-    found = data.encode(text, model.tokenizer, 48, on_long="truncate").rows
-    given = Options(depth=28 / 30, least_depth=29 / 30, width=0.875, search_tokens=40, watched_tokens=200)
+    text = model.tokenizer(json.__doc__)["input_ids"]
+    found = [{"input_ids": text[start : start + 48], "labels": text[start : start + 48]} for start in (0, 48, 96, 144)]
+    given = Options(depth=28 / 30, least_depth=29 / 30, width=0.875, search_tokens=24, watched_tokens=96)
     net = stirred(Supernet(model.model, amoeballm.plan_supernet(model.model, given, found), 5, 2, 4, 0.1)).eval()
     subnet = net.plan.subnet(28, 0.875)
     small: Any = net.extract(subnet)

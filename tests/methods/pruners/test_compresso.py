@@ -176,6 +176,35 @@ def test_gates_keep_their_learning_rate_and_multipliers_climb() -> None:
     assert torch.allclose(before - gates.neurons[0], torch.full_like(before, 0.1))
 
 
+def test_what_does_nothing_is_what_goes(tmp_path: Path) -> None:
+    """A third of the neurons of a model that has learned something write nothing: training must find just those."""
+    torch.manual_seed(0)
+    model = tiny.model(num_hidden_layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.tensor([row["input_ids"] for row in ROWS])
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    idle = torch.arange(0, 96, 3)
+    with torch.no_grad():
+        model.get_submodule(inspect(model).blocks[0].projections["down"]).weight[:, idle] = 0
+    sparsity = 32 * uneven.sizes(model).neuron_cost / uneven.sizes(model).weights
+    gates = Gates(uneven.sizes(model), sparsity)
+    wrapped = _shared.with_lora(model, 4)
+    wrapped.add_module("gates", gates)
+    options = training.TrainOptions(
+        max_steps=120, per_device_train_batch_size=8, save_steps=0, max_grad_norm=1e9, learning_rate=1e-4,
+        optimizer=lambda groups: _gates.Adam(groups, gates, 0.15),
+    )  # fmt: skip
+    with gated(model, inspect(model), gates):
+        training.train(wrapped, ROWS, [], options, tmp_path)
+    decision = gates.on_budget()
+    gone = decision.neurons[0] == 0
+    assert decision.groups[0].count_nonzero() == 2 and gone.sum() == 32
+    assert gone[idle].sum() >= 29, f"of 32 idle neurons {int(gone[idle].sum())} were found"
+
+
 # ---------------------------------------------------------------- the cut
 
 

@@ -117,7 +117,8 @@ def _adaptation(shape: Shape, adapt: str | None) -> list[tuple[Step, Shape]]:
     _must_do(adapt, "train")
     module = catalog.module(adapt)
     settings = module.settings()[0]
-    return [(Step("train", adapt, settings), module.price(shape, settings).shape), (MERGE, shape)]
+    after = module.price(shape, settings).shape  # that of the base, unless the adapter ends in weights of another form
+    return [(Step("train", adapt, settings), after), (MERGE, after)]
 
 
 def _compressions(

@@ -88,7 +88,9 @@ CLAIMS = (
     Claim(
         "healing",
         paper=_PAPER,
-        here=_CONVERTED + ", k = 16; what the loss rises by, after 50 steps of 4 x 256 tokens on the experts alone",
+        here=_CONVERTED
+        + ", k = 16; what the loss rises by, after 50 steps of 4 x 256 tokens on the experts alone; the "
+        "mixture itself gets no more steps, so this says that healing is enough, not what it costs",
         measure="loss_rise",
         arm="healed",
         against="converted-16",
@@ -106,7 +108,7 @@ CLAIMS = (
         cannot=_SCALE,
     ),
 )
-RATES = {"mixture": 4e-3, "twelve": 4e-3, "mole-16": 4e-3, "mole-4": 4e-3}
+RATES = {"mixture": 8e-3, "twelve": 8e-3, "mole-16": 4e-3, "mole-4": 4e-3}
 TEST = 2  # part of the text
 
 

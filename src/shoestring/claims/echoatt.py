@@ -34,7 +34,7 @@ CLAIMS = (
     Claim(
         "cache",
         paper="no figure; followers need no keys",
-        here=_HERE + "; bytes of the cache after 256 tokens",
+        here=_HERE + "; bytes of the cache after 64 tokens",
         measure="cache_bytes",
         arm="echoatt",
         against="teacher",
@@ -76,7 +76,7 @@ CLAIMS = (
     ),
 )
 SHARE, SIZE = 0.5, 2
-TRAINING = {"learning_rate": 2e-4, "per_device_train_batch_size": 2, "warmup_ratio": 0.1, "save_steps": 0}
+TRAINING = {"learning_rate": 2e-4, "per_device_train_batch_size": 2, "warmup_ratio": 0.0, "save_steps": 0}
 
 
 def run(arms: Arms) -> None:
@@ -86,7 +86,7 @@ def run(arms: Arms) -> None:
     steps = arms.size(2, 12)
     loaded = arms.load()
     base = loaded.model
-    rows = arms.docs(loaded.tokenizer, {"train": 2 * steps, "test": arms.size(4, 16)}, max_length=96)
+    rows = arms.docs(loaded.tokenizer, {"train": 2 * steps, "test": arms.size(2, 16)}, max_length=96)
     texts, test = rows["train"].rows, rows["test"].rows
     options = echo.EchoAttOptions(block_size=SIZE, share=SHARE, texts=arms.size(2, 12), tokens=96, first_stage=2 / 3)
     with arms.arm("teacher") as stage:
@@ -135,7 +135,7 @@ def _sizes(stage: Any, model: torch.nn.Module) -> None:
 
     stage.record("parameters", sum(p.numel() for p in model.parameters()), "parameter", "counted")
     with torch.inference_mode():
-        cache = model(torch.full((1, 256), 5), logits_to_keep=1, use_cache=True).past_key_values
+        cache = model(torch.full((1, 64), 5), logits_to_keep=1, use_cache=True).past_key_values
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     stage.record("cache_bytes", sum(part.numel() * part.element_size() for part in parts), "B", "counted")
 

@@ -287,7 +287,7 @@ class _Loader:
             arrays[part] = aligned(stored.data, ITEM[dtype])
             if not layout.used_as_stored:
                 self.read.append(stored.name)
-        return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing)
+        return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing, threads=self.threads)
 
     def order(self, role: str) -> np.ndarray | None:
         """Stored row of each row: GGUF interleaves the two halves of a head that rotate together."""

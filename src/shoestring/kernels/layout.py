@@ -107,7 +107,8 @@ class Layout:
             tensors: bytes of each tensor, uint8 of any shape, or numbers of 16 bits.
         """
         if self.kind in FOR_FILES:
-            numbers = huffman.unpack(tensors["weight"].reshape(-1).view(np.uint8), rows, cols).decode()
+            coded = huffman.unpack(tensors["weight"].reshape(-1).view(np.uint8), rows, cols)
+            numbers = coded.decode(threads=given.get("threads", 1))
             return matrix.make("bf16", rows, cols, numbers, bias=bias, **given)
         scales = None
         if "scales" in tensors:

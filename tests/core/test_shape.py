@@ -57,3 +57,10 @@ def test_change_makes_another_shape() -> None:
 def test_roles() -> None:
     assert [w.name for w in SHAPE.of("embed", "head")] == ["table", "head"]
     assert set(ROLES) > PROJECTIONS
+
+
+def test_layers_without_keys_remember_and_compute_half() -> None:
+    plain = Shape((), layers=6, hidden=64, heads=4, kv_heads=2, head_dim=16, vocab=64)
+    shared = replace(plain, keyless=2)
+    assert (plain.kv_bytes(10), shared.kv_bytes(10)) == (2 * 6 * 2 * 16 * 10 * 2, (12 - 2) * 2 * 16 * 10 * 2)
+    assert plain.flops_per_token(100) - shared.flops_per_token(100) == 2 * 2 * 100 * 4 * 16

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shoestring import data, models
 from shoestring.core import catalog
@@ -498,6 +499,15 @@ def test_it_is_packed_and_adapted_like_any_model(tmp_path: Path) -> None:
 def test_who_says_how_long_is_heard(tmp_path: Path) -> None:
     for said, steps in (({}, 200), ({"max_steps": 3}, 3), ({"num_train_epochs": 2}, None), ({"max_seconds": 9}, None)):
         assert CONTRACT._training(METHOD, work(tmp_path, training=said)).get("max_steps") == steps
+
+
+def test_loading_without_the_room_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared().save_pretrained(tmp_path)
+    assert models.load(tmp_path).model.config.share_map == MAP
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "shoestring_echoatt_llama")
+    for read in (models.load, models.shape_of):
+        with pytest.raises(UsageError, match="import shoestring.methods.architectures"):
+            read(tmp_path)
 
 
 # ---- the engine ----

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shoestring.kernels import matrix
 from shoestring.lab.arms import Arms
+
+
+def own_bfloat16(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with a bfloat16 matrix [rows, columns] by the engine's own kernel."""
+    rows, columns = weight.shape
+    made = matrix.make("bf16", rows, columns, weight.detach().view(torch.uint16).numpy())
+    return lambda x: torch.from_numpy(made.multiply(x.float().numpy(), torch.get_num_threads())).to(x.dtype)
 
 
 def pass_seconds(arms: Arms, stacks: Mapping[str, Sequence[Callable[[Tensor], Tensor]]], x: Tensor) -> None:

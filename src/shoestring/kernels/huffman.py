@@ -74,8 +74,13 @@ class Unit:
     def blocks(self) -> int:
         return -(-len(self.encoded_exponent) // BLOCK)
 
-    def decode(self, first: int = 0, count: int | None = None, threads: int = 1) -> np.ndarray:
-        """Numbers first..first + count - 1 as bfloat16 bits, uint16 [count]; None is all from `first` on.
+    def decode(
+        self, first: int = 0, count: int | None = None, threads: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Numbers first..first + count - 1 as bfloat16 bits, uint16 [count], in `out` if given.
+
+        Args:
+            count: None is all from `first` on.
 
         Raises:
             UsageError: the arrays contradict themselves.
@@ -83,9 +88,10 @@ class Unit:
         count = self.numbers - first if count is None else count
         self._check()
         library = load().library
+        out = np.empty(count, np.uint16) if out is None else out
         if library is None:
-            return decode_plain(self, first, count)
-        out = np.empty(count, np.uint16)
+            out[:] = decode_plain(self, first, count)
+            return out
         # Kept until the call is done: contiguous copies, where a part is none.
         luts, encoded, rest, positions, gaps = map(np.ascontiguousarray, self.parts()[:5])
         failed = library.sk_huffman(
@@ -115,12 +121,14 @@ class Coded:
     cols: int
     held: Unit | np.ndarray
 
-    def decode(self, first: int = 0, rows: int | None = None, threads: int = 1) -> np.ndarray:
-        """Rows from `first` on, all or so many: bfloat16 bits, uint16 [rows, cols]."""
+    def decode(
+        self, first: int = 0, rows: int | None = None, threads: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Rows from `first` on, all or so many: bfloat16 bits, uint16 [rows, cols]; `out` is their memory if given."""
         rows = self.rows - first if rows is None else rows
         begin, count = first * self.cols, rows * self.cols
         if isinstance(self.held, Unit):
-            return self.held.decode(begin, count, threads).reshape(rows, self.cols)
+            return self.held.decode(begin, count, threads, out).reshape(rows, self.cols)
         return self.held[begin : begin + count].reshape(rows, self.cols)
 
 

@@ -108,7 +108,8 @@ class Layout:
         """
         if self.kind in FOR_FILES:
             coded = huffman.unpack(tensors["weight"].reshape(-1).view(np.uint8), rows, cols)
-            numbers = coded.decode(threads=given.get("threads", 1))
+            place = (given.get("memory") or matrix.Memory()).take(2 * rows * cols).view(np.uint16)
+            numbers = coded.decode(threads=given.get("threads", 1), out=place)
             return matrix.make("bf16", rows, cols, numbers, bias=bias, **given)
         scales = None
         if "scales" in tensors:

@@ -68,7 +68,7 @@ METHOD = Method(
         "check_merge": "the weights are equal bit for bit, and products with packed integers round their activations",
     },
 )
-TRAINING = {"learning_rate": 1e-3}
+TRAINING = {"learning_rate": 2e-3}
 NEEDS_FLOAT = True
 BITS = (2, 3, 4, 8)
 STARTS = ("symmetric", "asymmetric", "zero")
@@ -259,7 +259,11 @@ def example() -> L4qConfig:
 
 def settings() -> tuple[dict[str, Any], ...]:
     """The configurations worth trying, gentlest first."""
-    return tuple({"bits": bits, "r": 4, "alpha": 8.0, "target_modules": "all-linear"} for bits in (4, 3, 2))
+    return (
+        {"bits": 4, "r": 4, "alpha": 8.0, "target_modules": "all-linear"},
+        {"bits": 3, "r": 4, "alpha": 8.0, "target_modules": "all-linear"},
+        {"bits": 2, "r": 4, "alpha": 8.0, "target_modules": "all-linear"},
+    )
 
 
 def fitted(shape: Shape) -> dict[str, Any]:

@@ -275,7 +275,11 @@ def example() -> LrQatConfig:
 
 def settings() -> tuple[dict[str, Any], ...]:
     """The configurations worth trying, gentlest first."""
-    return tuple({"bits": bits, "r": r, "target_modules": "all-linear"} for bits, r in ((4, 16), (3, 16), (2, 32)))
+    return (
+        {"bits": 4, "r": 16, "target_modules": "all-linear"},
+        {"bits": 3, "r": 16, "target_modules": "all-linear"},
+        {"bits": 2, "r": 32, "target_modules": "all-linear"},
+    )
 
 
 def fitted(shape: Shape) -> dict[str, Any]:

@@ -187,3 +187,17 @@ def test_what_cannot_be_fitted_is_refused(start: str) -> None:
         lut_gemm.fit(torch.full((2, 32), torch.nan), format, 1, start)
     with pytest.raises(UsageError, match="beyond float16"):
         lut_gemm.fit(torch.full((2, 32), 3e5), format, 1, start)
+
+
+@pytest.mark.real
+def test_a_matrix_of_the_default_model() -> None:
+    """Groups of weights that were 4-bit once: planes coincide there, and the fit must not mind."""
+    from shoestring import models
+
+    weight: Any = models.load("smollm2").model.get_submodule("model.layers.3.mlp.down_proj").weight.detach().float()
+    size = float(weight.square().sum())
+    fitted, start = (error(weight, "binary3/64", rounds) / size for rounds in (15, 0))
+    assert 0.17**2 < fitted < 0.21**2 and fitted < 0.85**2 * start
+    format = formats.parse("binary4o/64")
+    rounded = float((format.unpack(format.pack(weight), weight.shape[1]) - weight).square().sum())
+    assert rounded < 0.11**2 * size

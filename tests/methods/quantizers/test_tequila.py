@@ -285,3 +285,21 @@ def test_layers_left_alone_stay_plain() -> None:
     model = tequila.prepare(tiny.model(), TequilaConfig(modules_to_not_convert=["layers.0"]))
     kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert all((kind is nn.Linear) == ("layers.0" in name or name == "lm_head") for name, kind in kinds.items())
+
+
+@pytest.mark.real
+def test_two_blocks_of_the_default_model_are_trained_and_packed(tmp_path: Path) -> None:
+    from shoestring.models import surgery
+
+    model = models.load("smollm2").model
+    surgery.drop_blocks(model, range(2, model.config.num_hidden_layers))
+    rows = [{"input_ids": list(range(100, 164)), "labels": list(range(100, 164))}] * 4
+    with pytest.warns(UserWarning, match="unusable"):
+        made = tequila.compress(model, TequilaConfig(embeddings=8), rows, work(tmp_path, max_steps=1)).eval()
+    layers = dict(packed_modules(made))
+    assert sum(str(module.format) == "ternary/64" for module in layers.values()) == 14
+    made.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=made.dtype)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, made(ids).logits)

@@ -85,6 +85,16 @@ def test_exact_without_rounding(family: str) -> None:
     runner.close()
 
 
+def test_a_mixture_that_was_saved_as_it_trains() -> None:
+    model, ids = make("mixtral", output_router_logits=True), text(12)
+    wanted = outputs(model, ids).numpy()
+    runner = TorchRunner(loaded(model), cache_dtype="fp32")
+    runner.reserve(4)
+    np.testing.assert_allclose(logits(runner, Part(ids, pages(12))), wanted, rtol=1e-3, atol=1e-3)
+    runner.close()
+    assert model.config.output_router_logits
+
+
 def test_bfloat16() -> None:
     model, ids = make("llama").to(torch.bfloat16), text(40)
     wanted = outputs(model, ids).float().numpy()

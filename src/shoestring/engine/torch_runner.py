@@ -215,6 +215,10 @@ class TorchRunner:
         self._restore += [lambda: self.model.set_attn_implementation(before), lambda: self.model.train(training)]
         if self.model.config._attn_implementation != NAME:
             self._refuse("its attention does not pass through transformers' attention interface")
+        if getattr(self.model.config, "output_router_logits", False):
+            # They balance a mixture in training; here blocks may be left out, and there would be none.
+            self.model.config.output_router_logits = False
+            self._restore.append(lambda: setattr(self.model.config, "output_router_logits", True))
         for index, block in enumerate(self._blocks):
             own = vars(block).get("forward")
             block.forward = self._passing(index, block.forward)

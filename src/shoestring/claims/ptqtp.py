@@ -20,7 +20,7 @@ _HERE = (
     "SmolLM2-135M-Instruct (its file was 4-bit in groups of 32 once), all 210 matrices of its layers in groups of 64, "
     "the token table untouched; "
 )
-_PERPLEXITY = _HERE + "perplexity on the answers of 40 held-out examples; "
+_PERPLEXITY = _HERE + "perplexity on the answers of 12 held-out examples; "
 _ROUNDED = " with a float16 scale and offset for each group"
 CLAIMS = (
     Claim(
@@ -81,7 +81,7 @@ CLAIMS = (
 
 def run(arms: Arms) -> None:
     reference = arms.load()
-    rows = arms.docs(reference.tokenizer, {"test": arms.size(2, 40)})["test"].rows
+    rows = arms.docs(reference.tokenizer, {"test": arms.size(2, 12)})["test"].rows
     layers: dict[str, Any] = {
         name: module
         for name, module in reference.model.named_modules()
@@ -89,7 +89,7 @@ def run(arms: Arms) -> None:
         and packable(reference.model, name, module)
         and name != tied_head(reference.model)
     }
-    packed = dict(list(layers.items())[: arms.size(21, len(layers))])
+    packed = dict(list(layers.items())[: arms.size(7, len(layers))])
     kept = [name for name in layers if name not in packed] or None
     fitted = {"ptqtp": 0.0, "ptqtp-outliers": 5.0}
     plans: dict[str, Any] = {

@@ -54,7 +54,7 @@ METHOD = Method(
     combines={
         "quantizers": "yes",
         "adapters": "yes",
-        "pruners": "heads must be equal in all layers of a block, and a map of layers outlives none of them",
+        "pruners": "layers of unequal heads cannot share one matrix, and the map of layers knows of no lost ones",
         "architectures": "it is made from a plain model of its family",
     },
 )
@@ -71,14 +71,14 @@ class EchoAttOptions:
         block_size: layers of a block; 1 shares nothing.
         share: of the inner layers, how much stands in blocks.
         texts, tokens: how many texts similarity is measured on, and where they are cut.
-        heal: train after sharing; without it the model is only good for looking at.
+        heal: train after sharing; without it quality is what sharing leaves of it.
         first_stage: of the training, how much is the first stage.
         inside, soft, hard, temperature: weights of the first stage's loss, and how soft distributions are compared.
         top: ask the teacher once and keep this many of its likeliest tokens; None asks it at every step, for all.
     """
 
     block_size: int = 2
-    share: float = 0.4
+    share: float = 0.2
     texts: int = 16
     tokens: int = 256
     heal: bool = True

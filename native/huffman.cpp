@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t BLOCK = 4096, CHUNKS = 512;  // bytes, and chunks of 8 bytes with a gap each
 constexpr int64_t MOST_SYMBOLS = BLOCK * 8;    // no code is shorter than a bit
-constexpr int32_t WINDOW = 11, LONGEST = 32, LOOKUPS = 4;
+constexpr int32_t WINDOW = 11, WINDOWS = 1 << WINDOW, LONGEST = 32, LOOKUPS = 4;
 constexpr int32_t POINTER = 240;  // from here on an entry of a table names another table
 constexpr int TOGETHER = 4;
 static_assert(WINDOW * LOOKUPS <= 57, "bits of a window that a load at a byte gives");
@@ -22,7 +22,7 @@ struct Entry {
 };
 
 struct Code {
-  Entry entries[1 << WINDOW];
+  Entry entries[WINDOWS];
   const uint8_t *tables, *lengths;
   int64_t count;
 
@@ -43,17 +43,25 @@ struct Code {
   }
 
   void prepare() {
-    for (uint64_t i = 0; i < uint64_t(1) << WINDOW; ++i) {
+    // The word that begins each window. Where there is none, tables repeat what stands before it: only as many windows from
+    // a symbol's first on as its length allows are its own.
+    uint8_t symbols[WINDOWS], bits[WINDOWS];
+    int32_t first[256];
+    for (int32_t& f : first) f = -1;
+    for (int32_t i = 0; i < WINDOWS; ++i) {
+      int32_t length;
+      const uint8_t symbol = symbols[i] = walk(uint64_t(i) << (64 - WINDOW), length);
+      bits[i] = 0;
+      if (length < 1 || length > WINDOW) continue;
+      if (first[symbol] < 0) first[symbol] = i;
+      if (i - first[symbol] < 1 << (WINDOW - length)) bits[i] = uint8_t(length);
+    }
+    for (int32_t i = 0; i < WINDOWS; ++i) {
       Entry e{};
-      for (uint64_t window = i << (64 - WINDOW); e.count < 6;) {
-        // Whatever follows the window must not matter: where no word is, tables repeat what stands before.
-        int32_t bits, other;
-        const uint8_t symbol = walk(window, bits);
-        if (bits == 0 || e.bits + bits > WINDOW) break;
-        if (walk(window | ~uint64_t(0) >> (WINDOW - e.bits), other) != symbol || other != bits) break;
-        e.symbols[e.count++] = symbol;
-        e.bits = uint8_t(e.bits + bits);
-        window <<= bits;
+      for (int32_t at = i; e.count < 6; at = i << e.bits & (WINDOWS - 1)) {
+        if (bits[at] == 0 || e.bits + bits[at] > WINDOW) break;
+        e.symbols[e.count++] = symbols[at];
+        e.bits = uint8_t(e.bits + bits[at]);
       }
       entries[i] = e;
     }

@@ -184,6 +184,10 @@ class _Loader:
 
     def load(self) -> Llama:
         model = self.model
+        for name, spec in self.packing_of.items():
+            # What is read once from end to end; a cold disk is slow to notice that by itself.
+            if not parse(spec.partition("+")[0]).used_as_stored and f"{name}.weight" in self.tensors:
+                self.tensors.ahead(f"{name}.weight")
         embedding = self.matrix("embedding")
         head = embedding if model.tied else self.matrix("head")
         blocks = tuple(self.block(layer) for layer in range(model.layers))

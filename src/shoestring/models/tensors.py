@@ -54,6 +54,13 @@ class Tensors(Mapping[str, Stored]):
     def dims(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].dims
 
+    def ahead(self, name: str) -> None:
+        """Have the system read a tensor's bytes from the disk while other work is done; they will be needed soon."""
+        tensor, page = self._tensors[name], mmap.PAGESIZE
+        begin = tensor.offset // page * page
+        if tensor.size and hasattr(mmap, "MADV_WILLNEED"):
+            self._maps[tensor.file].madvise(mmap.MADV_WILLNEED, begin, tensor.offset + tensor.size - begin)
+
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system; its bytes stay readable, from the file."""
         tensor, page = self._tensors[name], mmap.PAGESIZE

@@ -3,7 +3,7 @@
     python benchmarks/lossless.py [--model smollm2] [--rounds 5] [--threads N] [--json FILE]
 
 Huffman codes are for files: every matrix of the packed folder is decoded by one thread, and a round's figure is all of
-them; loading is the engine's, with the file dropped from the system's cache before, against reading the bfloat16 file
+them over its processor time; loading is the engine's, with the file dropped from the system's cache before, against reading the bfloat16 file
 from the cold disk into memory (which the engine itself does not: it maps the file, so the first token pays for the
 disk). Codes of one length are for running: the engine's median token against that in bfloat16, in turns, both loaded
 once.
@@ -64,7 +64,7 @@ def main() -> int:
     keep(given.json, report)
     for coding, share in report["share_of_bfloat16"].items():
         print(f"{coding:10} {share:.2%} of the bfloat16 file")
-    print(f"decoding   {shown(report['decoding_GB_per_s'], '.2f')} GB/s of bfloat16, one thread")
+    print(f"decoding   {shown(report['decoding_GB_per_s'], '.2f')} GB/s of bfloat16, one core")
     for name, seconds in report["cold"]["seconds"].items():
         print(f"{name:40} {shown(seconds, '.3f')} s")
     printed("decode", found)
@@ -83,7 +83,7 @@ def coded(source: Path, place: Path, coding: str) -> Path:
 
 
 def decoding(folder: Path, rounds: int) -> list[float]:
-    """GB of bfloat16 a second by one thread, all matrices of a folder, each round."""
+    """GB of bfloat16 a second of a core's time, all matrices of a folder, each round."""
     opened = open_source(folder)
     read = []
     for name in packing(opened):
@@ -94,10 +94,10 @@ def decoding(folder: Path, rounds: int) -> list[float]:
     whole = sum(2 * matrix.rows * matrix.cols for matrix in read)
     found = []
     for _ in range(rounds + 1):
-        begin = time.perf_counter()
+        begin = time.process_time()
         for matrix in read:
             matrix.decode()
-        found.append(whole / (time.perf_counter() - begin) / 1e9)
+        found.append(whole / (time.process_time() - begin) / 1e9)
     return found[1:]  # the first round only warms up
 
 

@@ -27,7 +27,8 @@ import heapq
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Unit:
         """
         count = self.numbers - first if count is None else count
         self._check()
-        library = load().library
+        library = _library()
         out = np.empty(count, np.uint16) if out is None else out
         if library is None:
             out[:] = decode_plain(self, first, count)
@@ -379,6 +380,12 @@ def _parts(flat: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def _exponents(bits: np.ndarray) -> np.ndarray:
     return (bits >> 7 & 0xFF).astype(np.uint8)
+
+
+@cache
+def _library() -> Any:
+    """The kernels, None where there are none."""
+    return load().library
 
 
 def _damaged() -> UsageError:

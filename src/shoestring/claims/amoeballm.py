@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoestring import data, models
@@ -14,6 +15,7 @@ from shoestring.core.step import Work
 from shoestring.data.corpus import Corpus, Example
 from shoestring.jobs.evaluate import heldout
 from shoestring.lab.arms import DATA, Arms
+from shoestring.models import surgery
 
 _PAPER = "state-of-the-art trade-offs of accuracy and efficiency for subnets that are derived instantly (no figure)"
 _TEXT = "perplexity of 8 held-out texts of the Python documentation, at most 96 tokens each"
@@ -85,33 +87,34 @@ CLAIMS = (
     ),
 )
 RATES = {"subnet": 5e-3, "alone": 2e-3}
-SHAPES = ((30, 1.0), (28, 1.0), (26, 1.0), (30, 0.875), (28, 0.875), (26, 0.875))
 
 
 def run(arms: Arms) -> None:
     amoeba = catalog.module("amoeballm")
     loaded = arms.load()
     steps = arms.size(1, 12)
-    train, test = _texts(arms, loaded.tokenizer, "train", max(steps, 11)), _texts(arms, loaded.tokenizer, "test", 8)
-    few = test[: arms.size(1, 8)]
-    least = arms.size(29, 26)
+    texts = _texts(arms, loaded.tokenizer, {"train": max(steps, arms.size(2, 12)), "test": arms.size(1, 8)})
+    train, few = texts["train"], texts["test"]
+    layers, least = arms.size(8, 30), arms.size(7, 26)
+    if layers < 30:
+        surgery.drop_blocks(loaded.model, range(layers, 30))
     options = amoeba.AmoebaOptions(
-        depth=least / 30, least_depth=least / 30, width=0.875, widths=(1.0, 0.9375, 0.875),
-        search_tokens=arms.size(12, 96), watched_tokens=1024,
+        depth=least / layers, least_depth=least / layers, width=0.875, widths=(1.0, 0.9375, 0.875),
+        search_tokens=arms.size(12, 96), watched_tokens=arms.size(96, 1024),
     )  # fmt: skip
     with arms.arm("search"):
         plan = amoeba.plan_supernet(loaded.model, options, train)
     gone = {
         "search": [place for place, stays in enumerate(plan.keeps[-1]) if not stays],
-        "last-layers": range(least, 30),
-        "every-seventh": [6, 13, 20, 27][: 30 - least],
+        "last-layers": list(range(least, layers)),
+        "every-seventh": list(range(6, layers, 7)),
     }
     for name, places in gone.items():
         with arms.arm(name) as stage:
             small = _without(loaded.model, places)
             stage.record("perplexity", _perplexity(small, few), "perplexity", "measured")
     make = amoeba.Supernet(copy.deepcopy(loaded.model), plan, 5, 2, 8, 16.0).eval()
-    narrow = plan.subnet(30, 0.875)
+    narrow = plan.subnet(layers, 0.875)
     for name in ("fluctuation", "magnitude"):
         with arms.arm(name) as stage:
             small = make.extract(narrow) if name == "fluctuation" else _by_magnitude(loaded.model, plan.widths[2])
@@ -135,15 +138,19 @@ def run(arms: Arms) -> None:
         stage.record("perplexity", _perplexity(small, few), "perplexity", "measured")
 
 
-def _texts(arms: Arms, tokenizer: Any, part: str, count: int) -> list[dict[str, Any]]:
-    """Rows of answers of some length, as plain text; the seed chooses which."""
+def _texts(arms: Arms, tokenizer: Any, sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of answers of some length, as plain text, for each part; the seed chooses which."""
     import torch
 
     parts = dict(zip(("train", "validation", "test"), data.split(data.read(DATA), seed=0)))
-    texts = [e.messages[-1]["content"] for e in parts[part].examples if len(e.messages[-1]["content"]) > 300]
-    chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(arms.seed))[:count].tolist()
-    corpus = Corpus([Example(text=texts[i]) for i in chosen], "text")
-    return list(data.encode(corpus, tokenizer, 96, on_long="truncate").rows)
+    order = torch.Generator().manual_seed(arms.seed)
+    rows = {}
+    for name, count in sizes.items():
+        texts = [e.messages[-1]["content"] for e in parts[name].examples if len(e.messages[-1]["content"]) > 300]
+        chosen = torch.randperm(len(texts), generator=order)[:count].tolist()
+        corpus = Corpus([Example(text=texts[i]) for i in chosen], "text")
+        rows[name] = list(data.encode(corpus, tokenizer, 96, on_long="truncate").rows)
+    return rows
 
 
 def _perplexity(model: Any, rows: Sequence[Any]) -> float:
@@ -153,15 +160,14 @@ def _perplexity(model: Any, rows: Sequence[Any]) -> float:
 def _record(stage: Any, supernet: Any, small: Any, rows: Sequence[Any], arms: Arms) -> None:
     stage.record("perplexity", _perplexity(small, rows), "perplexity", "measured")
     losses = []
-    for depth, width in [s for s in SHAPES if not arms.quick or s[0] == 30]:
+    depths = sorted({subnet.depth for subnet in supernet.plan.subnets()})
+    for depth, width in itertools.product(depths[:: arms.size(1, 2)], (1.0, 0.875)):
         with supernet.active(supernet.plan.subnet(depth, width)):
-            losses.append(math.log(_perplexity(supernet.model, rows[:4])))
+            losses.append(math.log(_perplexity(supernet.model, rows[: arms.size(1, 4)])))
     stage.record("mean_perplexity", math.exp(sum(losses) / len(losses)), "perplexity", "measured")
 
 
 def _without(model: Any, places: Sequence[int]) -> Any:
-    from shoestring.models import surgery
-
     small = copy.deepcopy(model)
     surgery.drop_blocks(small, places)
     return small

@@ -188,7 +188,8 @@ def test_what_does_nothing_is_what_goes(tmp_path: Path) -> None:
         optimizer.step()
     idle = torch.arange(0, 96, 3)
     with torch.no_grad():
-        model.get_submodule(inspect(model).blocks[0].projections["down"]).weight[:, idle] = 0
+        down: Any = model.get_submodule(inspect(model).blocks[0].projections["down"])
+        down.weight[:, idle] = 0
     sparsity = 32 * uneven.sizes(model).neuron_cost / uneven.sizes(model).weights
     gates = Gates(uneven.sizes(model), sparsity)
     wrapped = _shared.with_lora(model, 4)
@@ -317,6 +318,15 @@ def test_the_prompt_tells_of_the_pruning_and_is_not_learned() -> None:
     assert seen[1].messages[0]["content"].endswith("S") and len(seen[1].messages) == 2
     assert seen[2] is corpus.examples[2]
     assert seen[0].learned() == [2] and seen[1].learned() == [1]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_price_counts_what_trains(hidden: bool) -> None:
+    model = tiny.model()
+    promised = compresso.price(models.shape_of(model), {"rank": 4, "hidden": hidden}).trainable
+    wrapped = _shared.with_lora(model, 4)
+    wrapped.add_module("gates", Gates(uneven.sizes(tiny.model()), 0.2, hidden))
+    assert promised == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("options", [{"warmup": 1.0}, {"healing": -0.1}, {"gate_learning_rate": 0}, {"rank": 0}])

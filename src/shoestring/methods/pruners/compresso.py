@@ -22,10 +22,12 @@ How it works
 
 Where it bends
     Single heads of a group cannot free its keys and values: groups are gated whole. After step 7 one number, near 0
-    when training has converged, is added to all neurons' a so that the budget is met to the neuron; a short run meets
-    it too. Layers end up unequal, which transformers knows after an import that the model card names. Dimensions of the
-    stream are left alone by default: their gates cut embeddings as well, of which the budget knows nothing. A batch is
-    one draw, so gradient accumulation averages over several. Sources of text other than answers are trained whole.
+    when training has converged, is added to all a, and another to those of the neurons, so that the budget is met to
+    the neuron. A short run meets it too, but its gates are hardly told apart: raise `gate_learning_rate`, and do not
+    expect to beat a cut by first-order importance. Layers end up unequal, which transformers knows after an import that
+    the model card names. Dimensions of the stream are left alone by default: their gates cut embeddings as well, of
+    which the budget knows nothing. A batch is one draw, so gradient accumulation averages over several. Plain texts,
+    which have no answers, are learned whole.
 """
 
 from __future__ import annotations

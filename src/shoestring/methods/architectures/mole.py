@@ -260,7 +260,7 @@ def example() -> MoLEOptions:
 
 def settings() -> tuple[dict[str, Any], ...]:
     """The configurations worth trying, the gentlest first."""
-    return tuple({"experts_per_group": k, "weighted": True} for k in (2, 4, 8, None))
+    return tuple({"experts_per_group": k, "weighted": True} for k in (4, 8, 16, None))
 
 
 def base() -> PreTrainedModel:

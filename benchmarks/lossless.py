@@ -3,10 +3,10 @@
     python benchmarks/lossless.py [--model smollm2] [--rounds 5] [--threads N] [--json FILE]
 
 Huffman codes are for files: every matrix of the packed folder is decoded by one thread, and a round's figure is all of
-them over its processor time; loading is the engine's, with the file dropped from the system's cache before, against reading the bfloat16 file
-from the cold disk into memory (which the engine itself does not: it maps the file, so the first token pays for the
-disk). Codes of one length are for running: the engine's median token against that in bfloat16, in turns, both loaded
-once.
+them over its processor time; loading is the engine's, with the file dropped from the system's cache before, against
+reading the bfloat16 file from the cold disk into memory (which the engine itself does not: it maps the file, so the
+first token pays for the disk). Codes of one length are for running: the engine's median token against that in bfloat16,
+in turns, both loaded once.
 """
 
 from __future__ import annotations

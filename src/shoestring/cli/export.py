@@ -8,9 +8,11 @@ from shoestring.cli._screen import current
 
 @click.command("export", cls=Command)
 @model_argument(required=True)
-@out_option(required=True, help="Folder for the exported model; it must be new.")
-@click.option("--format", default="safetensors", show_default=True, help="What to write.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="Of the written weights.")
+@out_option(required=True, help="Folder, or for gguf the file; it must be new.")
+@click.option(
+    "--format", default="safetensors", show_default=True, help="safetensors, or gguf where it carries weights exactly."
+)
+@click.option("--dtype", default="bfloat16", show_default=True, help="Of weights written as safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 def command(model: str, out: str, **options: object) -> None:
     """Write MODEL as plain weights that other programs read without shoestring."""

@@ -8,7 +8,7 @@ from shoestring.core.errors import UsageError, nearest
 from shoestring.core.files import refuse_occupied
 from shoestring.jobs._doors import open_model
 
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "gguf")
 
 
 def export(
@@ -22,10 +22,11 @@ def export(
     """Write the model in `folder` to `out`; returns where it stands.
 
     Args:
-        format: "safetensors" writes plain weights in `dtype`, unpacking packed ones, that any transformers reads.
+        format: "safetensors" writes plain weights in `dtype`, unpacking packed ones, that any transformers reads;
+            "gguf" one file with the weights as they are, where GGUF has types that carry them exactly.
 
     Raises:
-        UsageError: an unknown format, an adapter (merge it first), or an occupied folder.
+        UsageError: an unknown format, an adapter (merge it first), an occupied place, or what GGUF does not carry.
     """
     from shoestring.models import resolve, save
     from shoestring.models.folder import ADAPTER_CONFIG
@@ -37,6 +38,12 @@ def export(
         raise UsageError(
             f"{path} is an adapter, not a model", remedy="Merge it with its base first: `shoestring merge`"
         )
+    if format == "gguf":
+        from shoestring.models.gguf_writing import write_gguf
+
+        if Path(out).exists() and not overwrite:
+            raise UsageError(f"{out} exists already", remedy="Name another file, or add --overwrite")
+        return write_gguf(path, Path(out))
     if not overwrite:
         refuse_occupied(out)
     loaded = open_model(folder, dtype=dtype)

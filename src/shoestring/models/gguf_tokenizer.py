@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -63,6 +64,25 @@ def build(values: Mapping[str, Any]) -> Tokenizer | None:
     made.add_tokens(added)
     _frame(made, values)
     return made
+
+
+def cut_of(tokenizer: Mapping[str, Any]) -> str | None:
+    """GGUF's name of the cut that a `tokenizer.json` asks for; None when it has none that is known here."""
+    wanted = _form(tokenizer.get("pre_tokenizer"))
+    taken = bool((tokenizer.get("model") or {}).get("ignore_merges"))
+    for name in ("gpt-2", "smollm", "qwen2", "tekken", "llama-bpe"):
+        made = Tokenizer(BPE())
+        made.pre_tokenizer = _cut(name)
+        if _form(json.loads(made.to_str())["pre_tokenizer"]) == wanted and taken == (name in ("llama-bpe", "tekken")):
+            return name
+    return None
+
+
+def _form(cut: Any) -> Any:
+    """A cut without what changes no token: where offsets begin."""
+    if isinstance(cut, dict):
+        return {key: _form(value) for key, value in cut.items() if key != "trim_offsets"}
+    return [_form(item) for item in cut] if isinstance(cut, list) else cut
 
 
 def number_of(values: Mapping[str, Any], key: str) -> int | None:

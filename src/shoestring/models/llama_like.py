@@ -54,7 +54,7 @@ _FOLDER_NAMES = {
     **{role: f"model.layers.{{}}.self_attn.{role}_proj" for role in _ATTENTION},
     **{role: f"model.layers.{{}}.mlp.{role}_proj" for role in _MLP},
 }  # fmt: skip
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "embedding": "token_embd", "final_norm": "output_norm", "head": "output",
     "attention_norm": "blk.{}.attn_norm", "mlp_norm": "blk.{}.ffn_norm",
     "q_norm": "blk.{}.attn_q_norm", "k_norm": "blk.{}.attn_k_norm",
@@ -248,7 +248,7 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
 
 
 # GGUF architecture -> whether its q and k rows lie in pairs.
-_GGUF_FAMILIES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
+GGUF_FAMILIES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
 
 
 def from_gguf(
@@ -265,10 +265,10 @@ def from_gguf(
         UsageError: a value that no model can have.
     """
     family = str(values.get("general.architecture", ""))
-    if family not in _GGUF_FAMILIES:
+    if family not in GGUF_FAMILIES:
         raise NotNative(
             f"The native runner does not know GGUF files of the architecture {family[:40]!r}",
-            f"it runs {', '.join(_GGUF_FAMILIES)}",
+            f"it runs {', '.join(GGUF_FAMILIES)}",
         )
     own = {key.removeprefix(f"{family}."): value for key, value in values.items() if key.startswith(f"{family}.")}
     if own.get("expert_count"):
@@ -282,7 +282,7 @@ def from_gguf(
     if own.get("attention.value_length", head_dim) != head_dim:
         raise NotNative("The native runner wants keys and values of one width")
     rotated = _size(own, "rope.dimension_count") if "rope.dimension_count" in own else head_dim
-    interleaved = _GGUF_FAMILIES[family]
+    interleaved = GGUF_FAMILIES[family]
     if interleaved and rotated != head_dim:
         raise NotNative(f"The native runner does not rotate {rotated} of {head_dim} dimensions that lie in pairs")
     context = _size(own, "context_length")
@@ -292,7 +292,7 @@ def from_gguf(
     # GGUF writes no list of layers without rotation: the family's own step is what it means.
     step = FAMILIES[family].get("no_rope_layer_interval")
     rotates = tuple(not step or (layer + 1) % step != 0 for layer in range(layers))
-    biased = frozenset(r for r in PROJECTIONS if _GGUF_NAMES[r].format(0) + ".bias" in dims)
+    biased = frozenset(r for r in PROJECTIONS if GGUF_NAMES[r].format(0) + ".bias" in dims)
     return _checked(
         LlamaLike(
             family=family,
@@ -314,7 +314,7 @@ def from_gguf(
             tied="output.weight" not in dims,
             attention_scale=_number(own, "attention.scale") if own.get("attention.scale") else head_dim**-0.5,
             interleaved=interleaved,
-            names=_GGUF_NAMES,
+            names=GGUF_NAMES,
         )
     )
 

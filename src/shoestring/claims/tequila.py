@@ -25,8 +25,8 @@ _PAPER = (
     "of training (Llama-3.2 1B and 3B)"
 )
 _HERE = (
-    "Llama of 3 layers, width 128, 512 byte pairs, trained 250 steps of 8 x 128 tokens of Python documentation, then "
-    "ternary in groups of 64 for 120 steps more; the paper's learning rate of 1e-3 for every arm; held-out loss on the "
+    "Llama of 3 layers, width 128, 512 byte pairs, trained 220 steps of 8 x 128 tokens of Python documentation, then "
+    "ternary in groups of 64 for 100 steps more; the paper's learning rate of 1e-3 for every arm; held-out loss on the "
     "test part; "
 )
 _CANNOT = "ARC, and what 10B tokens recover; in so few steps trapping is not visible"
@@ -91,7 +91,7 @@ CLAIMS = (
         expect="<= 0.5",
     ),
 )
-RECIPE = mixture.Recipe(length=128, batch=8, steps=250, rate=2e-3)
+RECIPE = mixture.Recipe(length=128, batch=8, steps=220, rate=2e-3)
 RATE, TEST = 1e-3, 2
 
 
@@ -118,8 +118,8 @@ def _training(arms: Arms) -> None:
     trained: Any = None
     for arm, deadzone, steps in (
         ("untrained", 1e-3, 0),
-        ("straight-through", 0.0, arms.size(2, 120)),
-        ("tequila", 1e-3, arms.size(2, 120)),
+        ("straight-through", 0.0, arms.size(2, 100)),
+        ("tequila", 1e-3, arms.size(2, 100)),
     ):
         with arms.arm(arm) as stage:
             config = module.TequilaConfig(deadzone=deadzone)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +84,24 @@ def test_untrusted_bytes_are_refused_as_torch_refuses_them() -> None:
             taken += 1
             assert np.array_equal(native.rows_of(np.arange(9)), dictionary.values(symbols, low, high).numpy())
     assert 0 < taken < 1500
+
+
+@pytest.mark.parametrize("flags", [[], ["-march=x86-64-v4"]], ids=["base", "avx512"])
+def test_damaged_bytes_under_sanitizers(flags: list[str], tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or (flags and "avx512vnni" not in ops.backend()["levels"]):
+        pytest.skip("no C++ compiler, or no such CPU")
+    (tmp_path / "sound").write_bytes(dictionary.encode(*ternary(9, 21, 0.8)).numpy().tobytes())
+    here, native = Path(__file__).parent, Path(__file__).parents[2] / "native"
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    files = [str(native / "dictionary.cpp"), str(here / "dictionary_fuzz.cpp")]
+    command = [compiler, "-std=c++17", *flags, "-DISA=base", *sanitize, f"-I{native}", *files, "-o", "fuzz"]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if "sanitize" in built.stderr or "asan" in built.stderr:
+        pytest.skip("the compiler brings no sanitizers")
+    assert built.returncode == 0, built.stderr[-2000:]
+    run = subprocess.run([str(tmp_path / "fuzz"), str(tmp_path / "sound"), "5000"], capture_output=True, text=True)
+    assert run.stdout == "done\n", run.stderr[-2000:]
 
 
 def test_gradients_reach_the_input(level: str) -> None:

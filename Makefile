@@ -16,8 +16,9 @@ help: ## list the targets
 demo: $(VENV)/installed $(VENV)/model ## run `shoestring fit` with no arguments: the demonstration
 	$(BIN)/shoestring fit
 
-test: $(VENV)/installed-dev $(VENV)/model ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev $(VENV)/model ## run all tests: side by side, then those that measure time
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not quiet"
+	$(BIN)/python -m pytest -m quiet
 
 lint: $(VENV)/installed-dev ## style, types, and who may import whom
 	$(BIN)/ruff check

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# What holds a clock against a bound, by folder or file.
+QUIET = ("core", "server", "models/test_guard.py", "models/test_load.py", "engine/test_scheduler.py")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores already
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix()
+        if place.startswith(QUIET):
+            item.add_marker(pytest.mark.quiet)
 
 
 @pytest.fixture(scope="session")

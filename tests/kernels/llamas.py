@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from shoestring.engine.runner import Batch
-from shoestring.kernels import matrix
+from shoestring.kernels import formats, matrix
 from shoestring.kernels.llama import PAGE, Block, Cache, Llama
 from shoestring.kernels.loader import load
 from shoestring.lab import tiny
@@ -92,13 +92,17 @@ def native(model: PreTrainedModel, format: str = "fp32", positions: int = 1024, 
 
 
 def pack(weight: torch.Tensor, format: str, bias: torch.Tensor | None = None) -> matrix.Matrix:
-    """fp32 and bf16 as they are; int8 in groups of 32."""
+    """fp32 and bf16 as they are; int8 and sums of signs, whose inputs are tables, in groups of 32."""
     values, rows, cols = array(weight), *weight.shape
     plain = None if bias is None else array(bias)
     if format == "fp32":
         return matrix.make(format, rows, cols, values, bias=plain)
     if format == "bf16":
         return matrix.make(format, rows, cols, bfloat16(values), bias=plain)
+    if format == "binary4":
+        made = formats.parse("binary4o/32")
+        tensors = {name: tensor.numpy() for name, tensor in made.pack(weight.detach()).items()}
+        return made.layout.matrix(tensors, rows, cols, plain)
     groups = -(-cols // 32)
     padded = np.zeros((rows, groups * 32), np.float32)
     padded[:, :cols] = values

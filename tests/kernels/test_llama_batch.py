@@ -219,7 +219,7 @@ def test_low_rank_additions_are_merged_weights(name, isa):
         np.testing.assert_allclose(result, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8"])
+@pytest.mark.parametrize("format", ["bf16", "int8", "binary4"])
 @pytest.mark.parametrize("rank", [3, 16, 40])
 def test_additions_in_eight_bits_stay_near_the_exact_ones(format, rank, isa):
     model, ids = native(family("llama"), format), tokens(70)
@@ -246,7 +246,7 @@ def test_additions_in_eight_bits_stay_near_the_exact_ones(format, rank, isa):
     assert changed_off < 1.25 * off  # what the weights' own format loses hides what the additions' loses
 
 
-@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "binary4"])
 def test_results_with_adapters_do_not_depend_on_the_batch(format, isa):
     model = native(family("llama"), format)
     lows = [model.adapter(additions(model, rank, rank)) for rank in (8, 16, 33)]

@@ -29,8 +29,9 @@ Where it bends
     offset. Groups are the largest of 64, 32 and 16 that the model's widths allow (128 in the paper, which not every
     width allows); those that 32 does not divide train and merge in place, but have no packed format. In evaluation the
     quantizer always acts, also during the warm-up, and in other training loops it does from the first step. Dropout is
-    left out: with it W would not be the sum. One adapter acts at a time. For generating, merge: before that the weight
-    is made anew for every token.
+    left out: with it W would not be the sum. One adapter acts at a time.
+    Making the weight costs the same for few tokens as for many: a step of 200 takes about twice a LoRA's time on a
+    processor. For generating, merge: before that the weight is made anew for every token.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ WORDS = ("MODELS", "NEUTRAL", "settings", "price", "convert")
 #   base() -> PreTrainedModel: a tiny model of the kind it converts, where that is no Llama, such as one with experts.
 #   NEUTRAL_ERROR: how far, of their norm, logits may be off under NEUTRAL, where the neutral weights are a product.
 OF_ENCODING = ("max_length", "on_long")
+MOST_VALID = 32  # texts that healing is watched on: it is seen there, not measured
 
 
 def adopt(module: ModuleType) -> None:
@@ -114,7 +115,7 @@ def _encoded(loaded: models.Loaded, work: Work) -> tuple[_shared.Rows, _shared.R
     on_long = work.training.get("on_long", "truncate")
     parts = (work.train, work.valid)
     train, valid = (data.encode(p, loaded.tokenizer, length, on_long=on_long).rows if p else [] for p in parts)
-    return train, valid
+    return train, valid[:MOST_VALID]
 
 
 def _card(name: str, base: str, options: Any) -> str:

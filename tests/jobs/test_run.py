@@ -46,6 +46,8 @@ def test_what_a_fit_resolved_to_gives_the_same_model(tiny: Path, data: Path, tmp
         ("verb: fitt\n", "unknown verb fitt. Did you mean fit"),
         ("verb: fit\nbudgett: storage=1MB\n", "unknown key budgett. Did you mean budget"),
         ("verb: fit\nbudget: storage=1\n", "has no unit"),
+        ("verb: measure\nmodel: x\n", "meter is missing"),
+        ("verb: trial\nmethods: all\n", "unknown key methods. Did you mean method"),
         ("model: x\nsteps: [{verb: merge, optoins: {}}]\n", "is not a step"),
         ("model: x\nsteps: [{verb: compress, method: int8}]\ntraining: {max_step: 1}\n", "unknown training setting"),
     ],

@@ -9,6 +9,7 @@ import pytest
 
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
 from shoestring.jobs import trial as job
+from shoestring.jobs.run import run_file
 from shoestring.jobs.trial import TrialRequest, trial
 from shoestring.jobs.trial_report import markdown
 from shoestring.planner.plan import by_verb
@@ -121,6 +122,13 @@ def test_finished_rows_are_kept(answers: dict[str, Any], tiny: Path, tmp_path: P
     answers |= {"asked": [], "ia3": {"loss": 2.0}}
     assert names(trial(request, out=tmp_path / "out", resume=True)) == ["ia3", "lora"]
     assert [asked["method"] for asked in answers["asked"]] == ["ia3"]
+
+
+def test_what_it_resolved_to_runs_again(answers: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    answers |= {"lora": {"loss": 3.0}, "ia3": {"loss": 2.0}}
+    first = trial(TrialRequest(str(tiny), method="lora,ia3"), out=tmp_path / "out")
+    again = run_file(tmp_path / "out" / "run" / "config.resolved.yaml", out=tmp_path / "again")
+    assert names(again) == names(first)
 
 
 @pytest.mark.parametrize(

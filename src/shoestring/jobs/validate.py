@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ REQUESTS = {
     "fit": ("shoestring.jobs.fit", "FitRequest"),
     "train": ("shoestring.jobs.train", "TrainRequest"),
     "compress": ("shoestring.jobs.compress", "CompressRequest"),
+    "trial": ("shoestring.jobs.trial", "TrialRequest"),
+    "measure": ("shoestring.jobs.measure", "MeasureRequest"),
 }
 STEPS_KEYS = ("model", "data", "steps", "training", "skip_bad", "seed", "trust_remote_code")
 _OF_ENCODING = {"max_length", "on_long"}
@@ -46,6 +49,9 @@ def validate(path: Path, *, contents: bool = True) -> list[str]:
     keys = set(request.__dataclass_fields__) if request else set(STEPS_KEYS)
     for key in sorted(set(written) - keys, key=str):
         problems.append(f"{path}: unknown key {key}. {nearest(str(key), keys)}")
+    for field in fields(request) if request else ():
+        if field.name not in written and field.default is MISSING and field.default_factory is MISSING:
+            problems.append(f"{path}: {field.name} is missing. Say which {verb} it is for.")
     with _noting(problems):
         _training(written.get("training") or {})
     if verb == "fit":
@@ -108,6 +114,8 @@ def _steps(written: Mapping[str, Any], verb: str | None, problems: list[str]) ->
             names = str(written.get("method") or "").replace(" ", "").split(",")
             return pipeline.stack(names, written.get("options") or {}) if names != [""] else []
         return []
+    if verb in ("trial", "measure"):
+        return []  # they look at their methods themselves, before any work
     if verb == "train":
         rows = [{"verb": verb, "method": written.get("method"), "options": written.get("options")}]
         rows = rows if written.get("method") else []

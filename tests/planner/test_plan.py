@@ -42,6 +42,15 @@ def test_what_fits_comes_first_and_the_least_compressed_of_it(shape: Shape) -> N
     assert found[-1].name == "as it is"
 
 
+def test_a_limit_that_no_fixed_setting_keeps_is_told_to_a_method(shape: Shape) -> None:
+    smallest = min(c.predicted.storage for c in plan(shape, ROOMY, FLOOR))
+    limit = smallest - 2000
+    found = plan(shape, Budget({"storage": limit}), FLOOR)
+    assert found[0].fits and "within" in catalog.get(found[0].steps[-1].method).words
+    assert 0.9 * limit < found[0].predicted.storage <= limit
+    assert not plan(shape, Budget({"storage": 1000}), FLOOR)[0].fits, "and none where nothing is as small"
+
+
 def test_a_miss_is_what_the_prediction_says(shape: Shape) -> None:
     budget = Budget({"storage": 1000, "memory": FLOOR, "time": 1})
     closest = plan(shape, budget, FLOOR)[0]
@@ -91,11 +100,11 @@ def test_by_verb_asks_the_rooms() -> None:
 
 
 def test_only_the_hopeless_is_refused(shape: Shape) -> None:
-    least = min(c.predicted.storage for c in plan(shape, ROOMY, FLOOR))
+    least = min(c.predicted.storage for c in plan(shape, ROOMY, FLOOR, compress="int4"))
     near, far = (Budget({"storage": least / (HOPELESS + d)}) for d in (-0.01, 0.01))
-    refuse_hopeless(plan(shape, near, FLOOR), near)
+    refuse_hopeless(plan(shape, near, FLOOR, compress="int4"), near)
     with pytest.raises(DoesNotFit, match="nothing fits storage=.*where the limit is.*Relax storage"):
-        refuse_hopeless(plan(shape, far, FLOOR), far)
+        refuse_hopeless(plan(shape, far, FLOOR, compress="int4"), far)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["storage", "memory", "train.memory"]), st.floats(10, 1e13)), min_size=1,

@@ -22,6 +22,7 @@ from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 from shoestring.models.folder import check_folder
+from shoestring.planner.plan import WITHIN, by_verb
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,6 @@ def compress(
     limited = request.size is not None or request.bits is not None
     steps = stack(methods, request.options) if methods else []
     if not steps and not limited:
-        from shoestring.planner.plan import by_verb
-
         known = ", ".join(m.name for m in by_verb("compress"))
         raise UsageError(
             "no method is given",
@@ -156,7 +155,7 @@ def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]
     if request.size is not None and request.bits is not None:
         raise UsageError("both --size and --bits are given", remedy="Give one of them")
     if request.size is not None:
-        limit = int(Budget.parse(f"storage={request.size}").limits["storage"]) - shape.other_files
+        limit = int(Budget.parse(f"storage={request.size}").limits["storage"] * WITHIN) - shape.other_files
     else:
         bits = float(request.bits or 0)
         if not 0 < bits <= 32:

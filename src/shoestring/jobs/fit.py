@@ -246,7 +246,7 @@ class _Fit:
                 self.candidates = [
                     replace(c, steps=tuple(s for s in c.steps if s.verb == "compress")) for c in self.candidates
                 ]
-        tried = self._try(before_choice, whole_choice, choose)
+        tried = self._try(before_choice, whole_choice, choose, train)
         good = [t for t in tried if not t.misses]
         best = max(good, key=lambda t: t.kept) if good else min(tried, key=lambda t: (t.worst, -t.kept))
         self.missed = list(best.misses)
@@ -276,8 +276,8 @@ class _Fit:
         folder, facts = execute(shared, self.source, work)
         return open_model(folder), facts[0].get("log", [])
 
-    def _try(self, original: Quality, whole: Quality, rows: list[Any]) -> list[_Tried]:
-        """Build candidates in order until one fits and keeps enough.
+    def _try(self, original: Quality, whole: Quality, rows: list[Any], train: Any) -> list[_Tried]:
+        """Build candidates in order until one fits and keeps enough; `train` is for those that look at data.
 
         One that is good enough beside the original, yet loses more than was to be kept by being compressed, is not the
         last word: others are tried too, as long as time allows.
@@ -292,7 +292,7 @@ class _Fit:
             clock = time.monotonic()
             self.say(f"building {candidate.name}")
             with self.ledger.stage("build"):
-                folder, _ = execute(candidate.steps, self.source, self._work(None, None, {}))
+                folder, _ = execute(candidate.steps, self.source, self._work(train, None, {}))
             with self.ledger.stage("measure", settle=True):
                 work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
                 model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model

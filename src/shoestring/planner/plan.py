@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from shoestring.planner.cost import Prediction, predict
 MERGE = Step("merge")
 # A finished model may miss its limit this many times over before building the closest one is refused as hopeless.
 HOPELESS = 1.5
+# Of a limit on storage, what tensors and known files may take: the heads of weight files and the configuration's list
+# of formats come on top.
+WITHIN = 0.997
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,16 @@ def plan(
     before = _adaptation(shape, adapt)
     shaped = before[-1][1] if before else shape
     first = tuple(step for step, _ in before)
-    candidates = []
-    for steps, after in _compressions(shaped, compress, options):
-        predicted = predict(after, floor)
-        misses = tuple(budget.misses(predicted.figures()))
-        candidates.append(Candidate(first + steps, after, predicted, misses))
-    return sorted(candidates, key=lambda c: (c.excess, -c.predicted.storage))
+
+    def candidates(made: Iterator[tuple[tuple[Step, ...], Shape]]) -> Iterator[Candidate]:
+        for steps, after in made:
+            predicted = predict(after, floor)
+            yield Candidate(first + steps, after, predicted, tuple(budget.misses(predicted.figures())))
+
+    found = list(candidates(_compressions(shaped, compress, options)))
+    if compress is None and not any(candidate.fits for candidate in found):
+        found += candidates(_within(shaped, budget))
+    return sorted(found, key=lambda c: (c.excess, -c.predicted.storage))
 
 
 def refuse_hopeless(candidates: list[Candidate], budget: Budget) -> None:
@@ -135,6 +143,16 @@ def _compressions(
         module = catalog.module(name)
         for settings in [dict(options)] if options else module.settings():
             yield (Step("compress", name, settings),), module.price(shape, settings).shape
+
+
+def _within(shape: Shape, budget: Budget) -> Iterator[tuple[tuple[Step, ...], Shape]]:
+    """By methods that are told a size: for budgets that no fixed setting keeps."""
+    limit = budget.get("storage")
+    for method in catalog.that_define("within") if limit else ():
+        module = catalog.module(method.name)
+        settings = module.within(int((limit or 0) * WITHIN) - shape.other_files)
+        with suppress(DoesNotFit):
+            yield (Step("compress", method.name, settings),), module.price(shape, settings).shape
 
 
 def _must_do(name: str, verb: str) -> None:

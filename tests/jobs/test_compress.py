@@ -2,13 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from shoestring.core.errors import QualityGate, UsageError
+from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
 from shoestring.jobs import compress as job
 from shoestring.jobs.compress import CompressRequest, compress
+
+
+def from_folder(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).dequantize()
 
 
 def test_the_bill(tiny: Path, data: Path, tmp_path: Path, digest: Callable[[Path], str]) -> None:
@@ -49,6 +54,31 @@ def test_below_keep_it_is_no_model(tiny: Path, data: Path, tmp_path: Path, monke
     assert str(kept) in str(caught.value)
     monkeypatch.setattr(job, "compare", true)
     assert compress(request, out=tmp_path / "out", resume=True)["quality_kept"] > 0.95, "a failed run can go on"
+
+
+def test_a_size_without_a_method(tiny: Path, data: Path, tmp_path: Path) -> None:
+    before = sum(f.stat().st_size for f in tiny.iterdir())
+    settings = {"max_length": 16}
+    request = CompressRequest(str(tiny), data=str(data), size="75kB", keep=0.2, eval_examples=4, training=settings)
+    result = compress(request, out=tmp_path / "out")
+    weights = result["bits_per_weight"] * sum(p.numel() for p in from_folder(result["model"]).parameters()) / 8
+    assert result["storage_before"] == before and weights < 75_000
+    with pytest.raises(DoesNotFit, match="tokenizer and configuration alone take"):
+        compress(CompressRequest(str(tiny), data=str(data), size="1kB"), out=tmp_path / "two")
+    with pytest.raises(DoesNotFit, match="the smallest on offer take"):
+        compress(CompressRequest(str(tiny), data=str(data), bits=1.5), out=tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_stack_prunes_nothing_after_packing_and_trains_between(tiny: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "max_length": 16}
+    request = CompressRequest(
+        str(tiny), "lora,int8", {"lora.r": 2}, str(data), keep=0.2, eval_examples=4, training=settings
+    )
+    result = compress(request, out=tmp_path / "out")
+    assert result["method"] == "lora,int8" and result["options"]["lora"] == {"r": 2}
+    card = (Path(result["model"]) / "README.md").read_text()
+    assert "import shoestring.methods.quantizers" in card and "perplexity / the original's" in card
 
 
 @pytest.mark.parametrize(

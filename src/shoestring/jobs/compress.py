@@ -11,7 +11,7 @@ from shoestring import data as datasets
 from shoestring import models
 from shoestring.core import catalog, text
 from shoestring.core.budget import Budget
-from shoestring.core.errors import QualityGate, UsageError
+from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
 from shoestring.core.files import write_text
 from shoestring.core.ledger import Ledger
 from shoestring.core.shape import Shape
@@ -156,6 +156,12 @@ def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]
         raise UsageError("both --size and --bits are given", remedy="Give one of them")
     if request.size is not None:
         limit = int(Budget.parse(f"storage={request.size}").limits["storage"] * WITHIN) - shape.other_files
+        if limit <= 0:
+            raise DoesNotFit(
+                f"nothing is as small as {request.size}",
+                f"tokenizer and configuration alone take {text.show(shape.other_files, 'B')}",
+                "Relax the limit",
+            )
     else:
         bits = float(request.bits or 0)
         if not 0 < bits <= 32:

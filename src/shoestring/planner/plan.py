@@ -147,10 +147,10 @@ def _compressions(
 
 def _within(shape: Shape, budget: Budget) -> Iterator[tuple[tuple[Step, ...], Shape]]:
     """By methods that are told a size: for budgets that no fixed setting keeps."""
-    limit = budget.get("storage")
-    for method in catalog.that_define("within") if limit else ():
+    left = int((budget.get("storage") or 0) * WITHIN) - shape.other_files
+    for method in catalog.that_define("within") if left > 0 else ():
         module = catalog.module(method.name)
-        settings = module.within(int((limit or 0) * WITHIN) - shape.other_files)
+        settings = module.within(left)
         with suppress(DoesNotFit):
             yield (Step("compress", method.name, settings),), module.price(shape, settings).shape
 

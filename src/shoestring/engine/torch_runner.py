@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Thro
 from shoestring.models.anatomy import attends, inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
-from shoestring.models.seal import needs
+from shoestring.models.seal import fulfil
 
 _CACHE_TYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8,
@@ -347,8 +346,8 @@ def _know_format(path: Path) -> None:
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _know_format(resolve(str(check_adapter(path).get("base_model_name_or_path") or "")))
     file = path / "config.json"
-    for name in needs(read_json(file)) if file.is_file() else ():
-        import_module(name)
+    if file.is_file():
+        fulfil(read_json(file))
 
 
 def _put_back(block: nn.Module, forward: Any) -> None:

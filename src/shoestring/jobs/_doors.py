@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core import catalog
 from shoestring.models.folder import ADAPTER_CONFIG, read_json
-from shoestring.models.seal import needs
+from shoestring.models.seal import fulfil, needs
 
 if TYPE_CHECKING:
     from shoestring.models import Loaded
@@ -21,8 +20,7 @@ def open_doors(folder: Path) -> None:
     loader to refuse.
     """
     if (folder / "config.json").is_file():
-        for name in needs(read_json(folder / "config.json")):
-            importlib.import_module(name)
+        fulfil(read_json(folder / "config.json"))
     elif (folder / ADAPTER_CONFIG).is_file():
         from shoestring.models import resolve
 

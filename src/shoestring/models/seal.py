@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from shoestring.core.errors import UsageError
 from shoestring.core.files import write_text
 
 _WEIGHTS, _NEEDS = "transformers_weights", "shoestring_needs"
@@ -44,3 +46,18 @@ def needs(config: Mapping[str, Any]) -> list[str]:
     return (
         [name for name in found if isinstance(name, str) and _OURS.fullmatch(name)] if isinstance(found, list) else []
     )
+
+
+def fulfil(config: Mapping[str, Any]) -> None:
+    """Import what a folder with this config.json needs.
+
+    Raises:
+        UsageError: this version has no such module.
+    """
+    for name in needs(config):
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            raise UsageError(
+                f"The model needs `import {name}`, which does not exist here", remedy="Update shoestring"
+            ) from None

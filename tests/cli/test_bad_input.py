@@ -12,6 +12,9 @@ from saying import Said, Shoestring, snapshot
 
 from shoestring.core import catalog
 from shoestring.planner import machine
+from shoestring.planner.plan import by_verb
+
+PACKER = next(m.name for m in by_verb("compress") if m.default)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ def test_unknown_method(tiny: Path, data: Path, tmp_path: Path, shoestring: Shoe
 
 def test_a_method_with_another_verb(tiny: Path, data: Path, tmp_path: Path, shoestring: Shoestring) -> None:
     trains = next(catalog.in_room("adapters"))
-    packs = next(catalog.in_room("quantizers"))
+    packs = PACKER
     refused(
         shoestring("compress", tiny, "--method", trains, "--data", data, "--out", "out"), trains, "does not compress"
     )
@@ -129,7 +132,7 @@ def test_corrupt_safetensors(model: Path, data: Path, shoestring: Shoestring) ->
     weights.write_bytes(weights.read_bytes()[:5000])
     refused(shoestring("generate", model, "w5"), "model.safetensors")
     refused(
-        shoestring("compress", model, "--method", next(catalog.in_room("quantizers")), "--data", data),
+        shoestring("compress", model, "--method", PACKER, "--data", data),
         "model.safetensors",
     )
 
@@ -207,7 +210,7 @@ def test_a_folder_that_holds_another_run(tiny: Path, data: Path, tmp_path: Path,
     (other / "run" / "manifest.json").write_text('{"kind": "train", "status": "done"}')
     before = snapshot(other)
     words = ["--data", data, "--out", other]
-    packs = next(catalog.in_room("quantizers"))
+    packs = PACKER
     for verb in (["compress", tiny, "--method", packs], ["train", tiny], ["fit", tiny, "--budget", "storage=1GB"]):
         refused(shoestring(*verb, *words), "already holds a run", "--resume")
     assert snapshot(other) == before
@@ -232,7 +235,14 @@ def test_a_full_disk_leaves_nothing_half_written(
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
         said = shoestring(
-            "compress", tiny, "--method", next(catalog.in_room("quantizers")), "--data", data, "--out", "out"
+            "compress",
+            tiny,
+            "--method",
+            PACKER,
+            "--data",
+            data,
+            "--out",
+            "out",
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

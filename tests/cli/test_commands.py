@@ -14,9 +14,10 @@ from saying import Shoestring, snapshot
 from shoestring.core import catalog, claim
 from shoestring.core.claim import ClaimFile
 from shoestring.planner import machine
+from shoestring.planner.plan import by_verb
 
 ADAPTER = next(catalog.in_room("adapters"))
-PACKER = next(catalog.in_room("quantizers"))
+PACKER = next(m.name for m in by_verb("compress") if m.default)
 
 
 # ---------------------------------------------------------------- the catalog

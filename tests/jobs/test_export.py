@@ -8,6 +8,7 @@ from shoestring.core.errors import UsageError
 from shoestring.jobs.export import export
 from shoestring.lab import tiny
 from shoestring.models import save
+from shoestring.planner.plan import by_verb
 
 torch.set_num_threads(1)
 
@@ -15,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_weights_become_plain_ones(tmp_path, tied):
     save(tiny.model(tie_word_embeddings=tied), word_tokenizer(), tmp_path / "float")
-    name = next(catalog.in_room("quantizers"))
+    name = next(m.name for m in by_verb("compress") if m.default)
     config = catalog.module(name).example()
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     save(packed, word_tokenizer(), tmp_path / "packed")

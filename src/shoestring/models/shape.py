@@ -117,6 +117,13 @@ def _weights(
         if any(name.startswith(block + ".") for block in in_blocks):
             used *= passes
         weights.append(Weight(name, role, dims, 0 if tied else stored, 0 if tied else resident, tied, used))
+    # A projection that gathers its matrix from a parameter of the model says from which; it multiplies all the same.
+    for name, module in modules.items():
+        source = getattr(module, "shared_with", "")
+        if source and is_projection(module):
+            columns, rows = features(module)
+            used = float(passes) if any(name.startswith(block + ".") for block in in_blocks) else 1.0
+            weights.append(Weight(f"{name}.weight", roles.get(name, "other"), (rows, columns), 0, 0, source, used))
     return tuple(weights)
 
 

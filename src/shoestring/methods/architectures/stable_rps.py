@@ -1,0 +1,653 @@
+"""STABLE-RPS: all weights of a network are hashed into one small array, which trains stably at any compression.
+
+How it works
+    n is the number of weights in embeddings and linear layers; biases, norms and modules below `smallest` stay as they
+    are. One trained array psi has m = floor(kept n) numbers, and m is written into the configuration.
+    1. Weight j of the model, counted through all modules in their order, is W[j] = lambda g(j) psi[h(j)], with a scale
+       lambda for each module and a sign g(j) from a hash. Weights that are tied are counted once.
+    2. `fold` maps by random folds: the chunk j div m of m weights in a row is the array, turned by a hash of the chunk:
+       h(j) = (H(j div m) + j mod m) mod m, H(x) = ((a x + b x^2 + c) mod P) mod m. Every slot then serves floor(n / m)
+       or ceil(n / m) weights, weights closer than m share none within a chunk, and each matrix is a few slices. With
+       m >= n there is one chunk, so the model is the original one, turned.
+    3. `roast` is what it is compared with: blocks of 16 x 16 weights, or 8 of an embedding's row, each lie anywhere in
+       psi, h = H(block) mod (m - block) onward. They overlap at random, and slots serve unequally many weights.
+    4. A new model draws psi from U(-i, i), i = `spread`, and lambda = s sqrt(3) / i, s the family's own deviation.
+    5. The gradient of psi[s] is the sum over its users of lambda g dL/dW. A step of W so becomes lambda^2 times as
+       large, and i is a hidden learning rate. Before it reaches clipping and optimizer, it is divided by Gamma:
+       v1  Gamma[s] = (sum of lambda)^2 / (count + 1e-3) + 1e-6, which makes it the mean over the users in terms of W;
+       v2  sum of lambda; v3 mean of lambda; v4 sqrt(sum of lambda^2); v5 sum of lambda^2; none leaves it.
+    6. No matrix is kept: forward and backward each gather what one layer needs, embeddings only the rows of their
+       tokens, and the backward pass adds into one float32 array of m. Optimizers hold m numbers, the file holds psi.
+    7. A trained model is converted by least squares, psi[s] = sum(lambda g W) / sum(lambda^2) over the users of s, with
+       lambda from the deviation of each matrix. With the fold and kept >= 1 lambda is 1 and the result exact.
+
+Where it bends
+    Storage and training memory fall, multiplications and additions do not: each layer computes with its full matrix,
+    and gathering it costs time besides. A trained model that is converted with kept < 1 is destroyed, since the map is
+    not learned: it needs training, nearly as much as a new one; only kept >= 1 is exact. The sqrt(3) of step 4, which
+    makes the deviation right, is not in the authors' simulation. m below n is raised until it has no divisor in common
+    with a row's length, so that rows do not meet in step. Weight decay of psi acts on W with lambda^2; leave it off. A
+    new model is built densely for a moment before its matrices are dropped; loading one is not. Llama-like families
+    only, so no convolutions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from shoestring.core.errors import UsageError
+from shoestring.core.method import Method, Paper, Price
+from shoestring.core.shape import PROJECTIONS, Shape, Weight
+from shoestring.core.step import Work
+from shoestring.methods.architectures import _shared
+from shoestring.models.load import quiet
+from shoestring.models.surgery import replace_module
+from shoestring.training import TrainOptions, train
+
+METHOD = Method(
+    paper=Paper("In defense of parameter sharing for model-compression", "2023-10", code="apd10/FakeRoast"),
+    provides="StableRPSLlamaConfig",
+    saves=("parameters", "storage", "memory", "network"),
+    combines={
+        "quantizers": "all layers read one array, which has no rows with scales of their own",
+        "adapters": "they attach to layers that hold a weight, and here none does",
+        "pruners": "a number of the array serves many layers, so no layer's part of it can be cut out",
+        "architectures": "it is made from a plain model of its family",
+    },
+)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NEUTRAL: dict[str, Any] = {"kept": 1.0}
+TRAINING = {"learning_rate": 1e-3, "warmup_ratio": 0.1, "weight_decay": 0.0}
+MAPPINGS = ("fold", "roast")
+SCALERS = ("v1", "v2", "v3", "v4", "v5", "none")
+NAME = "psi"
+PRIME = 2038074743
+TILE, STRIP = 16, 8  # roast: a matrix goes in tiles of 16 x 16, an embedding's row in strips of 8
+
+
+@dataclass(frozen=True)
+class StableRPSOptions:
+    """What may be said about a conversion.
+
+    Attributes:
+        kept: c, the size of psi as a share of the weights it stands for.
+        mapping: "fold", or "roast" for the baseline.
+        scaler: what gradients are divided by: v1 to v5, or "none".
+        spread: i, where psi begins.
+        signs: weights have signs of their own.
+        smallest: modules of fewer weights stay as they are.
+        map_seed: chooses the map.
+        heal: train afterwards, where there is text and kept < 1.
+    """
+
+    kept: float = 0.1
+    mapping: str = "fold"
+    scaler: str = "v1"
+    spread: float = 0.05
+    signs: bool = True
+    smallest: int = 0
+    map_seed: int = 0
+    heal: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("kept", "spread"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value!r}", "it is above 0")
+        for name, known in (("mapping", MAPPINGS), ("scaler", SCALERS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}", remedy=f"Known: {', '.join(known)}")
+        for name in ("smallest", "map_seed"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise UsageError(f"{name} is {value!r}", "it is a whole number of at least 0")
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix [rows, columns] stands in the line of all weights, and its scale lambda."""
+
+    name: str
+    offset: int
+    rows: int
+    columns: int
+    looked_up: bool
+    scale: float = 1.0
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Map:
+    """Which of m slots a weight is, and with which sign; the same everywhere for the same seed.
+
+    Raises:
+        UsageError: m is too small for the blocks of `roast`.
+    """
+
+    m: int
+    seed: int = 0
+    mapping: str = "fold"
+    signs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.m <= (TILE * TILE if self.mapping == "roast" else 0):
+            raise UsageError(f"An array of {self.m} numbers is too small", remedy="Raise kept")
+
+    @property
+    def _factors(self) -> tuple[int, ...]:
+        draw = random.Random(self.seed)
+        return tuple(draw.randrange(1, PRIME - 1) | 1 for _ in range(3))
+
+    def turn(self, chunk: int) -> int:
+        """H(chunk), by how much the array is turned there (step 2)."""
+        a, b, c = self._factors
+        return (a * chunk + b * chunk * chunk + c) % PRIME % self.m
+
+    def slices(self, place: Place) -> Iterator[tuple[int, int]]:
+        """Start and length of the pieces of psi that are the matrix, one after another, with `fold` (step 2)."""
+        at, end = place.offset, place.offset + place.size
+        while at < end:
+            chunk, within = divmod(at, self.m)
+            length = min(end - at, self.m - within)
+            start = (self.turn(chunk) + within) % self.m
+            first = min(length, self.m - start)
+            yield start, first
+            if length > first:
+                yield 0, length - first
+            at += length
+
+    def slots(self, place: Place, rows: Tensor) -> Tensor:
+        """Slots of some rows' weights, int64 [..., columns]."""
+        row, column = rows[..., None].long(), torch.arange(place.columns, device=rows.device)
+        if self.mapping == "fold":
+            j = place.offset + row * place.columns + column
+            first, last = place.offset // self.m, (place.offset + place.size - 1) // self.m
+            turns = torch.tensor([self.turn(chunk) for chunk in range(first, last + 1)], device=rows.device)
+            return (turns[j // self.m - first] + j % self.m) % self.m
+        high, wide = (1, STRIP) if place.looked_up else (TILE, TILE)
+        block = place.offset + row // high * -(-place.columns // wide) + column // wide
+        a, b, c = self._factors
+        x = block % PRIME
+        start = ((a * x) % PRIME + (b * (x * x % PRIME)) % PRIME + c) % PRIME % (self.m - high * wide)  # step 3
+        return start + row % high * wide + column % wide
+
+    def sign(self, j: Tensor) -> Tensor:
+        """g(j), -1 or 1, of int32 numbers of weights, which may have wrapped around."""
+        x = j ^ (random.Random(self.seed + 1).getrandbits(31))
+        for factor in (0x7FEB352D, 0x2C1B3C6D):
+            x = (x ^ (x >> 16)) * factor
+        return (x >> 31) | 1
+
+
+def size_of(count: int, rows: Iterable[int], kept: float) -> int:
+    """m for `count` weights in rows of these lengths: below `count` it has no divisor in common with any of them."""
+    m = max(1, math.floor(kept * count + 1e-9))
+    lengths = set(rows)
+    if m < count:
+        while any(math.gcd(m, length) > 1 for length in lengths):
+            m += 1
+    return m
+
+
+class Shared:
+    """The array of a model and the ways from it and back. Modules hold this; the model holds the parameter.
+
+    Attributes:
+        places: one for each matrix, tied ones once.
+    """
+
+    def __init__(self, model: nn.Module, array: Map, places: tuple[Place, ...], scaler: str) -> None:
+        self._model, self.map, self.places, self.scaler = (model,), array, places, scaler
+        self._forget()
+
+    def _forget(self) -> None:
+        self._token: tuple[Tensor, nn.Parameter, torch.dtype] | None = None
+        self._sums: dict[int, Tensor] = {}
+        self._gamma: Tensor | None = None
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("_model", "map", "places", "scaler")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def psi(self) -> nn.Parameter:
+        found: nn.Parameter = getattr(self._model[0], NAME)
+        return found
+
+    # ---- from the array
+
+    @torch.no_grad()
+    def matrix(self, place: Place) -> Tensor:
+        """W [rows, columns] of a place, anew (step 1)."""
+        psi = self.psi.detach()
+        if self.map.mapping == "fold":
+            flat = torch.cat([psi[start : start + length] for start, length in self.map.slices(place)])
+        else:
+            flat = psi[self.map.slots(place, torch.arange(place.rows, device=psi.device))].flatten()
+        return self.signed(flat.view(place.rows, place.columns), place)
+
+    @torch.no_grad()
+    def rows(self, place: Place, rows: Tensor) -> Tensor:
+        """Some rows of a place, [..., columns]; nothing else is read."""
+        return self.signed(self.psi.detach()[self.map.slots(place, rows)], place, rows)
+
+    def weight(self, place: Place) -> Tensor:
+        """W for whoever reads it: as long as one is alive, the same tensor for all that are tied."""
+        known, version = self._seen.get(place.offset, (lambda: None, -1))
+        found, now = known(), self.psi._version
+        if found is None or version != now or found.device != self.psi.device or found.dtype != self.psi.dtype:
+            found = self.matrix(place)
+            self._seen[place.offset] = weakref.ref(found), now
+        return found
+
+    def signed(self, values: Tensor, place: Place, rows: Tensor | None = None) -> Tensor:
+        """`values` times lambda g, in place."""
+        if place.scale != 1.0:
+            values *= place.scale
+        if self.map.signs:
+            values *= self.signs(place, rows)
+        return values
+
+    def signs(self, place: Place, rows: Tensor | None = None) -> Tensor:
+        """g of a place's weights, or of those of some rows."""
+        device = self.psi.device
+        begin = (place.offset + 2**31) % 2**32 - 2**31  # the hash is of 32 bits
+        if rows is None:
+            j = torch.arange(place.size, dtype=torch.int32, device=device) + begin
+            return self.map.sign(j.view(place.rows, place.columns))
+        j = place.offset + rows[..., None].long() * place.columns + torch.arange(place.columns, device=device)
+        return self.map.sign(((j + 2**31) % 2**32 - 2**31).to(torch.int32))
+
+    # ---- back to it
+
+    def token(self) -> Tensor:
+        """What a module's gradients hang on: its backward pass hands psi the sum of all of them."""
+        psi = self.psi
+        if torch._C._current_graph_task_id() == -1:
+            self._sums.clear()  # left by a backward pass that broke off
+        if not (psi.requires_grad and torch.is_grad_enabled()):
+            return torch.zeros((), device=psi.device)
+        made = self._token
+        # Autograd remembers a parameter's type, which changes in place when training begins.
+        if made is None or made[1] is not psi or made[2] != psi.dtype or made[0].device != psi.device:
+            made = self._token = _Root.apply(psi, self), psi, psi.dtype
+        return made[0]
+
+    def add(self, place: Place, gradient: Tensor, rows: Tensor | None = None) -> None:
+        """Add lambda g dL/dW of a place, or of some rows, to the sum of this backward pass, in float32 (step 5)."""
+        key = torch._C._current_graph_task_id()
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(self.map.m, device=gradient.device)
+        self.scatter(self._sums[key], place, self.signed(gradient.float().clone(), place, rows), rows)
+
+    def scatter(self, into: Tensor, place: Place, values: Tensor, rows: Tensor | None = None) -> None:
+        """Add values [rows, columns] to the slots they belong to."""
+        flat = values.reshape(-1)
+        if self.map.mapping == "fold" and rows is None:
+            at = 0
+            for start, length in self.map.slices(place):
+                into[start : start + length] += flat[at : at + length]
+                at += length
+            return
+        chosen = torch.arange(place.rows, device=into.device) if rows is None else rows
+        into.index_add_(0, self.map.slots(place, chosen).flatten(), flat)
+
+    def take(self) -> Tensor:
+        """The sum of this backward pass, divided by Gamma."""
+        total = self._sums.pop(torch._C._current_graph_task_id())
+        return total if self.scaler == "none" else total.div_(self.gamma())
+
+    def users(self, power: int) -> Tensor:
+        """Sum of lambda^power over the users of each slot, float32 [m]; 0 counts them."""
+        total = torch.zeros(self.map.m, device=self.psi.device)
+        for place in self.places:
+            self.scatter(total, place, torch.tensor(place.scale**power, device=total.device).expand(place.size))
+        return total
+
+    def gamma(self) -> Tensor:
+        """What gradients are divided by (step 5), [m]; worked out once."""
+        if self._gamma is None or self._gamma.device != self.psi.device:
+            sums, counts = self.users(1), self.users(0)
+            found = {
+                "v1": lambda: sums.square() / (counts + 1e-3),
+                "v2": lambda: sums,
+                "v3": lambda: sums / (counts + 1e-3),
+                "v4": lambda: self.users(2).sqrt(),
+                "v5": lambda: self.users(2),
+                "none": lambda: torch.ones_like(sums),
+            }[self.scaler]()
+            self._gamma = found if self.scaler == "none" else found + 1e-6
+        return self._gamma
+
+
+class _Root(torch.autograd.Function):
+    """The node that all gradients of the array pass, once in a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, psi: Tensor, shared: Shared) -> Tensor:
+        ctx.shared = shared
+        return torch.zeros((), device=psi.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return ctx.shared.take(), None
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T + bias; W is gathered in both directions and kept in none (step 6)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, token: Tensor, shared: Shared, place: Place) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shared, ctx.place = shared, place
+        return F.linear(x, shared.matrix(place).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        back = bias = token = None
+        flat = grad.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            back = grad @ ctx.shared.matrix(ctx.place).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            bias = flat.sum(0)
+        if ctx.needs_input_grad[2]:
+            ctx.shared.add(ctx.place, flat.T @ x.flatten(0, -2).to(flat.dtype))
+            token = torch.zeros((), device=grad.device)
+        return back, bias, token, None, None
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows of W; those of the padding token get no gradient, as in torch's embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, ids: Tensor, shared: Shared, place: Place, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shared, ctx.place, ctx.padding = shared, place, padding
+        return shared.rows(place, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (ids,), (grad,) = ctx.saved_tensors, grads
+        if ctx.padding is not None:
+            grad = grad * (ids != ctx.padding)[..., None]
+        ctx.shared.add(ctx.place, grad, ids)
+        return torch.zeros((), device=grad.device), None, None, None, None
+
+
+class SharedLinear(nn.Module):
+    """A linear layer whose matrix is a part of the model's array; its bias, if it has one, is its own."""
+
+    shared_with = NAME
+
+    def __init__(self, shared: Shared, place: Place, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.shared, self.place = shared, place
+        self.register_parameter("bias", bias)
+        self.in_features, self.out_features = place.columns, place.rows
+
+    @property
+    def weight(self) -> Tensor:
+        return self.shared.weight(self.place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = None if bias is None else bias.to(x.dtype)
+        return _Multiply.apply(x, bias, self.shared.token(), self.shared, self.place)  # type: ignore[no-any-return]
+
+
+class SharedEmbedding(nn.Module):
+    """An embedding whose table is a part of the model's array."""
+
+    shared_with = NAME
+
+    def __init__(self, shared: Shared, place: Place, padding_idx: int | None) -> None:
+        super().__init__()
+        self.shared, self.place, self.padding_idx = shared, place, padding_idx
+        self.num_embeddings, self.embedding_dim = place.rows, place.columns
+
+    @property
+    def weight(self) -> Tensor:
+        return self.shared.weight(self.place)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        token = self.shared.token()
+        return _LookUp.apply(token, ids, self.shared, self.place, self.padding_idx)  # type: ignore[no-any-return]
+
+
+# --- the architecture -------------------------------------------------------------------------------------------------
+
+
+class _Hashed:
+    """Goes before a family's own model class: its embeddings and linear layers read one array."""
+
+    _tied_weights_keys = None  # what is tied has one place in the array
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        model: Any = self
+        places = places_of(model, config.smallest)
+        unique = {place.offset: place for place in places.values()}
+        if config.shared_size is None:
+            config.shared_size = sum(place.size for place in unique.values())
+        usual = config.initializer_range * math.sqrt(3) / config.spread  # step 4
+        scales = dict(zip(unique, config.scales or [usual] * len(unique), strict=True))
+        places = {name: replace(place, scale=scales[place.offset]) for name, place in places.items()}
+        array = Map(config.shared_size, config.map_seed, config.mapping, config.signs)
+        shared = Shared(model, array, tuple({p.offset: p for p in places.values()}.values()), config.scaler)
+        for name, place in places.items():
+            old = model.get_submodule(name)
+            made = (
+                SharedEmbedding(shared, place, old.padding_idx)
+                if isinstance(old, nn.Embedding)
+                else SharedLinear(shared, place, old.bias)
+            )
+            replace_module(model, name, made)
+        model.register_parameter(NAME, nn.Parameter(torch.empty(array.m).uniform_(-config.spread, config.spread)))
+
+
+def places_of(model: Any, smallest: int = 0) -> dict[str, Place]:
+    """Full name of each embedding and linear layer -> its place; tied ones have the same."""
+    found: dict[str, Place] = {}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    offset, first = 0, ""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.numel() < smallest:
+            continue
+        if model.config.tie_word_embeddings and module in ends:
+            if first:
+                found[name] = found[first]
+                continue
+            first = name
+        rows, columns = module.weight.shape
+        found[name] = Place(name, offset, rows, columns, isinstance(module, nn.Embedding))
+        offset += rows * columns
+    return found
+
+
+def _plain(family: str) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+
+
+def _made(family: str) -> tuple[Any, Any]:
+    """The configuration and the model class of a family, with what determines the map."""
+    base: Any = CONFIG_MAPPING[family]
+    plain = _plain(family)
+    stem = plain.__name__.removesuffix("ForCausalLM")
+    own = {
+        "__module__": __name__,
+        "__doc__": f"A {base.__name__} with one array: `shared_size` is m, `scales` each module's lambda.",
+        "__annotations__": {
+            "shared_size": int | None, "scales": list[float] | None, "mapping": str, "scaler": str, "spread": float,
+            "signs": bool, "smallest": int, "map_seed": int,
+        },
+        "shared_size": None,
+        "scales": None,
+        "mapping": "fold",
+        "scaler": "v1",
+        "spread": 0.05,
+        "signs": True,
+        "smallest": 0,
+        "map_seed": 0,
+        "model_type": f"{_shared.PREFIX}stable_rps_{family}",
+    }  # fmt: skip
+    config: Any = strict(type(f"StableRPS{stem}Config", (_shared.Sealed, base), own))
+    says = f"A {plain.__name__} whose matrices are gathered from one array."
+    named = {"__module__": __name__, "__doc__": says, "config_class": config}
+    return config, type(f"StableRPS{stem}ForCausalLM", (_Hashed, plain), named)
+
+
+MODELS = tuple(_made(family) for family in FAMILIES)
+globals().update({made.__name__: made for pair in MODELS for made in pair})
+
+
+def example() -> StableRPSOptions:
+    """The configuration that checks, documentation and the first-time user run."""
+    return StableRPSOptions(kept=0.5)
+
+
+def settings() -> tuple[dict[str, Any], ...]:
+    """The configurations worth trying, the gentlest first."""
+    return ({"kept": 0.5}, {"kept": 0.25}, {"kept": 0.1})
+
+
+def price(shape: Shape, options: Mapping[str, Any]) -> Price:
+    """m numbers in place of n; every matrix is still multiplied with."""
+    known = {name: value for name, value in options.items() if name in StableRPSOptions.__dataclass_fields__}
+    chosen = StableRPSOptions(**{**settings()[0], **known})
+    inside = [
+        w
+        for w in shape.weights
+        if w.role in PROJECTIONS | {"embed", "head"} and len(w.dims) == 2 and w.count >= chosen.smallest
+    ]
+    counted = [w for w in inside if not w.tied]
+    count = sum(w.count for w in counted)
+    m = size_of(count, [w.dims[1] for w in counted], chosen.kept)
+    each, held = (sum(getattr(w, kind) for w in counted) / max(1, count) for kind in ("stored", "resident"))
+    array = Weight(NAME, "other", (m,), round(m * each), round(m * held))
+    names = {w.name for w in inside}
+    left = tuple(replace(w, stored=0, resident=0, tied=NAME) if w.name in names else w for w in shape.weights)
+    made = replace(shape, weights=(array, *left))
+    return Price(made, trainable=made.parameters if chosen.heal and chosen.kept < 1 else 0, train_flops=3.0)
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def convert(model: PreTrainedModel, options: StableRPSOptions, rows: _shared.Rows) -> _shared.Converted:
+    """The same model on one array; exact with the fold and kept >= 1, else in need of training.
+
+    Raises:
+        UsageError: a model of another family, or an array too small for the blocks of `roast`.
+    """
+    family = _family(model)
+    places = list({p.offset: p for p in places_of(model, options.smallest).values()}.values())
+    count = sum(p.size for p in places)
+    m = size_of(count, [p.columns for p in places], options.kept)
+    exact = m >= count and options.mapping == "fold"
+    parameters: dict[str, Tensor] = {f"{p.name}.weight": model.get_parameter(f"{p.name}.weight") for p in places}
+    if not exact:
+        deviations = [float(weight.detach().float().std(correction=0)) for weight in parameters.values()]
+        places = [replace(p, scale=max(s, 1e-6) * 3**0.5 / options.spread) for p, s in zip(places, deviations)]
+    holder = nn.Module()  # of the array to be
+    holder.register_parameter(NAME, nn.Parameter(torch.empty(m, device=model.device)))
+    array = Map(m, options.map_seed, options.mapping, options.signs)
+    shared = Shared(holder, array, tuple(places), options.scaler)
+    total, norm = torch.zeros(m, device=shared.psi.device), shared.users(2)
+    for place in places:
+        weight = parameters[f"{place.name}.weight"].detach().float()
+        shared.scatter(total, place, shared.signed(weight.clone(), place))
+    psi = (total / norm.where(norm > 0, 1.0)).to(model.dtype)  # step 7
+    gone = {id(parameter) for parameter in parameters.values()}
+    state = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in gone}
+    state[NAME] = psi
+    config, made = MODELS[FAMILIES.index(family)]
+    said = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    own = {k: v for k, v in asdict(options).items() if k not in ("kept", "heal")}
+    with quiet():
+        built, report = made.from_pretrained(
+            None, config=config(**{**said, **own}, shared_size=m, scales=[p.scale for p in places]), state_dict=state,
+            dtype=model.dtype, output_loading_info=True,
+        )  # fmt: skip
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    built.generation_config = copy.deepcopy(model.generation_config)
+    counts = shared.users(0)
+    facts = {"shared": count, "array": m, "exact": exact, "load": [int(counts.min()), int(counts.max())]}
+    return _shared.Converted(built.eval(), facts)
+
+
+def heal(
+    converted: _shared.Converted,
+    base: PreTrainedModel,
+    options: StableRPSOptions,
+    rows: _shared.Rows,
+    valid: _shared.Rows,
+    work: Work,
+) -> dict[str, Any]:
+    """Train the array, norms and biases on the text; without it nothing below kept = 1 is of use."""
+    if not options.heal or converted.facts["exact"]:
+        return {"steps": 0}
+    settings = TrainOptions(**{"seed": work.seed, **work.training})
+    model = converted.model
+    result = train(model, list(rows), list(valid), settings, work.folder, ledger=work.ledger, resume=work.resume)
+    return {"steps": result.steps, "tokens": result.tokens}
+
+
+@torch.no_grad()
+def materialize(model: PreTrainedModel) -> PreTrainedModel:
+    """An ordinary model of its family with the same matrices."""
+    family = model.config.model_type.removeprefix(f"{_shared.PREFIX}stable_rps_")
+    plain: Any = CONFIG_MAPPING[family]
+    known = set(plain().to_dict()) - {"model_type", "architectures"}
+    state = {name: value.detach().clone() for name, value in model.named_parameters() if name != NAME}
+    for name, module in model.named_modules():
+        if isinstance(module, SharedLinear | SharedEmbedding) and module.place.name == name:
+            state[f"{name}.weight"] = module.shared.matrix(module.place)
+    said = {k: v for k, v in model.config.to_dict().items() if k in known}
+    with quiet():
+        built = _plain(family).from_pretrained(None, config=plain(**said), state_dict=state, dtype=model.dtype)
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built.eval()  # type: ignore[no-any-return]
+
+
+def _family(model: PreTrainedModel) -> str:
+    for family in FAMILIES:
+        if type(model) is _plain(family):
+            return family
+    known = ", ".join(_plain(family).__name__ for family in FAMILIES)
+    raise UsageError(
+        f"STABLE-RPS does not fit {type(model).__name__}",
+        "its matrices are not known to stand in linear layers and embeddings alone",
+        f"Use one of {known}",
+    )

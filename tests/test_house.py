@@ -41,7 +41,7 @@ def is_number_type(name: str) -> bool:
 
 
 # Methods called like a word of English or of ours: prose and classes of the same name must be free to say it.
-PLAIN_WORDS = ("miss", "road", "lily")
+PLAIN_WORDS = ("miss", "mixed", "road", "lily")
 
 
 def sources() -> Iterator[Path]:

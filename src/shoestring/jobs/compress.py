@@ -83,7 +83,7 @@ def compress(
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
     steps = _refuse_early(steps + (_within(request, shape, bool(methods)) if limited else []), shape)
     corpus = datasets.read(request.data)
-    label = f"{Path(request.model).name}-{'+'.join(methods) or 'mixed'}"
+    label = f"{Path(request.model).name}-{'+'.join(step.method for step in steps if step.method)}"
     with (
         open_run(out, "compress", asdict(request), resume=resume, label=label) as run,
         Ledger() as ledger,

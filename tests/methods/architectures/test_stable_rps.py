@@ -501,3 +501,19 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
 def test_roast_needs_room_for_a_block() -> None:
     with pytest.raises(UsageError, match="too small"):
         converted(mapping="roast", kept=0.001)
+
+
+@pytest.mark.real
+def test_on_the_default_model() -> None:
+    """Turned and signed it is the same model to the bit; with the half of it, it must be trained anew."""
+    base = models.load("smollm2").model
+    ids = torch.tensor([[504, 2933, 28, 260, 3575, 314]])
+    with torch.no_grad():
+        want = base(ids, labels=ids)
+        made = RPS.convert(base, RPS.StableRPSOptions(kept=1.0), [])
+        assert torch.equal(made.model(ids).logits, want.logits)
+        assert made.facts["array"] == sum(p.numel() for n, p in base.named_parameters() if "norm" not in n)
+        del made
+        half = RPS.convert(base, RPS.StableRPSOptions(kept=0.5), [])
+        assert half.facts["load"] in ([1, 2], [2, 2])
+        assert half.model(ids, labels=ids).loss > want.loss + 1

@@ -17,6 +17,7 @@ from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
 from shoestring.lab import tiny
+from shoestring.methods.architectures import _array
 
 RPS = catalog.module("stable_rps")
 TURNS = [195, 2499, 1741, 1311]  # of seed 7 and m 3001
@@ -54,11 +55,11 @@ def users(shared: Any) -> dict[int, list[tuple[float, int]]]:
                 j = place.offset + row * place.columns + column
                 if array.mapping == "fold":
                     x = j // array.m
-                    slot = ((a * x + b * x * x + c) % RPS.PRIME % array.m + j % array.m) % array.m
+                    slot = ((a * x + b * x * x + c) % _array.PRIME % array.m + j % array.m) % array.m
                 else:
                     high, wide = (1, 8) if place.looked_up else (16, 16)
                     x = place.offset + row // high * math.ceil(place.columns / wide) + column // wide
-                    start = (a * x + b * x * x + c) % RPS.PRIME % (array.m - high * wide)
+                    start = (a * x + b * x * x + c) % _array.PRIME % (array.m - high * wide)
                     slot = start + row % high * wide + column % wide
                 found.setdefault(slot, []).append((place.scale, j))
     return found
@@ -106,9 +107,9 @@ def test_roast_does_not() -> None:
 
 
 def test_weights_of_a_chunk_share_no_slot() -> None:
-    array = RPS.Map(3001)
+    array = _array.Map(3001)
     for chunk in (0, 1, 5):
-        place = RPS.Place("", chunk * 3001, 3001, 1, False)
+        place = _array.Place("", chunk * 3001, 3001, 1, False)
         assert len(set(array.slots(place, torch.arange(3001)).flatten().tolist())) == 3001
 
 
@@ -124,12 +125,12 @@ def test_a_matrix_is_a_few_slices_of_the_array() -> None:
 
 def test_the_map_is_the_same_everywhere() -> None:
     """Known answers: files made elsewhere must be read with the same map."""
-    array = RPS.Map(3001, seed=7)
+    array = _array.Map(3001, seed=7)
     assert [array.turn(chunk) for chunk in range(4)] == TURNS
     assert array.sign(torch.arange(-4, 12, dtype=torch.int32)).tolist() == SIGNS
-    block = RPS.Map(3001, seed=7, mapping="roast")
-    assert block.slots(RPS.Place("", 0, 32, 32, False), torch.tensor([0, 17]))[:, ::16].tolist() == BLOCKS
-    assert [RPS.Map(3001, seed=8).turn(chunk) for chunk in range(4)] != TURNS
+    block = _array.Map(3001, seed=7, mapping="roast")
+    assert block.slots(_array.Place("", 0, 32, 32, False), torch.tensor([0, 17]))[:, ::16].tolist() == BLOCKS
+    assert [_array.Map(3001, seed=8).turn(chunk) for chunk in range(4)] != TURNS
 
 
 def test_signs_are_even_and_those_of_the_weights_number() -> None:
@@ -139,14 +140,14 @@ def test_signs_are_even_and_those_of_the_weights_number() -> None:
     assert abs((whole[1:] * whole[:-1]).mean()) < 4 / len(whole) ** 0.5
     chosen = torch.tensor([[3, 0], [9, 3]])
     assert torch.equal(shared.signs(shared.places[1], chosen), shared.signs(shared.places[1])[chosen])
-    far = RPS.Place("", 2**32 + 2**31 - 3, 2, 4, False)  # numbers that do not fit into 32 bits
+    far = _array.Place("", 2**32 + 2**31 - 3, 2, 4, False)  # numbers that do not fit into 32 bits
     assert torch.equal(shared.signs(far), shared.signs(far, torch.arange(2)))
 
 
 def test_the_size_has_no_divisor_in_common_with_a_row() -> None:
-    assert RPS.size_of(10_000, [64, 96], 0.1) == 1001
-    assert RPS.size_of(1155 * 10, [3, 5, 7, 11], 0.1) == 1156
-    assert RPS.size_of(10_000, [64, 96], 1.0) == 10_000
+    assert _array.size_of(10_000, [64, 96], 0.1) == 1001
+    assert _array.size_of(1155 * 10, [3, 5, 7, 11], 0.1) == 1156
+    assert _array.size_of(10_000, [64, 96], 1.0) == 10_000
 
 
 # ---------------------------------------------------------------- recovery and gradients
@@ -358,14 +359,14 @@ def test_embeddings_read_only_the_rows_they_need(monkeypatch: pytest.MonkeyPatch
     shared = shared_of(model)
     want = shared.matrix(shared.places[0])[torch.tensor([[3, 60, 3]])]
     asked = Counter[str]()
-    slots = RPS.Map.slots
+    slots = _array.Map.slots
 
     def counted(self: Any, place: Any, rows: torch.Tensor) -> torch.Tensor:
         asked[place.name] += rows.numel()
         return slots(self, place, rows)
 
-    monkeypatch.setattr(RPS.Map, "slots", counted)
-    monkeypatch.setattr(RPS.Shared, "matrix", None)
+    monkeypatch.setattr(_array.Map, "slots", counted)
+    monkeypatch.setattr(_array.Shared, "matrix", None)
     got = model.get_input_embeddings()(torch.tensor([[3, 60, 3]]))
     assert torch.equal(got, want) and list(asked.values()) == [3]
     got.sum().backward()
@@ -390,7 +391,7 @@ def test_the_file_holds_the_array_once_and_the_map_is_in_the_configuration(tmp_p
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     total = sum(place.size for place in shared_of(model).places)
-    m = RPS.size_of(total, [64, 96], 0.1)
+    m = _array.size_of(total, [64, 96], 0.1)
     norms = sum(p.numel() for n, p in base.named_parameters() if "norm" in n)
     assert set(tensors) - {"psi"} == {n for n, _ in base.named_parameters() if "norm" in n}
     assert sum(t.nbytes for t in tensors.values()) == 4 * (m + norms)

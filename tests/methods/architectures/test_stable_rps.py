@@ -101,6 +101,20 @@ def test_the_fold_loads_all_slots_alike(m: int) -> None:
     assert counts.sum() == total
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_counted_in_the_order_of_the_modules_and_tied_ones_once(tied: bool) -> None:
+    base = tiny.model(tie_word_embeddings=tied)
+    model = converted(base)
+    names = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    places, at = shared_of(model).places, 0
+    assert [place.name for place in places] == (names[:-1] if tied else names)
+    for place in places:
+        assert place.offset == at and (place.rows, place.columns) == base.get_parameter(f"{place.name}.weight").shape
+        at += place.size
+    head = model.get_output_embeddings().place
+    assert (head == places[0]) is tied and (head == places[-1]) is not tied
+
+
 def test_roast_does_not() -> None:
     counts = shared_of(fresh(mapping="roast")).users(0)
     assert counts.max() - counts.min() > 5

@@ -61,7 +61,7 @@ CLAIMS = (
         "beside movement pruning",
         paper=_PAPER,
         here=_HERE + "; share of right answers; movement pruning trains all weights and a score for each, which starts "
-        "at its size (from zero no rate tried got beyond the most frequent module in so few steps)",
+        "at its size (from zero the best rate tried got 0.39 in so few steps)",
         measure="accuracy",
         arm="pst",
         against="movement",

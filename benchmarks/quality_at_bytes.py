@@ -30,7 +30,7 @@ from shoestring.jobs._doors import open_model
 from shoestring.jobs.evaluate import heldout
 from shoestring.models import load, resolve, shape_of
 from shoestring.models.gguf_writing import write_gguf
-from shoestring.planner.plan import WITHIN
+from shoestring.planner.plan import room_for_weights
 
 LLAMA = r"""
 import ctypes, json, sys, time
@@ -88,7 +88,7 @@ def main() -> int:
             size, began = file.stat().st_size, time.process_time()
             folder = place / f"ours-{kind}"
             chooser = next(iter(catalog.that_define("within")))
-            limit = int(size * WITHIN) - shape_of(source).other_files
+            limit = room_for_weights(size, shape_of(source))
             step = Step("compress", chooser.name, catalog.module(chooser.name).within(limit))
             work = Work(Ledger(), place, train)
             catalog.contract(chooser.room).apply(catalog.module(chooser.name), step, source, folder, work)

@@ -8,7 +8,6 @@
 // a quarter adds up at most eight of each, which stay within a byte.
 // Source: uint8 [rows][planes][groups * group / 8], bit j of byte t is column 8t + j, set for +; float16 scales
 // [rows][groups][planes + 1], the offset last.
-#include <cstring>
 
 #include "tiles.h"
 
@@ -237,7 +236,7 @@ struct Binary {
     uint8_t* p = static_cast<uint8_t*>(out) + begin * count * group_bytes(group);
     for (int64_t tile = begin; tile < end; ++tile)
       for (int64_t g = 0; g < count; ++g, p += group_bytes(group)) {
-        std::memset(p, 0, size_t(group_bytes(group)));
+        __builtin_memset(p, 0, uint64_t(group_bytes(group)));
         for (int64_t r = 0; r < SK_TILE && tile * SK_TILE + r < rows; ++r) {
           const int64_t row = order ? order[tile * SK_TILE + r] : tile * SK_TILE + r;
           for (int64_t plane = 0; plane < PLANES; ++plane) {

@@ -2,7 +2,6 @@
 // meet the tokens as those of format bf16 do, in the same order, so a product has the same bits as bf16's.
 // The bytes begin with a head of HEAD bytes, all numbers little-endian, and are aligned to nothing.
 #pragma once
-#include <cstring>
 
 #include "bf16.h"
 
@@ -17,7 +16,7 @@ constexpr int64_t HEAD_ROWS = 8, HEAD_COLS = 16, HEAD_COUNT = 24, HEAD_TABLE = 3
 template <class T>
 inline T number_at(const void* p, int64_t offset) {
   T number;
-  std::memcpy(&number, static_cast<const char*>(p) + offset, sizeof number);
+  __builtin_memcpy(&number, static_cast<const char*>(p) + offset, sizeof number);
   return number;
 }
 
@@ -26,7 +25,7 @@ inline int64_t pieces_of(int64_t cols) { return (cols + PIECE - 1) / PIECE; }
 // The head names the format, the matrix, and how many entries the list has whose ends of rows stand behind the head:
 // uint32 [rows + 1], growing from 0 to the count. `rest` is what follows, of `entry` bytes an entry and `row` bytes a row.
 inline bool sound_head(const char* name, int64_t rows, int64_t cols, const void* p, int64_t size, int64_t entry, int64_t row, int64_t rest) {
-  if (!p || size < HEAD || cols > WIDEST || std::memcmp(p, name, 8)) return false;
+  if (!p || size < HEAD || cols > WIDEST || __builtin_memcmp(p, name, 8)) return false;
   const int64_t count = number_at<int64_t>(p, HEAD_COUNT);
   if (number_at<int64_t>(p, HEAD_ROWS) != rows || number_at<int64_t>(p, HEAD_COLS) != cols) return false;
   if (count < 0 || count > int64_t(UINT32_MAX)) return false;

@@ -99,7 +99,7 @@ def test_nothing_to_do_copies_the_model(
 
 
 def test_over_budget_keeps_the_closest(tiny: Path, data: Path, tmp_path: Path, quick: None) -> None:
-    request = asked(tiny, data, adapt="none")
+    request = asked(tiny, data, adapt="none", compress="int4")
     request = replace(request, budget=tight(request, 1.3))
     with pytest.raises(DoesNotFit, match="Relax the budget to storage=") as caught:
         fit(request, out=tmp_path / "out")
@@ -113,6 +113,14 @@ def test_over_budget_keeps_the_closest(tiny: Path, data: Path, tmp_path: Path, q
     # Asked again, the verdict is the same error and no work.
     with pytest.raises(DoesNotFit):
         fit(request, out=tmp_path / "out", resume=True, say=lambda line: None)
+
+
+def test_what_no_fixed_setting_keeps_is_kept_by_formats_for_each_layer(
+    tiny: Path, data: Path, tmp_path: Path, quick: None
+) -> None:
+    request = asked(tiny, data, adapt="none", keep=0.1)
+    limit = tight(replace(request, compress="int4"), 1.05)
+    assert fit(replace(request, budget=limit), out=tmp_path / "out")["status"] == "done"
 
 
 def test_a_limit_on_memory_is_held_against_what_was_measured(

@@ -22,7 +22,7 @@ from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 from shoestring.models.folder import check_folder
-from shoestring.planner.plan import WITHIN, by_verb
+from shoestring.planner.plan import by_verb, room_for_weights
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]
     if request.size is not None and request.bits is not None:
         raise UsageError("both --size and --bits are given", remedy="Give one of them")
     if request.size is not None:
-        limit = int(Budget.parse(f"storage={request.size}").limits["storage"] * WITHIN) - shape.other_files
+        limit = room_for_weights(int(Budget.parse(f"storage={request.size}").limits["storage"]), shape)
         if limit <= 0:
             raise DoesNotFit(
                 f"nothing is as small as {request.size}",

@@ -23,9 +23,8 @@ from shoestring.planner.cost import Prediction, predict
 MERGE = Step("merge")
 # A finished model may miss its limit this many times over before building the closest one is refused as hopeless.
 HOPELESS = 1.5
-# Of a limit on storage, what tensors and known files may take: the heads of weight files and the configuration's list
-# of formats come on top.
-WITHIN = 0.997
+# Bytes for each tensor beside its own: its entries in the head of the weight file and in the configuration.
+ENTRIES = 250
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,11 @@ def refuse_hopeless(candidates: list[Candidate], budget: Budget) -> None:
         )
 
 
+def room_for_weights(storage: int, shape: Shape) -> int:
+    """What a limit on the folder leaves to the tensors of a packed model; not above 0 where it leaves nothing."""
+    return storage - shape.other_files - ENTRIES * len(shape.weights)
+
+
 def relax(misses: tuple[Miss, ...] | list[Miss]) -> str:
     """What to write in the budget so that these misses are none."""
     return ", ".join(str(Budget({m.resource: _round_up(m.value)})) for m in misses)
@@ -147,7 +151,7 @@ def _compressions(
 
 def _within(shape: Shape, budget: Budget) -> Iterator[tuple[tuple[Step, ...], Shape]]:
     """By methods that are told a size: for budgets that no fixed setting keeps."""
-    left = int((budget.get("storage") or 0) * WITHIN) - shape.other_files
+    left = room_for_weights(int(budget.get("storage") or 0), shape)
     for method in catalog.that_define("within") if left > 0 else ():
         module = catalog.module(method.name)
         settings = module.within(left)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
-from shoestring.jobs._doors import open_doors
+from shoestring.jobs._doors import import_lines, open_doors
 from shoestring.jobs.pipeline import combines, execute, stack
 from shoestring.lab import tiny
+from shoestring.models import uneven
 from shoestring.planner.plan import by_verb
 
 METHODS = [m.name for m in by_verb("compress")]
@@ -80,3 +83,17 @@ def test_packed_weights_cannot_be_pruned() -> None:
     for name in METHODS:
         with pytest.raises(UsageError, match=f"{name} cannot follow {packed}"):
             stack([packed, name], {})
+
+
+def test_a_packed_model_of_unequal_layers_says_both_lines_that_it_needs(place: Path) -> None:
+    model = tiny.model(num_hidden_layers=2)
+    blocks = uneven.sizes(model).blocks
+    keep = [uneven.Keep(range(b.groups), range(b.neurons - 8 * (i + 1))) for i, b in enumerate(blocks)]
+    uneven.shrink(model, keep).save_pretrained(place / "uneven")
+    word_tokenizer().save_pretrained(place / "uneven")
+    name = next(name for name in METHODS if packs(name) and catalog.get(name).default)
+    folder, _ = execute(stack([name], {}), place / "uneven", Work(Ledger(), place / "two-lines"))
+    lines = import_lines(folder)
+    assert lines == "import shoestring.methods.quantizers\nimport shoestring.models.uneven\n"
+    code = f"{lines}from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(r'{folder}')"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)

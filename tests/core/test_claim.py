@@ -152,6 +152,47 @@ def test_a_record_depends_on_its_methods_and_the_measuring_code() -> None:
         assert not found.methods or before != ClaimFile(found.slug, found.file, "", found.claims, ()).code()
 
 
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with measuring code: `one` imports `two` within a function, and nobody imports `other`."""
+    for name, text in (
+        ("lab/arms.py", ""), ("lab/deep.py", ""), ("lab/stray.py", ""), ("claims/_other.py", "import math\n"),
+        ("claims/_one.py", "def late():\n    from shoestring.claims import _two\n"),
+        ("claims/_two.py", "from shoestring.lab.deep import x\nfrom shoestring.core import claim\n"),
+        ("claims/my_claim.py", FILE + "import shoestring.claims._one\nfrom shoestring.lab import arms\n"),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(claim, "FOLDER", tmp_path / "claims")
+    return tmp_path
+
+
+def test_only_what_the_claim_imports_makes_its_record_stale(house: Path) -> None:
+    found = claim._read(house / "claims" / "my_claim.py")
+    claim.write_record(found, [Measured((1, 1, 1), (2, 2, 2)), Measured()], ABOUT)
+    (house / "claims" / "_new.py").write_text("")
+    standings = {}
+    for name in ("lab/stray.py", "claims/_other.py", "lab/arms.py", "lab/deep.py", "claims/_one.py", "claims/_two.py"):
+        before = (house / name).read_text()
+        (house / name).write_text(before + "# changed\n")
+        record = claim.read_record(found)
+        standings[name] = record and record.standing
+        (house / name).write_text(before)
+    counted = ("lab/arms.py", "lab/deep.py", "claims/_one.py", "claims/_two.py")
+    assert standings == {name: "stale" if name in counted else "fresh" for name in standings}
+
+
+def test_an_early_record_stays_good_while_nothing_it_counts_has_changed(house: Path) -> None:
+    found = claim._read(house / "claims" / "my_claim.py")
+    helpers = [house / "claims" / f"{name}.py" for name in ("_one", "_other", "_two")]
+    early = found._hash([house / "lab" / "arms.py", *helpers])
+    assert early != found.code() and found.made(early)
+    (house / "claims" / "_new.py").write_text("")
+    assert found.made(early)
+    (house / "claims" / "_two.py").write_text("# changed\n")
+    assert not found.made(early)
+
+
 def test_a_damaged_record_is_an_error_that_names_it(stated: Callable[..., ClaimFile]) -> None:
     found = stated()
     found.record.parent.mkdir()
@@ -177,7 +218,7 @@ def test_the_state_of_a_method_is_its_worst(tmp_path: Path, monkeypatch: pytest.
         plain = claim._read(folder / f"{slug}.py")
         found[slug] = ClaimFile(slug, plain.file, plain.about, plain.claims, ("toy",))
     monkeypatch.setattr(claim, "files", lambda: found)
-    monkeypatch.setattr(ClaimFile, "code", lambda self: "same")
+    monkeypatch.setattr(ClaimFile, "_hash", lambda self, measuring: "same")
     assert claim.state_of("toy") == "no record" and claim.state_of("other") == "no claim"
     claim.write_record(found["one"], [Measured((1, 1, 1), (2, 2, 2)), Measured()], ABOUT)
     assert claim.state_of("toy") == "no record"
@@ -185,5 +226,5 @@ def test_the_state_of_a_method_is_its_worst(tmp_path: Path, monkeypatch: pytest.
     assert claim.state_of("toy") == SHOWN
     claim.write_record(found["two"], [Measured((3, 3, 3), (2, 2, 2)), Measured()], ABOUT)
     assert claim.state_of("toy") == NOT_SHOWN
-    monkeypatch.setattr(ClaimFile, "code", lambda self: "changed")
+    monkeypatch.setattr(ClaimFile, "_hash", lambda self, measuring: "changed")
     assert claim.state_of("toy") == f"{NOT_SHOWN} (stale)"

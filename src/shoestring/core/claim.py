@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,29 @@ class ClaimFile:
         return tuple(c for c in self.claims if method in (c.arm, c.against, c.measure)) or self.claims
 
     def code(self) -> str:
-        """Hash of everything that decides the figures: claim, methods and what they share, measuring code."""
-        files = [self.file, FOLDER.parent / "lab" / "arms.py", *sorted(FOLDER.glob("_[!_]*.py"))]
+        """Hash of everything that decides the figures: claim, what of lab and claims it imports, methods and what they
+        share."""
+        return self._hash(_imported(self.file))
+
+    def made(self, code: str) -> bool:
+        """Whether the record whose hash is `code` was made by this code.
+
+        Early records count helpers that others import too, and of lab only `arms.py`: they stay good while none of what
+        they count has changed.
+        """
+        if code == self.code():
+            return True
+        own = _imported(self.file)
+        helpers = sorted(FOLDER.glob("_[!_]*.py"))
+        rest = [file for file in helpers if file not in own]
+        return any(
+            code == self._hash([FOLDER.parent / "lab" / "arms.py", *(f for f in helpers if f in own or f in more)])
+            for count in range(len(rest) + 1)
+            for more in combinations(rest, count)
+        )
+
+    def _hash(self, measuring: Sequence[Path]) -> str:
+        files = [self.file, *measuring]
         for name in self.methods:
             method = Path(catalog.get(name).file)
             source = method.read_text(encoding="utf-8")
@@ -187,7 +209,7 @@ def read_record(claim_file: ClaimFile) -> Record | None:
             f"{claim_file.record} is not a record", str(error), f"Run `shoestring claims run {claim_file.slug}`"
         ) from None
     standing = "fresh"
-    if data.get("code") != claim_file.code() or tuple(claim for claim, _ in pairs) != claim_file.claims:
+    if not claim_file.made(str(data.get("code"))) or tuple(claim for claim, _ in pairs) != claim_file.claims:
         standing = "stale"
     if data.get("digest") != _digest(data):
         standing = "edited"
@@ -277,6 +299,26 @@ def _read(file: Path) -> ClaimFile:
     except (ValueError, TypeError, AssertionError) as error:
         raise ShoestringError(f"CLAIMS in {file} is not a literal", str(error), "CLAIMS = (Claim(...), ...)") from None
     return ClaimFile(slug, file, ast.get_docstring(tree) or "", claims, tuple(methods))
+
+
+def _imported(file: Path) -> list[Path]:
+    """Files of `lab` and helpers of claims that a claim file imports, also inside functions and through each other."""
+    house, found, left = FOLDER.parent, set[Path](), [file]
+    while left:
+        names: list[str] = []
+        for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            package, _, rest = name.removeprefix("shoestring.").partition(".")
+            place = house / package / f"{rest}.py"
+            measures = package == "lab" or (package == "claims" and rest.startswith("_"))
+            if name.startswith("shoestring.") and measures and place.is_file() and place not in found:
+                found.add(place)
+                left.append(place)
+    return sorted(found, key=lambda place: (place.parent != house / "lab", place.name))
 
 
 def _value(node: ast.expr, constants: Mapping[str, ast.expr]) -> Any:

@@ -17,7 +17,8 @@ from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
 from shoestring.engine.hooks import Hooks
 from shoestring.engine.memory import free_memory
-from shoestring.engine.open import open_model
+from shoestring.engine.open import Opened, open_model
+from shoestring.engine.plug import plugged
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
 from shoestring.engine.runner import BLOCK, Runner
@@ -57,6 +58,7 @@ class Counts:
     cache_bytes_peak: int = 0
     cache_bytes_limit: int = 0
     finished: Mapping[str, int] = field(default_factory=dict)
+    plugged: Mapping[str, float] = field(default_factory=dict)  # what is plugged in says of itself
 
 
 @dataclass(eq=False)
@@ -96,6 +98,7 @@ class Engine:
         context: longest sequence; None is the model's own.
         threads: of the arithmetic; None is one for each core that this process may use.
         adapters: name -> folder of adapters that are LoRA, or can be written as one, loaded beside the weights.
+        plugs: methods to plug in beside `hooks`, each as `name,option=value,...`.
 
     Raises:
         UsageError: a model that cannot be opened. DoesNotFit: the memory is not to be had.
@@ -115,6 +118,7 @@ class Engine:
         threads: int | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         hooks: Hooks = Hooks(),
+        plugs: Sequence[str] = (),
         policy: Policy | None = None,
         prefix_cache: bool = True,
         offline: bool | None = None,
@@ -126,20 +130,25 @@ class Engine:
                 remedy="Both are at least 1",
             )
         if isinstance(model, tuple):
-            self.runner, self.tokenizer = model
-            self.name, self.note = self.runner.facts.family, ""
-            self._own_adapter = -1
+            opened = Opened(*model, model[0].facts.family, Path())
         else:
             opened = open_model(
                 model, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
-            self.runner, self.tokenizer = opened.runner, opened.tokenizer
-            self.name, self.note = opened.name, opened.note
-            self._own_adapter = opened.adapter  # when the model is itself an adapter on its base
+        self.runner, self.tokenizer = opened.runner, opened.tokenizer
+        self.name, self.note = opened.name, opened.note
+        self._own_adapter = opened.adapter  # when the model is itself an adapter on its base
+        if plugs:
+            try:
+                hooks = plugged(plugs, opened, hooks)
+            except BaseException:
+                self.runner.close()
+                raise
         self.facts = facts = self.runner.facts
         self.context = min(context or facts.context, facts.context)
         self.hooks, self.runner.attention = hooks, hooks.attention
+        self._telling = [part for part in hooks.plugged() if hasattr(part, "stats")]
         blocks = _blocks(memory, facts.block_bytes, self.context, max_sequences)
         self.runner.reserve(blocks)
         self.pool = BlockPool(blocks, BLOCK)
@@ -150,11 +159,11 @@ class Engine:
             max_tokens=max(max_step_tokens, max_sequences),
             max_sequences=max_sequences,
             context=self.context,
-            policy=policy,
+            policy=policy or hooks.policy,
         )
         self.context = self.scheduler.context
         self.sampler = Sampler(facts.vocab, self.tokenizer)
-        self._decoder = Decoder(self.runner, self.sampler, hooks)
+        self._decoder = (hooks.decoder or Decoder)(self.runner, self.sampler, hooks)
         self.adapters: dict[str, int] = {}
         self._works: dict[Answer, _Work] = {}
         self._requests: dict[str, list[Answer]] = {}
@@ -517,6 +526,7 @@ class Engine:
             cache_bytes_used=used * page,
             cache_bytes_limit=total * page,
             finished=dict(self._finished),
+            plugged={name: value for part in self._telling for name, value in part.stats().items()},
             **self._totals,
         )
 
@@ -534,6 +544,7 @@ class Engine:
         """Free the model. The engine cannot be used any more."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+        self.hooks.close()
         self.runner.close()
 
     def __enter__(self) -> Engine:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from shoestring.engine.runner import AttentionWorker, Batch
+    from shoestring.engine.decoder import Decoder
+    from shoestring.engine.policy import Policy
+    from shoestring.engine.runner import AttentionWorker, Batch, Runner
+    from shoestring.engine.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,15 @@ class Filler(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is plugged in. Everything absent is plain serving."""
+    """What is plugged in. Everything absent is plain serving.
+
+    Any of them may have `close()`, called when the engine is closed, and `stats()`, a mapping from words to numbers
+    that the engine's counts, the server's metrics and its status page show.
+
+    Attributes:
+        policy: who is served next; None is the engine's own.
+        decoder: makes what turns plans into tokens, for methods that do so otherwise than in one pass.
+    """
 
     drafter: Drafter | None = None
     exit: ExitPolicy | None = None
@@ -72,6 +83,17 @@ class Hooks:
     attention: AttentionWorker | None = None
     filter: TokenFilter | None = None
     filler: Filler | None = None
+    policy: Policy | None = None
+    decoder: Callable[[Runner, Sampler, Hooks], Decoder] | None = None
+
+    def plugged(self) -> Iterator[Any]:
+        """What is there, each object once."""
+        there = {id(part): part for field in fields(self) if (part := getattr(self, field.name)) is not None}
+        yield from there.values()
+
+    def close(self) -> None:
+        for part in self.plugged():
+            getattr(part, "close", lambda: None)()
 
 
 class RepeatDrafter:

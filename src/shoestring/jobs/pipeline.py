@@ -52,6 +52,8 @@ def execute(steps: Sequence[Step], source: Path, work: Work) -> tuple[Path, list
 def check(step: Step) -> None:
     """Raises UsageError unless the step's verb is known and its method has it."""
     if step.verb not in VERBS:
+        if step.method and catalog.contract(catalog.get(step.method).room).VERB == step.verb:
+            raise UsageError(f"{step.method} makes no model", f"its verb is {step.verb}")
         raise UsageError(f"unknown verb {step.verb}", remedy=nearest(step.verb, VERBS))
     if step.verb == "merge":
         return
@@ -119,9 +121,9 @@ def stack(methods: Sequence[str], options: Mapping[str, Any]) -> list[Step]:
         own[name][option] = value
     for name in methods:
         room = catalog.contract(catalog.get(name).room)
+        check(Step(room.VERB, name))
         chosen = own[name] or dict(catalog.module(name).settings()[0])
         steps.append(Step(room.VERB, name, chosen))
-        check(steps[-1])
         if room.VERB == "train":
             steps.append(Step("merge"))
     if steps and all(step.verb != "compress" for step in steps):

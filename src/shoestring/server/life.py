@@ -128,6 +128,7 @@ class _Loading:
                 context=s.max_model_len,
                 threads=s.threads,
                 adapters=s.adapters,
+                plugs=s.plugs,
                 prefix_cache=not s.no_prefix_cache,
                 trust_remote_code=s.trust_remote_code,
             )

@@ -96,6 +96,8 @@ class Metrics:
         yield _counter("spec_decode_num_accepted_tokens", "Guessed tokens that held", c.accepted_draft_tokens)
         yield _counter("engine_steps", "Steps of the engine", c.steps)
         yield _counter("engine_step_seconds", "Time of these steps", c.step_seconds)
+        for name, value in c.plugged.items():
+            yield _gauge(f"plugged_{name}", "What a method that is plugged in says of itself", value)
         adapters = GaugeMetricFamily("lora_requests_info", "Adapters that are loaded", labels=["running_lora_adapters"])
         adapters.add_metric([",".join(sorted(engine.engine.adapters))], time.time())
         yield adapters

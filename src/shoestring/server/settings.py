@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from shoestring.core.errors import UsageError
 from shoestring.core.text import BYTES, quantity
+from shoestring.engine.plug import method_for, spelled
 
 _CHOICES = {
     "runner": ("auto", "native", "torch"),
@@ -40,6 +41,9 @@ class Settings:
         runner: native, torch, or auto.
         dtype: of the arithmetic; auto computes on the weights as they are stored.
         no_prefix_cache: compute every prompt from its beginning.
+        draft: the method that guesses tokens ahead, as NAME or NAME,OPTION=VALUE,...; answers stay the same.
+        exit: the method that ends passes early, as NAME or NAME,OPTION=VALUE,...
+        plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
         trust_remote_code: let the model's repository run its own Python code here.
         key_concurrency: requests that one key may have open at the same time; 0 for no limit.
         key_requests_per_minute: requests that one key may begin in a minute; 0 for no limit.
@@ -85,6 +89,9 @@ class Settings:
     runner: str = "auto"
     dtype: str = "auto"
     no_prefix_cache: bool = False
+    draft: str = ""
+    exit: str = ""
+    plug: tuple[str, ...] = ()
     trust_remote_code: bool = False
     key_concurrency: int = 0
     key_requests_per_minute: int = 0
@@ -139,6 +146,14 @@ class Settings:
                 raise UsageError(f"--adapter {word} is not NAME=PATH with a name of its own")
             found[name] = folder
         return found
+
+    @property
+    def plugs(self) -> tuple[str, ...]:
+        """The methods to plug in, each checked to be one for the place it was given."""
+        words = [(word, point) for word, point in ((self.draft, "drafter"), (self.exit, "exit")) if word]
+        for word, point in [*words, *((word, "") for word in self.plug)]:
+            method_for(spelled(word)[0], point)
+        return (*(word for word, _ in words), *self.plug)
 
     @property
     def queue(self) -> int:

@@ -65,5 +65,6 @@ def status(service: Service) -> dict[str, Any]:
         "generated": counts.generation_tokens,
         "step_seconds": round(counts.step_seconds, 3),
     }
+    found["plugged"] = dict(counts.plugged)
     found["memory"] |= {"cache_used_bytes": counts.cache_bytes_used, "cache_limit_bytes": counts.cache_bytes_limit}
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -186,6 +187,118 @@ def halves(block: Block) -> dict[str, Half]:
     return {
         part: Half(f"{block.name}.{name}", f"{block.name}.{norm}") for (part, name), norm in zip(found.items(), norms)
     }
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of one block, and what chooses among them.
+
+    The router is called with hidden states (tokens, width) and returns logits (tokens, choices), gates (tokens, k) and
+    choices (tokens, k); the experts are called with hidden states, choices and gates, in this order.
+
+    Attributes:
+        block: place of the block among all blocks, from 0.
+        router, experts: full names of the two modules.
+        count: how many experts there are.
+        chosen: how many of them a token meets.
+        tensors: names of the experts' own parameters, each with one slice for every expert.
+    """
+
+    block: int
+    router: str
+    experts: str
+    count: int
+    chosen: int
+    tensors: tuple[str, ...]
+
+
+# Where a configuration says how many experts there are, and how many of them a token meets.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
+
+
+def mixtures(model: nn.Module) -> tuple[Mixture, ...]:
+    """The mixtures of a model in running order; blocks without experts are passed over.
+
+    Softmax before or after the choice, sigmoid gates, groups of experts and experts that all tokens share are matters
+    of the family's own router and block, which stay as they are.
+
+    Raises:
+        UsageError: a model without experts, or with routers or experts that are called in another way.
+    """
+    found = []
+    for place, block in enumerate(inspect(model).blocks):
+        if "expert" not in block.projections:
+            if any(key.startswith("expert.") and not key.startswith("expert.shared") for key in block.projections):
+                _unknown_mixture(model, f"{block.name} keeps each expert in a module of its own")
+            continue
+        name = block.projections["expert"]
+        experts: Any = model.get_submodule(name)
+        router: Any = next(
+            (
+                child
+                for word, child in model.get_submodule(name.rpartition(".")[0]).named_children()
+                if word in _ROUTER and child is not experts
+            ),
+            None,
+        )
+        if router is None:
+            _unknown_mixture(model, f"{name} has no router beside it")
+        asked = list(signature(type(experts).forward).parameters)[1:]
+        needed = [p for p in signature(type(router).forward).parameters.values() if p.default is p.empty][1:]
+        if len(asked) < 3 or len(needed) != 1 or needed[0].kind is not needed[0].POSITIONAL_OR_KEYWORD:
+            _unknown_mixture(model, f"{type(router).__name__} or {type(experts).__name__} takes other arguments")
+        count, chosen = getattr(experts, "num_experts", 0), getattr(router, "top_k", 0)
+        if not chosen:
+            config = getattr(model, "config", None)
+            chosen = next((n for n in (getattr(config, word, 0) for word in EXPERTS_CHOSEN) if n), 0)
+        tensors = tuple(n for n, p in experts.named_parameters(recurse=False) if len(p) == count)
+        if not isinstance(chosen, int) or not 0 < chosen <= count:
+            _unknown_mixture(model, f"{type(router).__name__} does not say how many experts a token meets")
+        router_name = next(n for n, module in model.named_modules() if module is router)
+        found.append(Mixture(place, router_name, name, int(count), int(chosen), tensors))
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no experts",
+            "only a mixture of experts has any",
+            "Use Mixtral, OLMoE or their kin",
+        )
+    return tuple(found)
+
+
+def route(router: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (tokens, choices), gates (tokens, k) and choices (tokens, k) of hidden states (tokens, width).
+
+    Raises:
+        UsageError: the router answers with something else.
+    """
+    answer = router(hidden)
+    fits = isinstance(answer, tuple) and len(answer) == 3 and all(isinstance(part, torch.Tensor) for part in answer)
+    if fits:
+        logits, gates, choices = answer
+        fits = len(logits) == len(hidden) and gates.shape == choices.shape and not choices.is_floating_point()
+    if not fits:
+        raise UsageError(
+            f"{type(router).__name__} is not understood",
+            "it does not answer with logits, gates and choices",
+            "Use Mixtral, OLMoE, Qwen-MoE, DeepSeek or their kin",
+        )
+    return logits, gates, choices
+
+
+def set_experts(config: Any, count: int) -> None:
+    """Write how many experts every layer has into a configuration."""
+    for word in EXPERT_COUNTS:
+        if isinstance(getattr(config, word, None), int):
+            setattr(config, word, count)
+
+
+def _unknown_mixture(model: nn.Module, why: str) -> Any:
+    raise UsageError(
+        f"The experts of {type(model).__name__} are not understood",
+        why,
+        "Use Mixtral, OLMoE, Qwen-MoE, DeepSeek or their kin, as transformers 5 builds them",
+    )
 
 
 def attends(block: nn.Module) -> bool:

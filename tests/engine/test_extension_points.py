@@ -11,9 +11,19 @@ import pytest
 from runner_cases import VOCAB, Part, batch, logits, make, open_runner, pages, text
 
 from shoestring.engine.engine import Engine
-from shoestring.engine.hooks import CountingFiller, Draft, FixedExit, Hooks, KeepEnds, RecordingTap, RepeatDrafter
+from shoestring.engine.hooks import (
+    CountingFiller,
+    Draft,
+    FixedExit,
+    Hooks,
+    KeepEnds,
+    RecordingTap,
+    RepeatDrafter,
+    Verified,
+)
 from shoestring.engine.request import Completion, Constraint, Request, Sampling
 from shoestring.engine.runner import BLOCK, Batch, Runner
+from shoestring.engine.sequence import Sequence as Answer
 from shoestring.engine.tokenizer import Tokenizer
 
 STEP = 64  # tokens of a step
@@ -133,8 +143,9 @@ class Observed(RepeatDrafter):
         super().__init__()
         self.told: list[tuple[Draft, tuple[int, ...], float]] = []
 
-    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
-        self.told.append((draft, tuple(accepted), seconds))
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
+        assert tokens >= sum(1 + len(one.draft.tokens) for one in verified)
+        self.told += [(one.draft, one.accepted, seconds) for one in verified]
 
 
 def test_drafts_do_not_change_the_answers(opened: Opener) -> None:
@@ -162,8 +173,8 @@ class Bush:
     def __init__(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         self.whole, self.depths = [*prompt, *answer], [0] * 9
 
-    def propose(self, tokens: Sequence[int], limit: int) -> Draft:
-        ahead = self.whole[len(tokens) : len(tokens) + limit // 3]
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        ahead = self.whole[len(answer.tokens) : len(answer.tokens) + min(limit, 16) // 3]
         made: list[tuple[int, int]] = []
         parent = -1
         for token in ahead:
@@ -171,8 +182,9 @@ class Bush:
             parent = len(made) - 2
         return Draft(tuple(t for t, _ in made), tuple(p for _, p in made))
 
-    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
-        self.depths[len(accepted)] += 1
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
+        for one in verified:
+            self.depths[len(one.accepted)] += 1
 
 
 @pytest.mark.parametrize(
@@ -191,6 +203,24 @@ def test_the_right_branch_of_a_tree_is_found(opened: Opener, sampling: Sampling)
     _assert_same(_answers(engine, [(prompt, sampling)]), wanted)
     assert engine.counts().steps <= 12  # up to five guessed right and one drawn in each, fewer at the end
     assert drafter.depths[5] >= 4
+
+
+class Measuring(RepeatDrafter):
+    """Passes over pages of its own before there are requests."""
+
+    def ready(self, runner: Runner, pages: int) -> None:
+        parts = [Part([3, 4, 5], list(range(pages))[:2])]
+        self.pages, self.first = pages, logits(runner, *parts)[-1].argmax()
+
+
+def test_a_hook_may_compute_before_the_first_request(opened: Opener) -> None:
+    wanted = _answers(opened(), MIXED[:3])
+    drafter = Measuring()
+    engine = opened(Hooks(drafter=drafter))
+    assert drafter.pages == engine.counts().blocks_total > 2
+    ((answer,),) = _answers(engine, [([3, 4, 5], Sampling(max_tokens=1))])
+    assert answer.tokens == (drafter.first,)
+    _assert_same(_answers(engine, MIXED[:3]), wanted)
 
 
 # ---- exit policy ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import psutil
 import pytest
 
 from shoestring.engine.engine import Engine
-from shoestring.engine.hooks import Draft, Hooks, RepeatDrafter
+from shoestring.engine.hooks import Draft, Hooks, RepeatDrafter, Verified
 from shoestring.engine.request import Constraint, Delta, Request, Sampling
+from shoestring.engine.sequence import Sequence as Answer
 
 VOCAB = 259
 WORDS = range(3, VOCAB)  # token ids that are no special ones: the 256 bytes
@@ -287,7 +289,8 @@ class Branches:
     def __init__(self, told: dict[tuple[int, ...], list[int]]) -> None:
         self.told, self.rng, self.accepted = told, random.Random(4), 0
 
-    def propose(self, tokens: Any, limit: int) -> Draft:
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        tokens = answer.tokens
         text = next(text for text in self.told if tuple(tokens[: len(text)]) == text)
         truth = self.told[text][len(tokens) - len(text) :]
         nodes: list[int] = []
@@ -301,8 +304,8 @@ class Branches:
             parents.append(parent)
         return Draft(tuple(nodes), tuple(parents))
 
-    def observe(self, draft: Draft, accepted: Any, seconds: float) -> None:
-        self.accepted += len(accepted)
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
+        self.accepted += sum(len(one.accepted) for one in verified)
 
 
 @pytest.mark.parametrize("sampling", [{}, DRAWN], ids=["greedy", "drawn"])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoestring.engine.hooks import Draft, Hooks
+from shoestring.engine.hooks import Draft, Hooks, Verified
 from shoestring.engine.request import TokenLogprob
 from shoestring.engine.runner import BLOCK, Batch, Runner
 from shoestring.engine.sampler import Choice, Sampler, SampleState, logprob_of
@@ -53,8 +53,6 @@ class Decoder:
 
     def __init__(self, runner: Runner, sampler: Sampler, hooks: Hooks) -> None:
         self.runner, self.sampler, self.hooks = runner, sampler, hooks
-        tap, leave = hooks.tap, hooks.exit
-        self._borders = sorted({*(leave.layers if leave else ()), *((tap.layer,) if tap else ())})
 
     def run(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> list[Outcome]:
         """One pass. drawn[i] belongs to chunks[i].
@@ -63,41 +61,45 @@ class Decoder:
             ShoestringError: the runner cannot go on; no sequence has changed.
         """
         started = time.perf_counter()
-        batch = _batch(chunks, drawn)
-        hidden = self._layers(batch)
+        batch = batch_of(chunks, drawn)
+        hidden = self._span(batch, 0, None, None)
         outcomes = [Outcome(chunk, []) for chunk in chunks]
         rows: list[int] = []
         wanting: list[tuple[int, int]] = []  # outcome and the first of its rows
         for i, chunk in enumerate(chunks):
             sequence, first = chunk.sequence, int(batch.starts[i])
-            request = sequence.request
-            if request.embed:
-                outcomes[i].summed = self._summed(chunk, first, hidden)
-                continue
-            if request.sampling.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens:
-                outcomes[i].prompt = self._prompt(chunk, first, hidden, request.sampling.prompt_logprobs)
-            if chunk.start + chunk.count == len(sequence.tokens):
+            self._describe(outcomes[i], first, hidden)
+            if not sequence.request.embed and chunk.start + chunk.count == len(sequence.tokens):
                 wanting.append((i, len(rows)))
                 rows += range(first + chunk.count - 1, first + chunk.count + chunk.draft)
         if wanting:
             logits = self.runner.logits(hidden, np.array(rows, np.int32))
             self._draw(wanting, logits, outcomes, drawn)
-        for i, _ in wanting if self.hooks.drafter else ():
-            self._settle_draft(outcomes[i], time.perf_counter() - started)
+        if wanting and self.hooks.drafter:
+            seen = [verified(outcomes[i]) for i, _ in wanting]
+            self.hooks.drafter.observe(seen, batch.tokens, time.perf_counter() - started)
         return outcomes
 
-    def _layers(self, batch: Batch) -> Any:
-        run = self.runner.run
-        hidden, at = None, 0
-        for layer in self._borders:
-            hidden = run(batch, at, layer, hidden)
-            at = layer
-            tap, leave = self.hooks.tap, self.hooks.exit
-            if tap and tap.layer == layer:
-                hidden = self.runner.from_host(tap.pass_through(self.runner.to_host(hidden), batch))
-            if leave and layer in leave.layers and leave.leave(layer, hidden, batch):
+    def _span(self, batch: Batch, first: int, last: int | None, hidden: Any) -> Any:
+        """Layers first..last-1, with the tap where it stands."""
+        run, tap = self.runner.run, self.hooks.tap
+        if tap and first < tap.layer <= (self.runner.facts.layers if last is None else last):
+            hidden = run(batch, first, tap.layer, hidden)
+            hidden = self.runner.from_host(tap.pass_through(self.runner.to_host(hidden), batch))
+            if tap.layer == last:
                 return hidden
-        return run(batch, at, None, hidden)
+            first = tap.layer
+        return run(batch, first, last, hidden)
+
+    def _describe(self, outcome: Outcome, first: int, hidden: Any) -> None:
+        """What was asked of a chunk's own tokens, whose hidden states begin at row `first`."""
+        request = outcome.chunk.sequence.request
+        if request.embed:
+            outcome.summed = self._summed(outcome.chunk, first, hidden)
+        elif (
+            request.sampling.prompt_logprobs is not None and outcome.chunk.start < outcome.chunk.sequence.prompt_tokens
+        ):
+            outcome.prompt = self._prompt(outcome.chunk, first, hidden, request.sampling.prompt_logprobs)
 
     def _draw(
         self, wanting: list[tuple[int, int]], logits: np.ndarray, outcomes: list[Outcome], drawn: Sequence[Drawn]
@@ -143,13 +145,6 @@ class Decoder:
         if moves:
             self.runner.move_slots(chunk.sequence.blocks, moves)
 
-    def _settle_draft(self, outcome: Outcome, seconds: float) -> None:
-        sequence, count = outcome.chunk.sequence, outcome.chunk.draft
-        if count and self.hooks.drafter:
-            draft = Draft(tuple(sequence.draft[:count]), tuple(sequence.draft_parents[:count]))
-            tokens = [choice.token for choice in outcome.choices[: outcome.accepted]]
-            self.hooks.drafter.observe(draft, tokens, seconds)
-
     def _prompt(self, chunk: Chunk, first: int, hidden: Any, top: int) -> tuple[TokenLogprob | None, ...]:
         """Of the prompt tokens that this chunk computed for the first time; each is judged by the row before it."""
         tokens, end = chunk.sequence.tokens, min(chunk.start + chunk.count, chunk.sequence.prompt_tokens)
@@ -170,11 +165,17 @@ class Decoder:
         return total
 
 
+def verified(outcome: Outcome) -> Verified:
+    sequence, count = outcome.chunk.sequence, outcome.chunk.draft
+    draft = Draft(tuple(sequence.draft[:count]), tuple(sequence.draft_parents[:count]))
+    return Verified(sequence, draft, tuple(choice.token for choice in outcome.choices[: outcome.accepted]))
+
+
 def _parts(items: range, size: int) -> Iterable[range]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _batch(chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> Batch:
+def batch_of(chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     starts, contexts = [0], []
@@ -183,7 +184,7 @@ def _batch(chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> Batch:
     for chunk in chunks:
         sequence, start, count = chunk.sequence, chunk.start, chunk.count
         ids += sequence.tokens[start : start + count]
-        positions += _positions(sequence.positions, start, count)
+        positions += positions_of(sequence.positions, start, count)
         if parents is not None:
             parents += range(-1, count - 1)
         if chunk.draft:
@@ -214,10 +215,11 @@ def _batch(chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> Batch:
         tables,
         None if parents is None else np.array(parents, np.int32),
         adapters,
+        tuple(chunk.sequence for chunk in chunks),
     )
 
 
-def _positions(known: list[int] | None, start: int, count: int) -> Iterable[int]:
+def positions_of(known: list[int] | None, start: int, count: int) -> Iterable[int]:
     if known is None:
         return range(start, start + count)
     # What follows a filtered prompt keeps the distance that the dropped tokens had.

@@ -21,7 +21,7 @@ from shoestring.engine.open import Opened, open_model
 from shoestring.engine.plug import plugged
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
-from shoestring.engine.runner import BLOCK, Runner
+from shoestring.engine.runner import BLOCK, CacheLost, Runner, keeps_pages
 from shoestring.engine.sampler import Choice, Sampler, SampleState
 from shoestring.engine.scheduler import Plan, Scheduler
 from shoestring.engine.sequence import Sequence as Answer
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from shoestring.core.ledger import Stage
 
 Prompt = str | list[int] | list[dict[str, Any]]
-_DRAFT = 16  # nodes a drafter may propose at most
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,8 @@ class Engine:
         self.runner.reserve(blocks)
         self.pool = BlockPool(blocks, BLOCK)
         # Pages that a hook left half filled, or filled otherwise, are of no use to another request.
-        self.prefix_cache = prefix_cache and not (hooks.attention or hooks.exit or hooks.tap)
+        filled = hooks.attention is None or keeps_pages(hooks.attention)
+        self.prefix_cache = prefix_cache and filled and not (hooks.exit or hooks.tap)
         self.scheduler = Scheduler(
             self.pool,
             max_tokens=max(max_step_tokens, max_sequences),
@@ -176,6 +176,7 @@ class Engine:
         self._finished: dict[str, int] = {}
         for name, folder in (adapters or {}).items():
             self.add_adapter(name, folder)
+        hooks.ready(self.runner, blocks)
 
     # ---- requests ----
 
@@ -276,7 +277,11 @@ class Engine:
                 work.started, work.cached = began, work.sequence.cached
                 totals["prefix_queries"] += work.sequence.prompt_tokens
                 totals["prefix_hits"] += work.cached
-        outcomes = self._decoder.run(plan.chunks, works)
+        try:
+            outcomes = self._decoder.run(plan.chunks, works)
+        except CacheLost:
+            self.scheduler.restart()
+            outcomes = []
         totals["steps"] += 1
         totals["step_seconds"] += time.monotonic() - began
         totals["preemptions"] += len(plan.preempted)
@@ -396,7 +401,7 @@ class Engine:
             sequence.draft = sequence.draft_parents = ()
             left = (sequence.request.sampling.max_tokens or 0) - work.tokens - 1
             if sequence.decoding and left > 0:
-                draft = self.hooks.drafter.propose(sequence.tokens, min(_DRAFT, left))
+                draft = self.hooks.drafter.propose(sequence, min(self.scheduler.max_tokens - 1, left))
                 sequence.draft, sequence.draft_parents = draft.tokens, draft.parents
 
     def _fill(self, plan: Plan) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoestring.engine.policy import Policy
     from shoestring.engine.runner import AttentionWorker, Batch, Runner
     from shoestring.engine.sampler import Sampler
+    from shoestring.engine.sequence import Sequence as Answer
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,42 @@ class Draft:
     parents: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What became of one answer's draft, which may have been empty: the tokens of it that were accepted."""
+
+    answer: Answer
+    draft: Draft
+    accepted: tuple[int, ...]
+
+
 class Drafter(Protocol):
     """Proposes what may come next; the engine verifies it in one pass, so the output is that of plain decoding."""
 
-    def propose(self, tokens: Sequence[int], limit: int) -> Draft:
-        """A tree of at most `limit` nodes that follows `tokens` (prompt and answer so far)."""
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        """A tree that follows `answer.tokens` (prompt and answer so far), of at most `limit` nodes: what there is room
+        for. How many of them pay is the drafter's to know."""
 
-    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
-        """What became of a draft: the tokens that were accepted of it, and the time the pass took."""
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
+        """After every pass that drew tokens, of all answers that it drew for.
+
+        Args:
+            tokens: that the pass computed, prompts and drafts included.
+            seconds: that it took.
+        """
 
 
 class ExitPolicy(Protocol):
-    """Ends a pass early. The engine asks after each of `layers`, where the step's decoding tokens stand."""
+    """Ends passes early, each answer for itself. The engine asks after each of `layers` (1 is after the first)."""
 
     layers: Sequence[int]
 
-    def leave(self, layer: int, hidden: Any, batch: Batch) -> bool:
-        """Whether the pass ends here, with the head applied to this layer's output."""
+    def leave(self, layer: int, hidden: Any, answers: Sequence[Answer]) -> Sequence[np.ndarray | bool]:
+        """Which answers end their pass here, whose newest tokens' states are `hidden`, [answers, hidden].
+
+        Returns:
+            for each False to go on, True to have the model's own head applied here, or the logits, float32 [vocab].
+        """
 
 
 class Tap(Protocol):
@@ -69,8 +89,9 @@ class Filler(Protocol):
 class Hooks:
     """What is plugged in. Everything absent is plain serving.
 
-    Any of them may have `close()`, called when the engine is closed, and `stats()`, a mapping from words to numbers
-    that the engine's counts, the server's metrics and its status page show.
+    Any of them may have `ready(runner, pages)`, called when the engine stands and before its first request, while all
+    pages are free to write into; `close()`, called when the engine is closed; and `stats()`, a mapping from words to
+    numbers that the engine's counts, the server's metrics and its status page show.
 
     Attributes:
         policy: who is served next; None is the engine's own.
@@ -91,6 +112,10 @@ class Hooks:
         there = {id(part): part for field in fields(self) if (part := getattr(self, field.name)) is not None}
         yield from there.values()
 
+    def ready(self, runner: Runner, pages: int) -> None:
+        for part in self.plugged():
+            getattr(part, "ready", lambda runner, pages: None)(runner, pages)
+
     def close(self) -> None:
         for part in self.plugged():
             getattr(part, "close", lambda: None)()
@@ -102,15 +127,16 @@ class RepeatDrafter:
     def __init__(self, match: int = 2, length: int = 4) -> None:
         self.match, self.length = match, length
 
-    def propose(self, tokens: Sequence[int], limit: int) -> Draft:
-        tail = list(tokens[-self.match :])
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        tokens = answer.tokens
+        tail = tokens[-self.match :]
         for at in range(len(tokens) - self.match - 1, -1, -1):
-            if list(tokens[at : at + self.match]) == tail:
+            if tokens[at : at + self.match] == tail:
                 guess = tuple(tokens[at + self.match : at + self.match + min(self.length, limit)])
                 return Draft(guess, tuple(range(-1, len(guess) - 1)))
         return Draft()
 
-    def observe(self, draft: Draft, accepted: Sequence[int], seconds: float) -> None:
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
         pass
 
 
@@ -124,8 +150,8 @@ class FixedExit:
     def layers(self) -> tuple[int, ...]:
         return (self.after,)
 
-    def leave(self, layer: int, hidden: Any, batch: Batch) -> bool:
-        return True
+    def leave(self, layer: int, hidden: Any, answers: Sequence[Answer]) -> list[np.ndarray | bool]:
+        return [True] * len(answers)
 
 
 class RecordingTap:

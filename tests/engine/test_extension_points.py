@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from runner_cases import VOCAB, Part, batch, logits, make, open_runner, pages, text
 
+from shoestring.core.errors import UsageError
 from shoestring.engine.engine import Engine
 from shoestring.engine.hooks import (
     CountingFiller,
@@ -19,6 +20,7 @@ from shoestring.engine.hooks import (
     KeepEnds,
     RecordingTap,
     RepeatDrafter,
+    Spare,
     Verified,
 )
 from shoestring.engine.request import Completion, Constraint, Request, Sampling
@@ -384,10 +386,12 @@ class Asked(CountingFiller):
     def __init__(self, total: int) -> None:
         super().__init__(total)
         self.offered: list[int] = []
+        self.spares: list[Spare] = []
 
-    def work(self, tokens: int) -> int:
-        self.offered.append(tokens)
-        return super().work(tokens)
+    def work(self, spare: Spare) -> int:
+        self.offered.append(spare.tokens)
+        self.spares.append(spare)
+        return super().work(spare)
 
 
 class Sizes:
@@ -421,6 +425,25 @@ def test_an_idle_engine_leaves_everything_to_the_filler(opened: Opener) -> None:
         assert engine.step() == []
     assert filler.offered == [STEP] * 3
     assert engine.counts().filler_tokens == 100
+
+
+def test_a_filler_knows_the_step_and_may_come_after_its_answers_are_out(opened: Opener) -> None:
+    engine = opened()
+    filler, hurry = Asked(1000), [False]
+    engine.plug_filler(filler)
+    with pytest.raises(UsageError, match="already"):
+        engine.plug_filler(CountingFiller(1))
+    engine.urgent = lambda: hurry[0]
+    engine.submit(Request(text(20), Sampling(max_tokens=3, ignore_eos=True)))
+    assert engine.advance() and filler.spares == []
+    assert engine.fill() == STEP - 20 and engine.fill() == 0
+    engine.step()
+    first, second = filler.spares
+    assert (first.computed, first.context, first.running) == (20, 20, 1)
+    assert (second.computed, second.context, second.tokens) == (1, 21, STEP - 1)
+    assert second.seconds > 0 and not second.urgent()
+    hurry[0] = True
+    assert second.urgent()
 
 
 def test_batches_are_written_as_the_runners_read_them(alone: Runner) -> None:

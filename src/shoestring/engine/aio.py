@@ -37,6 +37,7 @@ class AsyncEngine:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | None]]] = {}
         self._closing = self._freed = False
         self._counts = engine.counts()
+        engine.urgent = lambda: bool(self._orders) or self._closing
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._work, name="shoestring-engine", daemon=True)
         self._thread.start()
@@ -142,11 +143,12 @@ class AsyncEngine:
                 while self._orders:
                     self._orders.popleft()[0]()
                 self.last_step = time.monotonic()
-                deltas = engine.step() if not engine.idle or engine.hooks.filler else []
+                deltas = engine.advance() if not engine.idle or engine.hooks.filler else []
                 self._counts = engine.counts()
                 if deltas:
                     self._send(deltas)
-                elif engine.idle and not self._orders:
+                filled = engine.fill()
+                if not deltas and not filled and engine.idle and not self._orders:
                     self._wake.wait(0.05 if engine.hooks.filler else 1.0)
                     self._wake.clear()
         except BaseException as error:

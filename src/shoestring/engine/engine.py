@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.engine.blocks import BlockPool
 from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
-from shoestring.engine.hooks import Hooks
+from shoestring.engine.hooks import Filler, Hooks, Spare
 from shoestring.engine.memory import free_memory
 from shoestring.engine.open import Opened, open_model
 from shoestring.engine.plug import plugged
@@ -169,6 +169,8 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
         self._deltas: deque[Delta] = deque()
+        self._spare = Spare(0)
+        self.urgent: Callable[[], bool] = lambda: False  # whether filler work should end soon; whoever steps sets it
         self._totals: dict[str, Any] = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "draft_tokens",
              "accepted_draft_tokens", "preemptions", "filler_tokens", "steps", "cache_bytes_peak"), 0
@@ -252,13 +254,27 @@ class Engine:
     # ---- the step ----
 
     def step(self) -> list[Delta]:
-        """Compute one batch; what it added to each answer."""
+        """Compute one batch, then filler work; what the batch added to each answer."""
+        deltas = self.advance()
+        self.fill()
+        return deltas
+
+    def advance(self) -> list[Delta]:
+        """Compute one batch and leave the rest of the step to `fill`; what the batch added to each answer."""
         self._propose()
         began = time.monotonic()
         plan = self.scheduler.schedule()
         outcomes = self._run(plan, began)
         self._settle(outcomes)
-        self._fill(plan)
+        if self.hooks.filler:
+            self._spare = Spare(
+                tokens=plan.spare,
+                computed=self.scheduler.max_tokens - plan.spare,
+                context=sum(chunk.start + chunk.count for chunk in plan.chunks),
+                seconds=time.monotonic() - began,
+                running=len(self.scheduler.running),
+                urgent=self.urgent,
+            )
         deltas = list(self._deltas)
         self._deltas.clear()
         return deltas
@@ -404,9 +420,25 @@ class Engine:
                 draft = self.hooks.drafter.propose(sequence, min(self.scheduler.max_tokens - 1, left))
                 sequence.draft, sequence.draft_parents = draft.tokens, draft.parents
 
-    def _fill(self, plan: Plan) -> None:
-        if self.hooks.filler and plan.spare > 0:
-            self._totals["filler_tokens"] += self.hooks.filler.work(plan.spare)
+    def fill(self) -> int:
+        """Let the filler use what the latest batch left, once; how many tokens' worth it did."""
+        spare, self._spare = self._spare, Spare(0)
+        if not self.hooks.filler or spare.tokens <= 0:
+            return 0
+        used = self.hooks.filler.work(spare)
+        self._totals["filler_tokens"] += used
+        return used
+
+    def plug_filler(self, filler: Filler) -> None:
+        """Plug in filler work while the engine runs. It is closed with the engine.
+
+        Raises:
+            UsageError: there is some already.
+        """
+        if self.hooks.filler is not None:
+            raise UsageError("Something else fills the steps of this engine", remedy="Leave out one of them")
+        self.hooks = replace(self.hooks, filler=filler)
+        self._telling += [filler] if hasattr(filler, "stats") else []
 
     # ---- adapters ----
 

@@ -78,11 +78,32 @@ class TokenFilter(Protocol):
         """Indices to keep, ascending. The last token must be among them."""
 
 
+@dataclass(frozen=True)
+class Spare:
+    """What a step leaves to other work, and what waits for that work to end.
+
+    Attributes:
+        tokens: of the step's budget that nobody uses.
+        computed: tokens that the step computed.
+        context: tokens that its sequences reach back to, all together.
+        seconds: that the step took.
+        running: answers that wait for the next step.
+        urgent: whether something has come meanwhile: asked between two pieces of work, which then ends.
+    """
+
+    tokens: int
+    computed: int = 0
+    context: int = 0
+    seconds: float = 0.0
+    running: int = 0
+    urgent: Callable[[], bool] = lambda: False
+
+
 class Filler(Protocol):
     """Work that uses what a step leaves of its token budget, such as training."""
 
-    def work(self, tokens: int) -> int:
-        """Do work worth at most `tokens` tokens of computation; returns how many were used, 0 for nothing to do."""
+    def work(self, spare: Spare) -> int:
+        """Do some work; returns how many tokens' worth it was, at most `spare.tokens`, 0 for nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,7 @@ class CountingFiller:
     def __init__(self, total: int) -> None:
         self.left = total
 
-    def work(self, tokens: int) -> int:
-        used = min(tokens, self.left)
+    def work(self, spare: Spare) -> int:
+        used = min(spare.tokens, self.left)
         self.left -= used
         return used

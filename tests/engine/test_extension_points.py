@@ -431,7 +431,7 @@ def test_a_filler_knows_the_step_and_may_come_after_its_answers_are_out(opened: 
     engine = opened()
     filler, hurry = Asked(1000), [False]
     engine.plug_filler(filler)
-    with pytest.raises(UsageError, match="already"):
+    with pytest.raises(UsageError, match="fills the steps"):
         engine.plug_filler(CountingFiller(1))
     engine.urgent = lambda: hurry[0]
     engine.submit(Request(text(20), Sampling(max_tokens=3, ignore_eos=True)))

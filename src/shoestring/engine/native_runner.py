@@ -105,6 +105,11 @@ class NativeRunner:
             threads=self.threads,
         )  # fmt: skip
 
+    @property
+    def weights(self) -> Llama:
+        """The matrices as the kernels read them, for those who compute with the same memory otherwise."""
+        return self._llama
+
     def logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return self._llama.logits(hidden, rows, self.threads)
 

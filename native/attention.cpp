@@ -237,7 +237,7 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
     for (int64_t d = 0; d < width; ++d) rows.sum[r][d] = 0;
     rows.highest[r] = LOWEST;
     rows.total[r] = 0;
-    rows.limit[r] = a.context + a.first + token + 1;
+    rows.limit[r] = a.seen ? a.seen[a.first + token] : a.context + a.first + token + 1;
     most = rows.limit[r] > most ? rows.limit[r] : most;
   }
   for (int64_t first = 0; first < most; first += SPAN) {
@@ -263,8 +263,11 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
   }
   for (int r = 0; r < R; ++r) {
     float* out = a.out + (row + r) / group * a.stride + (row + r) % group * dims;
-    const float all = rows.total[r];
-    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d] / all;
+    const float all = rows.total[r], none = rows.limit[r] == 0 ? 1.f : 0.f;
+    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d] / (all + none);
+    if (!a.log_sums) continue;
+    float* log_sum = a.log_sums + (row + r) / group * a.log_stride + (row + r) % group;
+    *log_sum = all > 0 ? (rows.highest[r] + __builtin_log2f(all)) * 0.693147181f : -__builtin_inff();
   }
 }
 

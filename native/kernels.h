@@ -102,6 +102,8 @@ struct SkLowRank {
 
 // Attention computed elsewhere: q [tokens][heads][head_dim] after rotation, k and v; writes out like q. Null: computed here.
 typedef void (*SkAttend)(int64_t layer, const float* q, const float* k, const float* v, float* out);
+// Called before it with the queries alone, which are then computed first. Null: keys and values come in the same product.
+typedef void (*SkQueries)(int64_t layer, const float* q);
 
 struct SkBatch {  // see engine/runner.py: Batch
   int64_t tokens, sequences, table_stride, first_layer, last_layer;
@@ -111,6 +113,7 @@ struct SkBatch {  // see engine/runner.py: Batch
   int64_t adapter_count, from_hidden;
   float* hidden;             // [tokens][hidden], in and out
   SkAttend attend;
+  SkQueries queries;
 };
 
 // Bytes of one page of one layer, -1 for a bad argument.
@@ -121,6 +124,25 @@ SK_API int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch*
 SK_API int32_t sk_logits(const SkModel* model, const void* hidden, const int32_t* rows, int64_t count, void* logits, void* normed, int32_t threads);
 // Copy slot from[i] to slot to[i] of one sequence, in order, in every layer.
 SK_API int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table, const int32_t* from, const int32_t* to, int64_t count);
+
+// Pages of one layer without its model, for a process that computes attention alone. No windows.
+struct SkPages {
+  void* data;  // page_bytes of sk_pages_bytes each
+  int64_t pages, kv_heads, head_dim, type;
+};
+// Bytes of such a page, -1 for a bad argument.
+SK_API int64_t sk_pages_bytes(int64_t kv_heads, int64_t head_dim, int64_t type);
+// k and v [tokens][kv_heads][head_dim] of token t into slot slots[t] % SK_PAGE of page slots[t] / SK_PAGE; below 0: not kept.
+SK_API int32_t sk_pages_store(const SkPages* pages, const int32_t* slots, const float* k, const float* v, int64_t tokens);
+struct SkQuery {  // ragged, as in SkBatch
+  const float* q;        // [tokens][heads][head_dim]
+  float *out, *log_sums; // like q; [tokens][heads]: log of the sum of exp(score), -inf with out 0 where nothing is seen
+  const int32_t *starts, *contexts, *tables, *parents;  // parents may be null
+  const int32_t* seen;   // [tokens]: slots of its table that a token sees, used when parents is null
+  int64_t tokens, sequences, table_stride, heads;
+  double scale;
+};
+SK_API int32_t sk_pages_attend(const SkPages* pages, const SkQuery* query, int32_t threads);
 
 // ---- inside the library ----
 
@@ -218,7 +240,12 @@ struct SkAttention {  // queries of one kv head of one sequence
   const int32_t *parents, *positions;   // of the chunk; parents null: a chain
   int64_t window;
   float scale;
+  const int32_t* seen;  // of the chunk: slots a token sees, or null for all up to its own
+  float* log_sums;      // of a query at [token][log_stride] + head of the group, or null
+  int64_t log_stride;
 };
+
+bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, SkPageLayout& out);
 
 #define SK_DECLARE_FORMAT(isa, name) extern const SkFormat name;
 #define SK_DECLARE(isa)                                                                                                      \

@@ -14,8 +14,8 @@ constexpr int64_t FEW = 8;           // tokens below which the caller norms and 
 constexpr int64_t TOKENS_EACH = 8;   // of a chunk, where tokens are split
 constexpr int64_t QUERIES_EACH = 24; // heads times tokens of an attention chunk
 constexpr int64_t RUN = 32;          // most tokens of a low-rank chunk
-constexpr int64_t MOST_DIM = 512;
 enum Projection { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
+enum Placed { ALL, QUERIES_ALONE, KEYS_ALONE };  // of what a layer's attention begins with
 
 thread_local SkScratch scratch;
 
@@ -73,6 +73,7 @@ struct Step {
 
   const SkBlock* block;
   int64_t layer, begin, count;  // tokens of the present part
+  Placed placed;
   Job job;
   int64_t tokens_each;
   const Tile* first_tile;
@@ -125,20 +126,10 @@ bool fits(const SkTable* table, const SkMatrix& m, int64_t rows, int64_t cols) {
 }
 
 bool page_layout(const SkModel& m, int64_t type, SkPageLayout& out) {
-  if (type < 0 || type > 2 || m.layers < 1 || !m.blocks) return false;
-  if (m.head_dim < 2 || m.head_dim > MOST_DIM || m.head_dim % 2 || m.kv_heads < 1 || m.kv_heads > 65536) return false;
+  if (m.layers < 1 || !m.blocks) return false;
   bool window = false;
   for (int64_t l = 0; l < m.layers; ++l) window |= m.blocks[l].window > 0;
-  out.type = type;
-  out.head_dim = m.head_dim;
-  out.value_width = rounded_up(m.head_dim, 16);
-  const int64_t size = SK_CACHE_SIZES[type];
-  out.values = rounded_up(m.head_dim, 4 / size) * SK_PAGE * size;
-  out.scales = out.values + out.value_width * SK_PAGE * size;
-  out.head_bytes = out.scales + (type == SK_CACHE_INT8 ? 2 * SK_PAGE * 4 : 0);
-  out.positions = out.head_bytes * m.kv_heads;
-  out.bytes = out.positions + (window ? SK_PAGE * 4 : 0);
-  return true;
+  return sk_page_layout(m.kv_heads, m.head_dim, type, window, out);
 }
 
 bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t last) {
@@ -395,22 +386,31 @@ uint8_t* block_of(const Step& s, int64_t page, int64_t head) {
   return static_cast<uint8_t*>(s.cache->data) + (s.layer * s.cache->pages + page) * s.layout.bytes + head * s.layout.head_bytes;
 }
 
-// Norms, rotates and stores heads of one token of the part: those of kv heads begin..end-1.
-void place(const Step& s, int64_t token, int64_t begin, int64_t end) {
+// Norms and rotates queries of one token of the part: those of kv heads begin..end-1.
+void place_queries(const Step& s, int64_t token, int64_t begin, int64_t end) {
   const SkModel& m = *s.model;
   const SkBatch& b = *s.batch;
   const int64_t at = s.begin + token, group = m.heads / m.kv_heads, dim = m.head_dim;
+  const bool rotated = s.block->rotate && m.rotary;
+  for (int64_t h = begin * group; h < end * group; ++h) {
+    float* q = s.q + at * s.q_width + h * dim;
+    if (s.block->q_norm) s.table->normalize(q, s.block->q_norm, m.epsilon, dim, q);
+    if (rotated)
+      s.table->rotate(q, m.cosines + b.positions[at] * (m.rotary / 2), m.sines + b.positions[at] * (m.rotary / 2), m.rotary);
+  }
+}
+
+// Norms, rotates and stores keys and values likewise.
+void place_keys(const Step& s, int64_t token, int64_t begin, int64_t end) {
+  const SkModel& m = *s.model;
+  const SkBatch& b = *s.batch;
+  const int64_t at = s.begin + token, dim = m.head_dim;
   const int64_t own = b.attend ? at : token;  // k and v are kept for all tokens only where attention is computed elsewhere
   const int64_t sequence = s.sequence_of[at], slot = b.attend ? 0 : b.contexts[sequence] + at - b.starts[sequence];
   const int64_t page = b.attend ? 0 : b.tables[sequence * b.table_stride + slot / SK_PAGE];
   const bool rotated = s.block->rotate && m.rotary;
   const float* cosines = rotated ? m.cosines + b.positions[at] * (m.rotary / 2) : nullptr;
   const float* sines = rotated ? m.sines + b.positions[at] * (m.rotary / 2) : nullptr;
-  for (int64_t h = begin * group; h < end * group; ++h) {
-    float* q = s.q + at * s.q_width + h * dim;
-    if (s.block->q_norm) s.table->normalize(q, s.block->q_norm, m.epsilon, dim, q);
-    if (rotated) s.table->rotate(q, cosines, sines, m.rotary);
-  }
   for (int64_t h = begin; h < end; ++h) {
     float* k = s.k + own * s.kv_width + h * dim;
     if (s.block->k_norm) s.table->normalize(k, s.block->k_norm, m.epsilon, dim, k);
@@ -426,7 +426,10 @@ void place_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   int64_t begin, end;
   chunk_tokens(s, chunk, begin, end);
-  for (int64_t t = begin; t < end; ++t) place(s, t, 0, s.kv_heads);
+  for (int64_t t = begin; t < end; ++t) {
+    if (s.placed != KEYS_ALONE) place_queries(s, t, 0, s.kv_heads);
+    if (s.placed != QUERIES_ALONE) place_keys(s, t, 0, s.kv_heads);
+  }
 }
 
 void attend_tile(const Step& s, const Tile& tile, int64_t head) {
@@ -434,7 +437,7 @@ void attend_tile(const Step& s, const Tile& tile, int64_t head) {
   const SkBatch& b = *s.batch;
   const int64_t start = b.starts[tile.sequence], group = m.heads / m.kv_heads;
   float* q = s.q + (start + tile.first) * s.q_width + head * group * m.head_dim;
-  SkAttention a;
+  SkAttention a{};
   a.layout = &s.layout;
   a.q = q;
   a.out = q;
@@ -462,7 +465,10 @@ void attend_chunk(void* context, int64_t chunk) {
 // sequences, so there everything is placed first.
 void whole_head_chunk(void* context, int64_t head) {
   const Step& s = *static_cast<Step*>(context);
-  for (int64_t t = 0; t < s.count; ++t) place(s, t, head, head + 1);
+  for (int64_t t = 0; t < s.count; ++t) {
+    place_queries(s, t, head, head + 1);
+    place_keys(s, t, head, head + 1);
+  }
   const Tile tile{s.sequence_of[0], 0, s.count};
   attend_tile(s, tile, head);
 }
@@ -472,20 +478,27 @@ void whole_head_chunk(void* context, int64_t head) {
 void project(Step& s) {
   const SkBlock& b = *s.block;
   const int64_t own = s.batch->attend ? s.begin : 0;
-  s.job = Job{};
-  s.job.count = 3;
   const SkMatrix* matrices[3] = {&b.q, &b.k, &b.v};
   float* y[3] = {s.q + s.begin * s.q_width, s.k + own * s.kv_width, s.v + own * s.kv_width};
-  for (int32_t i = 0; i < 3; ++i) {
-    s.job.matrix[i] = matrices[i];
-    s.job.y[i] = y[i];
-    s.job.stride[i] = matrices[i]->rows;
-    s.job.projection[i] = Q + i;
+  const int32_t first = s.placed == KEYS_ALONE ? K : Q, end = s.placed == QUERIES_ALONE ? K : O;
+  s.job = Job{};
+  for (int32_t p = first; p < end; ++p) {
+    const int32_t i = s.job.count++;
+    s.job.matrix[i] = matrices[p];
+    s.job.y[i] = y[p];
+    s.job.stride[i] = matrices[p]->rows;
+    s.job.projection[i] = p;
   }
   s.job.x = s.batch->hidden + s.begin * s.model->hidden;
   s.job.x_stride = s.model->hidden;
   s.job.norm = b.attention_norm;
   run_job(s);
+}
+
+void project_and_place(Step& s) {
+  project(s);
+  s.tokens_each = s.threads <= 1 ? s.count : smaller(TOKENS_EACH, (s.count + s.threads - 1) / s.threads);
+  sk_parallel(place_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
 }
 
 void add_to_hidden(Step& s, const SkMatrix& matrix, Projection projection, const float* x) {
@@ -535,12 +548,14 @@ void run_layer(Step& s) {
   s.kv_width = s.block->k.rows;
   const int64_t kv_heads = s.kv_heads = s.kv_width / s.model->head_dim;
   const bool single = b.tokens <= FEW && s.sequence_of[0] == s.sequence_of[b.tokens - 1] && !b.attend;
-  each_part(s, [&] {
-    project(s);
-    if (single) return;
-    s.tokens_each = s.threads <= 1 ? s.count : smaller(TOKENS_EACH, (s.count + s.threads - 1) / s.threads);
-    sk_parallel(place_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
-  });
+  if (b.attend && b.queries) {
+    s.placed = QUERIES_ALONE;
+    each_part(s, [&] { project_and_place(s); });
+    b.queries(s.layer, s.q);
+    s.placed = KEYS_ALONE;
+  }
+  each_part(s, [&] { single ? project(s) : project_and_place(s); });
+  s.placed = ALL;
   if (b.attend) b.attend(s.layer, s.q, s.k, s.v, s.out);
   const Tile* tile = s.tiles;
   each_part(s, [&] {

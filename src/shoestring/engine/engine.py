@@ -15,10 +15,11 @@ from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.engine.blocks import BlockPool
 from shoestring.engine.check import check_sampling
 from shoestring.engine.decoder import Decoder, Outcome
+from shoestring.engine.gates import GatedDecoder
 from shoestring.engine.hooks import Filler, Hooks, Spare
 from shoestring.engine.memory import free_memory
 from shoestring.engine.open import Opened, open_model
-from shoestring.engine.plug import plugged
+from shoestring.engine.plug import loader, plugged
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
 from shoestring.engine.runner import BLOCK, CacheLost, Runner, keeps_pages
@@ -133,7 +134,7 @@ class Engine:
         else:
             opened = open_model(
                 model, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code, loader=loader(plugs),
             )  # fmt: skip
         self.runner, self.tokenizer = opened.runner, opened.tokenizer
         self.name, self.note = opened.name, opened.note
@@ -144,26 +145,37 @@ class Engine:
             except BaseException:
                 self.runner.close()
                 raise
+        if hooks.exit and hooks.drafter and not hooks.decoder:
+            raise UsageError(
+                "A drafter and an exit policy cannot be plugged in together",
+                "a draft is verified by whole passes",
+                "Leave out one",
+            )
         self.facts = facts = self.runner.facts
         self.context = min(context or facts.context, facts.context)
         self.hooks, self.runner.attention = hooks, hooks.attention
-        self._telling = [part for part in hooks.plugged() if hasattr(part, "stats")]
         blocks = _blocks(memory, facts.block_bytes, self.context, max_sequences)
         self.runner.reserve(blocks)
         self.pool = BlockPool(blocks, BLOCK)
         # Pages that a hook left half filled, or filled otherwise, are of no use to another request.
         filled = hooks.attention is None or keeps_pages(hooks.attention)
-        self.prefix_cache = prefix_cache and filled and not (hooks.exit or hooks.tap)
+        kind = hooks.decoder or (GatedDecoder if hooks.exit else Decoder)
+        holes = getattr(kind, "leaves_holes", False)
+        self.prefix_cache = prefix_cache and filled and not (holes or hooks.tap)
         self.scheduler = Scheduler(
             self.pool,
             max_tokens=max(max_step_tokens, max_sequences),
             max_sequences=max_sequences,
             context=self.context,
             policy=policy or hooks.policy,
+            findable=not holes,
         )
         self.context = self.scheduler.context
         self.sampler = Sampler(facts.vocab, self.tokenizer)
-        self._decoder = (hooks.decoder or Decoder)(self.runner, self.sampler, hooks)
+        self._decoder = kind(self.runner, self.sampler, hooks)
+        parts = [self._decoder, *hooks.plugged()]
+        self._telling = [part for part in parts if hasattr(part, "stats")]
+        self._told = [part for part in parts if hasattr(part, "ended")]
         self.adapters: dict[str, int] = {}
         self._works: dict[Answer, _Work] = {}
         self._requests: dict[str, list[Answer]] = {}
@@ -385,6 +397,8 @@ class Engine:
         sequence = work.sequence
         self.scheduler.finish(sequence)
         del self._works[sequence]
+        for part in self._told:
+            part.ended(sequence)
         answers = self._requests[sequence.request.id]
         answers.remove(sequence)
         if not answers:

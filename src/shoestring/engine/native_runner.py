@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.adapter_forms import plain
 from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.memory import free_memory
-from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
+from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages
 from shoestring.kernels.layout import ITEM, parse
-from shoestring.kernels.llama import CACHE_TYPES, Adapter, Block, Cache, Llama
+from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Llama, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
 from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe, packing
@@ -87,6 +87,8 @@ class NativeRunner:
         )
 
     def reserve(self, blocks: int) -> None:
+        if keeps_pages(self.attention):
+            return self.attention.reserve(blocks)  # type: ignore[union-attr]
         size, free = blocks * self.facts.block_bytes, free_memory()
         if size > free:
             raise DoesNotFit(
@@ -99,10 +101,10 @@ class NativeRunner:
     def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> np.ndarray:
         if batch.tokens:
             self._reach(int(batch.positions.max()) + 1)
-        attend = self._elsewhere(batch) if self.attention else None
+        attend, queries = self._elsewhere(batch) if self.attention else (None, None)
         return self._llama.run(
             self._cache, batch, first=first, last=last, hidden=hidden, adapters=self._adapters, attend=attend,
-            threads=self.threads,
+            queries=queries, threads=self.threads,
         )  # fmt: skip
 
     @property
@@ -117,9 +119,13 @@ class NativeRunner:
         return self._llama.normed(hidden, rows, self.threads)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if keeps_pages(self.attention):
+            return self.attention.copy_blocks(pairs)  # type: ignore[union-attr]
         self._pages().copy(pairs)
 
     def move_slots(self, table: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        if keeps_pages(self.attention):
+            return self.attention.move_slots(table, moves)  # type: ignore[union-attr]
         self._llama.move(self._pages(), table, moves)
 
     def add_adapter(self, folder: str) -> int:
@@ -157,7 +163,7 @@ class NativeRunner:
             cosines, sines = self.model.tables(min(max(positions, 2 * have), self.model.context))
             self._llama = replace(self._llama, cosines=cosines, sines=sines)
 
-    def _elsewhere(self, batch: Batch) -> Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    def _elsewhere(self, batch: Batch) -> tuple[Attend, Queries | None]:
         worker = self.attention
         assert worker is not None
         if self.model.layer_kv_heads:
@@ -172,7 +178,15 @@ class NativeRunner:
             )
         # Workers divide scores by the root of head_dim, as most models do; what a model does otherwise goes into q.
         factor = np.float32(self.model.attention_scale * self.model.head_dim**0.5)
-        return lambda layer, q, k, v: worker(layer, q if factor == 1 else q * factor, k, v, batch)
+        begin = getattr(worker, "begin", None)
+
+        def scaled(q: np.ndarray) -> np.ndarray:
+            return q if factor == 1 else q * factor
+
+        return (
+            lambda layer, q, k, v: worker(layer, scaled(q), k, v, batch),
+            (lambda layer, q: begin(layer, scaled(q), batch)) if begin else None,
+        )
 
 
 class _Loader:

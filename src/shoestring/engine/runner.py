@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from shoestring.core.errors import ShoestringError
 
 BLOCK = 16  # tokens in a page of the cache; the native kernels compare a query with one page in one register
 
@@ -46,9 +48,36 @@ class Batch:
         return len(self.contexts)
 
 
-# Computes attention elsewhere: (layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], batch), all
-# float32 after norms and rotation, returns [tokens, heads, head_dim]. The worker keeps keys and values itself.
-AttentionWorker = Callable[[int, np.ndarray, np.ndarray, np.ndarray, Batch], np.ndarray]
+class CacheLost(ShoestringError):
+    """Keys and values are gone and pages are as fresh ones: a runner raises it when all must be computed again."""
+
+
+class AttentionWorker(Protocol):
+    """Computes attention elsewhere and keeps keys and values itself. A plain function will do.
+
+    It may also define these, each found by its name:
+
+    - `begin(layer, q, batch)`, called with the queries as soon as they exist, before the keys and values of the call
+      that follows are computed. None is as good as absent.
+    - `reserve(blocks)`, `copy_blocks(pairs)`, `move_slots(table, moves)`, as of `Runner`: it keeps keys and values by
+      block and slot as the runner's cache does, so the runner makes none, and pages are shared, forked and found again
+      as without a worker. The last two are called between passes and raise nothing; what fails there is raised by the
+      next pass.
+    """
+
+    def __call__(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, batch: Batch) -> np.ndarray:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], all float32 after norms and rotation.
+
+        Returns [tokens, heads, head_dim]: softmax(q k / sqrt(head_dim)) v over what each token sees.
+
+        Raises:
+            CacheLost: what it kept is gone, and it is ready to begin anew.
+        """
+
+
+def keeps_pages(worker: AttentionWorker | None) -> bool:
+    """Whether a worker keeps keys and values by block and slot, in place of the runner."""
+    return hasattr(worker, "reserve")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Scheduler:
         max_sequences: that hold pages at the same time.
         context: the longest sequence.
         policy: `Fair` when None.
+        findable: whether pages may be found again by what was computed into them, for others and after a preemption.
 
     Attributes:
         running: sequences that hold pages, in the order of their admission.
@@ -67,11 +68,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, *, max_tokens: int, max_sequences: int, context: int, policy: Policy | None = None
+        self,
+        pool: BlockPool,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        context: int,
+        policy: Policy | None = None,
+        findable: bool = True,
     ) -> None:
         if not 1 <= max_sequences <= max_tokens:
             raise ValueError(f"{max_sequences} sequences in steps of {max_tokens} tokens: some would never be served")
-        self.pool, self.policy = pool, policy or Fair()
+        self.pool, self.policy, self.findable = pool, policy or Fair(), findable
         self.max_tokens, self.max_sequences = max_tokens, max_sequences
         self.context = min(context, pool.count * pool.size)
         self.running: dict[Sequence, None] = {}
@@ -148,6 +156,15 @@ class Scheduler:
             self.finish(sequence)
         return gone
 
+    def restart(self) -> int:
+        """Every page has lost what was in it: all that run go back to the line, to be computed again; how many."""
+        again = tuple(self.running)
+        for sequence in again:
+            self._preempt(sequence)
+        self.pool.forget()
+        self._sought = None
+        return len(again)
+
     # ---- the step ----
 
     def schedule(self) -> Plan:
@@ -213,7 +230,7 @@ class Scheduler:
         if computed > sequence.seen:
             sequence.seen = computed
         sequence.tokens += tokens
-        if computed // size > before:
+        if self.findable and computed // size > before:
             self.pool.register(sequence.blocks, sequence.tokens, _salt(sequence), before, computed // size)
         if chunk.draft:
             sequence.draft = sequence.draft_parents = ()

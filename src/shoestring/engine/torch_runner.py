@@ -15,7 +15,7 @@ from torch import nn
 
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
 from shoestring.core.text import show_bytes
-from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts
+from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages
 from shoestring.engine.torch_adapters import Adapters
 from shoestring.engine.torch_attention import NAME, Attention, Head, Store, Through, flat_slots
 from shoestring.models.anatomy import attends, inspect, is_projection
@@ -125,6 +125,9 @@ class TorchRunner:
         self._attention.worker = worker
 
     def reserve(self, blocks: int) -> None:
+        if keeps_pages(self.attention):
+            self._reserved = blocks
+            return self.attention.reserve(blocks)  # type: ignore[union-attr]
         size, why = blocks * self.facts.block_bytes, ""
         if self._device.type == "cpu" and size > (free := psutil.virtual_memory().available):
             why = f"{show_bytes(free)} of memory are free"
@@ -170,6 +173,8 @@ class TorchRunner:
         self._check_blocks([block for pair in pairs for block in pair])
         if not pairs:
             return
+        if keeps_pages(self.attention):
+            return self.attention.copy_blocks(pairs)  # type: ignore[union-attr]
         source, target = torch.tensor(pairs, device=self._device).T
         for part in self._attention.parts():
             part[target] = part[source]
@@ -179,6 +184,8 @@ class TorchRunner:
         ends = [slot for move in moves for slot in move]
         if ends and not 0 <= min(ends) <= max(ends) < len(table) * BLOCK:
             raise UsageError(f"Slots {min(ends)} to {max(ends)} are outside a table of {len(table)} blocks")
+        if keeps_pages(self.attention):
+            return self.attention.move_slots(table, moves)  # type: ignore[union-attr]
         flat = flat_slots(table, ends)
         for source, target in zip(flat[::2], flat[1::2]):
             for part in self._attention.parts():
@@ -289,7 +296,7 @@ class TorchRunner:
     # ---- checks ----
 
     def _check(self, batch: Batch, first: int, last: int, hidden: torch.Tensor | None) -> None:
-        if not self._attention.stores:
+        if not (self._attention.stores or keeps_pages(self.attention)):
             raise ShoestringError("The cache has not been made", remedy="Call `reserve` first")
         facts = self.facts
         if not 0 <= first <= last <= facts.layers:
@@ -385,6 +392,7 @@ def _facts(model: Any, heads: list[Head], pages: torch.dtype, dtype: torch.dtype
         block_bytes=BLOCK * token,
         precision=f"{packed} + {name}" if packed else name,
         backend="torch",
+        extra={"cache": next(word for word, made in _CACHE_TYPES.items() if made == pages)},
         eos=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
     )
 

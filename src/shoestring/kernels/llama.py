@@ -27,6 +27,8 @@ MOST_HEAD_DIM = 512
 
 # (layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]) -> [tokens, heads, head_dim], all float32.
 Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# (layer, q) of the call of Attend that follows.
+Queries = Callable[[int, np.ndarray], None]
 
 
 class Batch(Protocol):
@@ -79,6 +81,7 @@ class _SkLowRank(ctypes.Structure):
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _SkAttend = ctypes.CFUNCTYPE(None, ctypes.c_int64, _FLOATS, _FLOATS, _FLOATS, _FLOATS)
+_SkQueries = ctypes.CFUNCTYPE(None, ctypes.c_int64, _FLOATS)
 
 
 class _SkBatch(ctypes.Structure):
@@ -92,6 +95,7 @@ class _SkBatch(ctypes.Structure):
         ("from_hidden", _Count),
         ("hidden", _Address),
         ("attend", _Address),
+        ("queries", _Address),
     ]
 
 
@@ -232,7 +236,7 @@ class Llama:
             DoesNotFit: it is not to be had.
         """
         shape = (len(self.blocks), pages, self.page_bytes(cache_type))
-        return Cache(_memory(shape[0] * shape[1] * shape[2], "cache").reshape(shape), cache_type)
+        return Cache(allocate(shape[0] * shape[1] * shape[2], "cache").reshape(shape), cache_type)
 
     def run(
         self,
@@ -244,6 +248,7 @@ class Llama:
         hidden: np.ndarray | None = None,
         adapters: Sequence[Adapter | None] = (),
         attend: Attend | None = None,
+        queries: Queries | None = None,
         threads: int = 1,
     ) -> np.ndarray:
         """Layers first..last-1 (None: all) over a batch: the residual stream, float32 [tokens, hidden].
@@ -252,6 +257,7 @@ class Llama:
             hidden: the stream to start from, changed in place; None starts from the batch's ids (with first = 0).
             adapters: what `batch.adapters` counts in; None for one that was dropped.
             attend: computes attention instead of the kernels; then nothing is cached and cache may be None.
+            queries: gets a layer's queries before its keys and values are computed, ahead of the call of `attend`.
 
         Raises:
             UsageError: an index in the batch outside its range; nothing was written.
@@ -271,6 +277,7 @@ class Llama:
         failure: list[BaseException] = []
         low_rank = self._low_rank(adapters)
         worker = _worker(self, attend, len(batch.ids), failure) if attend else None
+        early = _early(self, queries, len(batch.ids), failure) if queries and attend else None
         arrays = [batch.ids, batch.positions, batch.starts, batch.contexts, batch.tables, batch.parents, batch.adapters]
         _fits(batch)
         struct = _SkBatch(
@@ -285,6 +292,7 @@ class Llama:
             int(given),
             hidden.ctypes.data,
             ctypes.cast(worker, _Address) if worker else None,
+            ctypes.cast(early, _Address) if early else None,
         )
         pages = None if cache is None else ctypes.byref(cache.struct)
         code = library().sk_run(ctypes.byref(self._struct), pages, ctypes.byref(struct), threads)
@@ -457,6 +465,17 @@ class Llama:
         return table
 
 
+def allocate(size: int, purpose: str) -> np.ndarray:
+    """Fresh memory, in large pages where the system has them."""
+    try:
+        block = mmap.mmap(-1, max(size, 1))
+    except (OSError, ValueError, OverflowError) as error:
+        raise DoesNotFit(f"{size} bytes for a {purpose} are not to be had", str(error)) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8, size)
+
+
 def _worker(model: Llama, attend: Attend, tokens: int, failure: list[BaseException]) -> Any:
     q_shape, kv_shape = (tokens, model.heads, model.head_dim), (tokens, model.kv_heads, model.head_dim)
 
@@ -474,6 +493,19 @@ def _worker(model: Llama, attend: Attend, tokens: int, failure: list[BaseExcepti
     return _SkAttend(call)
 
 
+def _early(model: Llama, queries: Queries, tokens: int, failure: list[BaseException]) -> Any:
+    shape = (tokens, model.heads, model.head_dim)
+
+    def call(layer: int, q: Any) -> None:
+        try:
+            if not failure:
+                queries(layer, np.ctypeslib.as_array(q, shape))
+        except BaseException as error:  # raised by the call of `attend` that follows
+            failure[:1] = [error]
+
+    return _SkQueries(call)
+
+
 def _fits(batch: Batch) -> None:
     arrays = {
         "ids": (batch.ids, (len(batch.ids),)),
@@ -489,17 +521,6 @@ def _fits(batch: Batch) -> None:
             raise UsageError(
                 f"The batch's {name} is {array.dtype} {list(array.shape)}, not contiguous int32 {list(shape)}"
             )
-
-
-def _memory(size: int, purpose: str) -> np.ndarray:
-    """Fresh memory, in large pages where the system has them."""
-    try:
-        block = mmap.mmap(-1, max(size, 1))
-    except (OSError, ValueError, OverflowError) as error:
-        raise DoesNotFit(f"{size} bytes for a {purpose} are not to be had", str(error)) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, np.uint8, size)
 
 
 def _beside(whole: Matrix, values: np.ndarray, group: int, memory: Memory) -> Matrix:

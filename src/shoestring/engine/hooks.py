@@ -117,6 +117,8 @@ class Hooks:
     Attributes:
         policy: who is served next; None is the engine's own.
         decoder: makes what turns plans into tokens, for methods that do so otherwise than in one pass.
+        weights: keeps weights of the model elsewhere than in memory; any object.
+        watch: looks on while the model computes, and changes nothing; any object.
     """
 
     drafter: Drafter | None = None
@@ -127,6 +129,8 @@ class Hooks:
     filler: Filler | None = None
     policy: Policy | None = None
     decoder: Callable[[Runner, Sampler, Hooks], Decoder] | None = None
+    weights: Any = None
+    watch: Any = None
 
     def plugged(self) -> Iterator[Any]:
         """What is there, each object once."""

@@ -50,6 +50,7 @@ def open_model(
     threads: int | None = None,
     offline: bool | None = None,
     trust_remote_code: bool = False,
+    loader: Callable[..., Any] | None = None,
 ) -> Opened:
     """Open a hub id, a model folder, an adapter folder (with the base it names), a GGUF file, or `smollm2`.
 
@@ -60,6 +61,8 @@ def open_model(
         runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
         dtype: "auto" computes on the weights as they are stored.
         cache_dtype: of keys and values, "bf16", "int8" or "fp32".
+        loader: (folder, dtype=, trust_remote_code=) -> models.Loaded: reads the model in its own way, for the torch
+            runner.
 
     Raises:
         UsageError: nothing of that name, files that are not sound, or a runner that cannot take the model.
@@ -72,12 +75,18 @@ def open_model(
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _with_adapter(
             path, name, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, loader=loader,
         )  # fmt: skip
     if path.is_file() and dtype != "auto":
         path = resolve(path, offline=offline)
     note = ""
-    if runner != "torch":
+    if loader and runner == "native":
+        raise UsageError(
+            "The native runner cannot run this model",
+            "what is plugged in reads it in its own way",
+            "Use the torch runner",
+        )
+    if runner != "torch" and not loader:
         try:
             made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code)
             return Opened(made, tokens, name, path)
@@ -92,8 +101,9 @@ def open_model(
     folder = resolve(path, offline=offline)
     from shoestring.engine.torch_runner import TorchRunner
 
+    read = loader(folder, dtype=dtype, trust_remote_code=trust_remote_code) if loader else folder
     slow = TorchRunner(
-        folder, dtype=dtype, cache_dtype=cache_dtype, threads=threads, trust_remote_code=trust_remote_code,
+        read, dtype=dtype, cache_dtype=cache_dtype, threads=threads, trust_remote_code=trust_remote_code,
         offline=offline,
     )  # fmt: skip
     return Opened(slow, tokenizers.from_folder(folder), name, folder, note=note)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core import catalog
@@ -75,6 +76,23 @@ def configured(name: str, options: dict[str, Any]) -> Any:
         return made(**options)
     except TypeError as error:
         raise UsageError(f"{name} cannot be plugged in with {options}", str(error)) from None
+
+
+def loader(words: Sequence[str]) -> Callable[..., Any] | None:
+    """How the one of the methods named by `words` that defines `load` reads a model; None where none does.
+
+    Raises:
+        UsageError: an unknown method or option, or two that would read the model.
+    """
+    found: dict[str, Callable[..., Any]] = {}
+    for word in words:
+        name, options = spelled(word)
+        method = method_for(name)
+        if "load" in method.words:
+            found[name] = partial(catalog.module(method.name).load, configured(method.name, options))
+    if len(found) > 1:
+        raise UsageError(f"{' and '.join(found)} cannot be plugged in together", "each reads the model in its own way")
+    return next(iter(found.values()), None)
 
 
 def plugged(words: Sequence[str], opened: Opened, hooks: Hooks = Hooks()) -> Hooks:

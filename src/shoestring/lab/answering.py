@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,12 +28,12 @@ DRAWN = Sampling(max_tokens=16, ignore_eos=True, temperature=0.9, top_p=0.9, see
 Answers = list[tuple[int, ...]]
 
 
-def folder(at: str | Path, **changes: object) -> Path:
-    """A tiny Llama with a tokenizer in a folder, as users have models; `changes` override its config.
+def folder(at: str | Path, make: Callable[..., Any] = tiny.model, **changes: object) -> Path:
+    """A tiny model with a tokenizer in a folder, as users have models: a Llama; `changes` override its config.
 
     Its weights are large enough that answers vary, and here and there repeat themselves.
     """
-    made = tiny.model(**{"num_hidden_layers": 4, "initializer_range": 0.2, **changes})  # type: ignore[arg-type]
+    made = make(**{"num_hidden_layers": 4, "initializer_range": 0.2, **changes})
     made.save_pretrained(at)
     vocab = {f"w{i}": i for i in range(tiny.VOCAB)}
     plain = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
@@ -56,10 +57,10 @@ def stage(module: ModuleType) -> Iterator[tuple[Engine, Engine]]:
     """A plain engine and one with the method plugged in, on one tiny model.
 
     A method that needs more than its name (a trained part, another process) defines `stage(model) -> Engine` as a
-    context manager.
+    context manager; one that is for other models than Llama defines `base(**changes)`, which makes a tiny one.
     """
     with tempfile.TemporaryDirectory() as at:
-        model = folder(at)
+        model = folder(at, getattr(module, "base", tiny.model))
         name = module.__name__.rpartition(".")[2]
         own: AbstractContextManager[Engine] = (
             module.stage(model) if hasattr(module, "stage") else exact(model, plugs=[name])

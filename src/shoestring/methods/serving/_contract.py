@@ -15,6 +15,9 @@ TRAITS = ("plugs",)
 #       engine of its own; `traits["plugs"]` is "front".
 # A method may also define
 #   routes(config, service) -> list of starlette Routes: beside those of the server.
+#   load(config, folder: Path, *, dtype, trust_remote_code) -> models.Loaded: reads the model in its own way, before
+#       `plug` is asked; the torch runner runs it.
+#   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for.
 #   stage(model: Path) -> context manager of an Engine: for the checks, where its name alone is not enough to plug in.
 #   PLUG: the class of its serving configuration, where `example()` is for something else.
 

@@ -239,9 +239,10 @@ def test_an_exit_that_is_not_taken_changes_nothing(opened: Opener) -> None:
         layers = (1, 2)
         asked: list[int] = []
 
-        def leave(self, layer: int, hidden: Any, batch: Batch) -> bool:
+        def leave(self, layer: int, hidden: Any, answers: Sequence[Answer]) -> list[bool]:
+            assert len(hidden) == len(answers)
             self.asked.append(layer)
-            return False
+            return [False] * len(answers)
 
     some = MIXED[:3]
     _assert_same(_answers(opened(Hooks(exit=Never())), some), _answers(opened(), some))

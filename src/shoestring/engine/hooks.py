@@ -111,8 +111,9 @@ class Hooks:
     """What is plugged in. Everything absent is plain serving.
 
     Any of them may have `ready(runner, pages)`, called when the engine stands and before its first request, while all
-    pages are free to write into; `close()`, called when the engine is closed; and `stats()`, a mapping from words to
-    numbers that the engine's counts, the server's metrics and its status page show.
+    pages are free to write into; `ended(answer)`, called when an answer has ended or was cancelled; `close()`, called
+    when the engine is closed; and `stats()`, a mapping from words to numbers that the engine's counts, the server's
+    metrics and its status page show.
 
     Attributes:
         policy: who is served next; None is the engine's own.
@@ -133,8 +134,9 @@ class Hooks:
     watch: Any = None
 
     def plugged(self) -> Iterator[Any]:
-        """What is there, each object once."""
-        there = {id(part): part for field in fields(self) if (part := getattr(self, field.name)) is not None}
+        """What is there, each object once; the decoder is only to be made."""
+        names = [field.name for field in fields(self) if field.name != "decoder"]
+        there = {id(part): part for name in names if (part := getattr(self, name)) is not None}
         yield from there.values()
 
     def ready(self, runner: Runner, pages: int) -> None:

@@ -29,6 +29,7 @@ class Batch:
         tables: [sequences, most blocks], block ids, 0 beyond the end.
         parents: [tokens] index inside the sequence's own chunk, -1 for its first level; None means a plain chain.
         adapters: [tokens] number of a loaded adapter, -1 for none; None means none anywhere.
+        owners: the answers whose tokens these are, one for each sequence; runners do not look at them.
     """
 
     ids: np.ndarray
@@ -38,6 +39,7 @@ class Batch:
     tables: np.ndarray
     parents: np.ndarray | None = None
     adapters: np.ndarray | None = None
+    owners: tuple[Any, ...] = ()
 
     @property
     def tokens(self) -> int:

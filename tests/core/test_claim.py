@@ -185,7 +185,7 @@ def test_only_what_the_claim_imports_makes_its_record_stale(house: Path) -> None
 def test_an_early_record_stays_good_while_nothing_it_counts_has_changed(house: Path) -> None:
     found = claim._read(house / "claims" / "my_claim.py")
     helpers = [house / "claims" / f"{name}.py" for name in ("_one", "_other", "_two")]
-    early = found._hash([house / "lab" / "arms.py", *helpers])
+    early = claim._hash([found.file, house / "lab" / "arms.py", *helpers])
     assert early != found.code() and found.made(early)
     (house / "claims" / "_new.py").write_text("")
     assert found.made(early)
@@ -218,7 +218,7 @@ def test_the_state_of_a_method_is_its_worst(tmp_path: Path, monkeypatch: pytest.
         plain = claim._read(folder / f"{slug}.py")
         found[slug] = ClaimFile(slug, plain.file, plain.about, plain.claims, ("toy",))
     monkeypatch.setattr(claim, "files", lambda: found)
-    monkeypatch.setattr(ClaimFile, "_hash", lambda self, measuring: "same")
+    monkeypatch.setattr(ClaimFile, "_shared", lambda self: [])
     assert claim.state_of("toy") == "no record" and claim.state_of("other") == "no claim"
     claim.write_record(found["one"], [Measured((1, 1, 1), (2, 2, 2)), Measured()], ABOUT)
     assert claim.state_of("toy") == "no record"
@@ -226,5 +226,5 @@ def test_the_state_of_a_method_is_its_worst(tmp_path: Path, monkeypatch: pytest.
     assert claim.state_of("toy") == SHOWN
     claim.write_record(found["two"], [Measured((3, 3, 3), (2, 2, 2)), Measured()], ABOUT)
     assert claim.state_of("toy") == NOT_SHOWN
-    monkeypatch.setattr(ClaimFile, "_hash", lambda self, measuring: "changed")
+    (tmp_path / "two" / "two.py").write_text(FILE + "# changed\n")
     assert claim.state_of("toy") == f"{NOT_SHOWN} (stale)"

@@ -109,7 +109,7 @@ class ClaimFile:
     def code(self) -> str:
         """Hash of everything that decides the figures: claim, what of lab and claims it imports, methods and what they
         share."""
-        return self._hash(_imported(self.file))
+        return _hash([self.file, *_imported(self.file), *self._shared()])
 
     def made(self, code: str) -> bool:
         """Whether the record whose hash is `code` was made by this code.
@@ -119,28 +119,24 @@ class ClaimFile:
         """
         if code == self.code():
             return True
-        own = _imported(self.file)
+        arms, own, shared = FOLDER.parent / "lab" / "arms.py", _imported(self.file), self._shared()
         helpers = sorted(FOLDER.glob("_[!_]*.py"))
         rest = [file for file in helpers if file not in own]
         return any(
-            code == self._hash([FOLDER.parent / "lab" / "arms.py", *(f for f in helpers if f in own or f in more)])
+            code == _hash([self.file, arms, *(f for f in helpers if f in own or f in more), *shared])
             for count in range(len(rest) + 1)
             for more in combinations(rest, count)
         )
 
-    def _hash(self, measuring: Sequence[Path]) -> str:
-        files = [self.file, *measuring]
+    def _shared(self) -> list[Path]:
+        """The files of its methods, each with what it names of its room's private ones."""
+        files = []
         for name in self.methods:
             method = Path(catalog.get(name).file)
             source = method.read_text(encoding="utf-8")
-            files += [
-                method,
-                *(p for p in sorted(method.parent.glob("_[!_]*.py")) if re.search(rf"\b{p.stem}\b", source)),
-            ]
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        return digest.hexdigest()
+            beside = sorted(method.parent.glob("_[!_]*.py"))
+            files += [method, *(p for p in beside if p.stem in source and re.search(rf"\b{p.stem}\b", source))]
+        return files
 
 
 @dataclass(frozen=True)
@@ -305,20 +301,33 @@ def _imported(file: Path) -> list[Path]:
     """Files of `lab` and helpers of claims that a claim file imports, also inside functions and through each other."""
     house, found, left = FOLDER.parent, set[Path](), [file]
     while left:
-        names: list[str] = []
-        for node in ast.walk(ast.parse(left.pop().read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            package, _, rest = name.removeprefix("shoestring.").partition(".")
+        for name in _imports(left.pop().read_text(encoding="utf-8")):
+            package, _, rest = name.partition(".")
             place = house / package / f"{rest}.py"
             measures = package == "lab" or (package == "claims" and rest.startswith("_"))
-            if name.startswith("shoestring.") and measures and place.is_file() and place not in found:
+            if measures and place.is_file() and place not in found:
                 found.add(place)
                 left.append(place)
     return sorted(found, key=lambda place: (place.parent != house / "lab", place.name))
+
+
+@cache
+def _imports(source: str) -> tuple[str, ...]:
+    """What a source imports of this package, as it may be a module: dotted names without the first part."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(name.removeprefix("shoestring.") for name in names if name.startswith("shoestring."))
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _value(node: ast.expr, constants: Mapping[str, ast.expr]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from saying import Shoestring, snapshot
 
-from shoestring.core import catalog, claim
+from shoestring.core import catalog, claim, survey
 from shoestring.core.claim import ClaimFile
 from shoestring.planner import machine
 from shoestring.planner.plan import by_verb
@@ -30,7 +30,8 @@ def test_methods_as_a_table_and_as_json(shoestring: Shoestring) -> None:
     assert [line.split()[0] for line in lines[1:]] == list(catalog.methods())
     rows = shoestring("methods", "--json").json
     assert [row["name"] for row in rows] == list(catalog.methods())
-    assert all(set(row) == {"name", "room", "saves", "traits", "paper", "summary", "claim"} for row in rows)
+    known = {"name", "room", "saves", "category", "needs", "gains", "quality", "combines", "traits", "paper", "summary"}
+    assert all(set(row) == known | {"claim"} for row in rows)
 
 
 def test_methods_of_a_room_with_their_traits_and_what_is_left_out(shoestring: Shoestring) -> None:
@@ -51,11 +52,25 @@ def test_methods_filtered(shoestring: Shoestring) -> None:
     assert "unknown resource" in shoestring("methods", "--saves", "colour").error
 
 
+def test_methods_by_category_and_by_what_they_need(shoestring: Shoestring) -> None:
+    lines = shoestring("methods", "--category", "quantization", "--needs", "calibration text").out.splitlines()
+    assert lines[0].split()[:7] == ["name", "category", "needs", "at", "load", "at", "work"]
+    words = ("--category", "quantization", "--json")
+    rows = {need: shoestring("methods", "--needs", need, *words).json for need in survey.NEEDS}
+    assert len(lines) - 1 == len(rows["calibration text"])
+    counts = [len(rows[need]) for need in survey.NEEDS]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] and {r["needs"] for r in rows["none"]} == {"none"}
+    assert {row["category"] for row in rows["full pretraining"]} == {"quantization"}
+    assert "Did you mean pruning" in shoestring("methods", "--category", "prunning").error
+    assert "unknown need" in shoestring("methods", "--needs", "money").error
+
+
 @pytest.mark.parametrize("name", list(catalog.methods()))
 def test_explain_a_method(name: str, shoestring: Shoestring) -> None:
     method = catalog.get(name)
     said = shoestring("explain", name)
     assert said.code == 0 and method.about in said.out
+    assert f"Category  {survey.category(method)}" in said.out and f"Needs     {survey.needs(method)}" in said.out
     for word in (method.paper.title, method.paper.date, method.room, method.file, f"Claim     {claim.state_of(name)}"):
         assert word in said.out
     found = shoestring("explain", name, "--json").json

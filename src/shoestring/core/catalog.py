@@ -101,7 +101,7 @@ def in_room(room: str) -> Iterator[str]:
 
 
 def that_define(word: str) -> list[Method]:
-    """The methods whose file defines the function `word`; none of them is imported."""
+    """The methods whose file defines `word`, a function or a constant; none of them is imported."""
     return [m for m in methods().values() if word in m.words]
 
 
@@ -148,8 +148,18 @@ def read(file: Path, package: str) -> Method:
         about=ast.get_docstring(tree) or "",
         module=f"{package}.{room}.{name}",
         file=str(file),
-        words=tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef)),
+        words=tuple(_defined(tree)),
     )
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Names of functions and constants of a file."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name):
+                yield target.id
 
 
 def _packages() -> Iterator[tuple[str, Path]]:

@@ -34,7 +34,7 @@ class Method:
         expects: a check of the room's contract -> the reason why this method cannot pass it.
         default: a plain choice of its room, taken when nothing asks for another.
         name, room, about, module, file: filled in by the catalog from the path and the docstring.
-        words: the functions the file defines, as the catalog reads them in its source.
+        words: the functions and constants the file defines, as the catalog reads them in its source.
     """
 
     paper: Paper

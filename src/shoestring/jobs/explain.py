@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoestring.core import catalog, claim, text
+from shoestring.core import catalog, claim, survey, text
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.method import Method
 from shoestring.jobs import claim_table
@@ -84,6 +84,7 @@ def _method(method: Method) -> dict[str, Any]:
         "paper": {name: getattr(method.paper, name) for name in method.paper.__dataclass_fields__},
         "provides": f"{method.module}.{method.provides}",
         "saves": list(method.saves),
+        **survey.row(method),
         "traits": dict(method.traits),
         "combines": dict(method.combines),
         "expects": dict(method.expects),
@@ -144,7 +145,9 @@ def _method_text(found: Mapping[str, Any]) -> str:
     paper = found["paper"]
     where = [f"arXiv:{paper['arxiv']}" if paper["arxiv"] else "", f"code {paper['code']}" if paper["code"] else ""]
     lines = [found["about"], "", f"Paper     {paper['title']} ({', '.join(filter(None, [paper['date'], *where]))})"]
-    lines += [f"Room      {found['room']}", f"Saves     {', '.join(found['saves'])}", f"Gives     {found['provides']}"]
+    lines += [f"Room      {found['room']}", f"Category  {found['category']}", f"Saves     {', '.join(found['saves'])}"]
+    lines += [f"Needs     {found['needs']}", f"Gives     {found['provides']}"]
+    lines += [f"Quality   {found['quality']['said']} ({found['quality']['verdict']})"] if found["quality"] else []
     lines += [f"{trait.replace('_', ' ').capitalize():9} {text}" for trait, text in found["traits"].items()]
     lines += [f"With      {other}: {reason}" for other, reason in found["combines"].items()]
     lines += [f"Expected  {check} cannot hold: {reason}" for check, reason in found["expects"].items()]

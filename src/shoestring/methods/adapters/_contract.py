@@ -30,6 +30,7 @@ from shoestring.models.folder import ADAPTER_WEIGHTS
 from shoestring.models.load import refuse_strays
 
 VERB = "train"
+CATEGORY = "parameter-efficient tuning"
 WORDS = ("settings", "price")
 TRAITS = ("family", "acts_on", "merges", "parameters")
 FAMILIES = ("additive", "selective", "reparameterised", "hybrid", "prompt")
@@ -42,6 +43,7 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 #   fitted(shape: Shape) -> dict[str, Any]: options that depend on the model, where neither settings nor user name them.
 #   encode(corpus, tokenizer, max_length, *, options, on_long) -> data.Encoded: rows of another form than `data.encode`
 #       makes, such as with a `context` that is read before the question.
+#   pruned(scores, ...) -> Tensor: which weights it makes zero for good; then it is a way of pruning.
 #   measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, Any]: then it is a meter, which
 #       `shoestring measure NAME` runs. `source` is the folder of the model, loaded with `models.load(str(source))` as
 #       often as needed; `options` are the user's, and it refuses those it does not know with a UsageError; `work.train`

@@ -24,6 +24,7 @@ from shoestring.lab import tiny
 from shoestring.methods.architectures import _shared
 
 VERB = "compress"
+CATEGORY = "compact architecture"
 WORDS = ("MODELS", "NEUTRAL", "settings", "price", "convert")
 # What these and `METHOD.provides` are:
 #   provides: the transformers configuration of the architecture. Its `model_type` begins with `_shared.PREFIX`, its

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 VERB = "serve"
+CATEGORY = "dynamic network"
 WORDS = ("plug",)
 TRAITS = ("plugs",)
 # Every file defines

@@ -26,6 +26,7 @@ from shoestring.models import uneven
 from shoestring.models.load import quiet, stored_dtype
 
 VERB = "compress"
+CATEGORY = "pruning"
 WORDS = ("prune", "settings", "price")
 # What these and `METHOD.provides` are:
 #   provides: a frozen dataclass of options, a subclass of `_shared.PrunerOptions`. Its `sparsity` (a field, or worked

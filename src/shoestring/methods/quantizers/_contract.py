@@ -30,6 +30,7 @@ from shoestring.models.packed import ROOM
 from shoestring.models.seal import seal
 
 VERB = "compress"
+CATEGORY = "quantization"
 PACKS = True  # what comes out has no float weights that a later step could change
 WORDS = ("settings", "price")
 OF_ENCODING = ("max_length", "on_long")
@@ -42,6 +43,7 @@ OF_ENCODING = ("max_length", "on_long")
 #       those of `data.encode`. Returns facts.
 #   facts() of its config: what is worth knowing of how it packed, after it did so while a model was read.
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
+#   ENOUGH: tokens a parameter that its training takes to be of use, where that is as much as pretraining.
 #   QUANTIZER: transformers' quantizer of a format that is not packed linear layers.
 #   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for;
 #       `changes` override its config.

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 VERB = "serve"
+CATEGORY = "framework"
 WORDS = ()
 TRAITS = ("plugs",)
 # Every file defines at least one of

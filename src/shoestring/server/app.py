@@ -53,10 +53,16 @@ def build(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.router.route_class = JsonRoute
-    _answers(app, service)
-    _tokens(app, service)
-    _adapters(app, service)
+    if not service.settings.front:
+        _answers(app, service)
+        _tokens(app, service)
+        _adapters(app, service)
+        _list(app, service)
     _about(app, service)
+    if service.settings.front:
+        from shoestring.server.front import Guard
+
+        app.mount("/", Guard(service))  # every other address is the front's
     health = next(route for route in app.routes if getattr(route, "path", "") == "/health")
     guarded: ASGIApp = Door(app, service, health)
     if service.settings.allowed_origins:
@@ -183,7 +189,7 @@ def _adapters(app: FastAPI, service: Service) -> None:
 # ---------------------------------------------------------------- about the server
 
 
-def _about(app: FastAPI, service: Service) -> None:
+def _list(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", response_model=schema.ModelsAnswer)
     async def list_models() -> Response:
         return _json({"object": "list", "data": _models(service)})
@@ -193,6 +199,8 @@ def _about(app: FastAPI, service: Service) -> None:
         service.pick(model)
         return _json(next(found for found in _models(service) if found["id"] == model))
 
+
+def _about(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         state = service.health()

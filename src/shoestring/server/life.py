@@ -105,6 +105,7 @@ class _Loading:
 
     settings: Settings
     engine: AsyncEngine | None = None
+    front: Any = None
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -113,6 +114,11 @@ class _Loading:
 
     def _load(self) -> None:
         try:
+            if self.settings.front:
+                from shoestring.server.front import opened
+
+                self.front = opened(self.settings)
+                return
             from shoestring.engine.aio import AsyncEngine
             from shoestring.engine.engine import Engine
 
@@ -162,6 +168,8 @@ class _Life:
             await asyncio.gather(serving, return_exceptions=True)
             if self.service.loaded:
                 await asyncio.to_thread(self.service.loaded.close, 2.0)
+            if hasattr(self.service.front, "close"):
+                await self.service.front.close()
         return _CODES[self._signal] if self._signal and self._cut_off else 0
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -174,6 +182,9 @@ class _Life:
             await asyncio.sleep(0.01)
         if self.loading.error is not None:
             raise self.loading.error
+        if self.loading.front is not None:
+            self.service.open_front(self.loading.front)
+            return
         assert self.loading.engine
         self.service.open(self.loading.engine)
         if self.loading.engine.engine.note:

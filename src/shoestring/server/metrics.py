@@ -72,7 +72,7 @@ class Metrics:
         """What Prometheus' client asks a collector for."""
         service, prefix = self._service, f"{self._service.settings.metrics_prefix}:"
         labels = {"model_name": service.names[0] if service.names else ""}
-        for family in (*self._of_engine(), *self._of_server()):
+        for family in (*self._of_engine(), *self._of_front(), *self._of_server()):
             yield _named(family, prefix, labels)
         for name, histogram in self.histograms.items():
             family = HistogramMetricFamily(prefix + name, _HISTOGRAMS[name][1], labels=list(labels))
@@ -101,6 +101,11 @@ class Metrics:
         adapters = GaugeMetricFamily("lora_requests_info", "Adapters that are loaded", labels=["running_lora_adapters"])
         adapters.add_metric([",".join(sorted(engine.engine.adapters))], time.time())
         yield adapters
+
+    def _of_front(self) -> Iterable[Metric]:
+        front = self._service.front
+        for name, value in front.stats().items() if hasattr(front, "stats") else ():
+            yield _gauge(f"front_{name}", "What the method in front of other servers says of itself", value)
 
     def _of_server(self) -> Iterable[Metric]:
         service = self._service

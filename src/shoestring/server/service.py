@@ -42,7 +42,15 @@ class Service:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.created = int(time.time())
         self.fingerprint = ""
+        self.front: Any = None  # an application that answers where an engine would
         self._engine: AsyncEngine | None = None
+
+    def open_front(self, front: Any) -> None:
+        """From now on requests are answered, by others."""
+        self.front = front
+        self.names = self.names or [self.settings.title]
+        if self.state == "loading":
+            self.state = "ready"
 
     def open(self, engine: AsyncEngine) -> None:
         """From now on requests are answered."""
@@ -61,13 +69,18 @@ class Service:
         Raises:
             ApiError: 503 while it is not there, not any more, or about to go.
         """
-        if self.state == "draining":
-            raise ApiError(503, "The server is ending", code="draining", headers=_LATER | {"connection": "close"})
-        if self._engine is None:
-            raise ApiError(503, "The model is being loaded", code="model_loading", headers=_LATER)
+        self.check(self._engine is not None)
+        assert self._engine
         if self._engine.state != "ready":
             raise ApiError(503, "The engine has stopped", code="engine_failed", headers={"x-should-retry": "false"})
         return self._engine
+
+    def check(self, there: bool) -> None:
+        """Raises ApiError, 503, while what answers is not there, or is about to go."""
+        if self.state == "draining":
+            raise ApiError(503, "The server is ending", code="draining", headers=_LATER | {"connection": "close"})
+        if not there:
+            raise ApiError(503, "The model is being loaded", code="model_loading", headers=_LATER)
 
     @property
     def loaded(self) -> AsyncEngine | None:

@@ -44,6 +44,7 @@ class Settings:
         draft: the method that guesses tokens ahead, as NAME or NAME,OPTION=VALUE,...; answers stay the same.
         exit: the method that ends passes early, as NAME or NAME,OPTION=VALUE,...
         plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
+        front: a method that answers in front of other servers, with no MODEL of its own, as NAME,OPTION=VALUE,...
         trust_remote_code: let the model's repository run its own Python code here.
         key_concurrency: requests that one key may have open at the same time; 0 for no limit.
         key_requests_per_minute: requests that one key may begin in a minute; 0 for no limit.
@@ -92,6 +93,7 @@ class Settings:
     draft: str = ""
     exit: str = ""
     plug: tuple[str, ...] = ()
+    front: str = ""
     trust_remote_code: bool = False
     key_concurrency: int = 0
     key_requests_per_minute: int = 0
@@ -132,6 +134,12 @@ class Settings:
                 )
         if not self.metrics_prefix.isidentifier():
             raise UsageError(f"--metrics-prefix {self.metrics_prefix} is not a name of letters, digits and _")
+        if self.front:
+            method_for(spelled(self.front)[0], "front", "front")
+            engine = [n for n in ("draft", "exit", "plug", "adapter") if getattr(self, n)]
+            if engine or self.model != type(self).model:
+                asked = f"--{engine[0]}" if engine else self.model
+                raise UsageError(f"{asked} needs an engine, and --front has none", remedy="Give one of the two")
         for name in (*names(self.served_model_name), *self.adapters):
             if not name.isprintable() or len(name) > 200:
                 raise UsageError(f"{name!r} cannot name a model", remedy="Use at most 200 printable characters")
@@ -154,6 +162,11 @@ class Settings:
         for word, point in [*words, *((word, "") for word in self.plug)]:
             method_for(spelled(word)[0], point)
         return (*(word for word, _ in words), *self.plug)
+
+    @property
+    def title(self) -> str:
+        """What is served, in a word."""
+        return spelled(self.front)[0] if self.front else self.model
 
     @property
     def queue(self) -> int:

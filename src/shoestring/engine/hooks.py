@@ -52,7 +52,8 @@ class Drafter(Protocol):
 class ExitPolicy(Protocol):
     """Ends passes early, each answer for itself. The engine asks after each of `layers` (1 is after the first)."""
 
-    layers: Sequence[int]
+    @property
+    def layers(self) -> Sequence[int]: ...
 
     def leave(self, layer: int, hidden: Any, answers: Sequence[Answer]) -> Sequence[np.ndarray | bool]:
         """Which answers end their pass here, whose newest tokens' states are `hidden`, [answers, hidden].

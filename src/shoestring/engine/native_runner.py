@@ -68,6 +68,7 @@ class NativeRunner:
         self._llama = loader.load()
         self._cache_type = cache_dtype
         self._cache: Cache | None = None
+        self._head: Llama | None = None
         self._adapters: list[Adapter | None] = []
         self.facts = Facts(
             family=shape.family,
@@ -118,6 +119,14 @@ class NativeRunner:
     def normed(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return self._llama.normed(hidden, rows, self.threads)
 
+    def head(self, normed: np.ndarray) -> np.ndarray:
+        # The kernel norms and multiplies in one; under a weight of ones the norm is undone by its own factor.
+        if self._head is None or self._head.blocks is not self._llama.blocks:
+            self._head = replace(self._llama, final_norm=np.ones_like(self._llama.final_norm))
+        normed = np.ascontiguousarray(normed, np.float32)
+        factor = np.sqrt(np.square(normed).mean(-1, keepdims=True) + self.model.epsilon)
+        return self._head.logits(normed, np.arange(len(normed), dtype=np.int32), self.threads) * factor
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         if keeps_pages(self.attention):
             return self.attention.copy_blocks(pairs)  # type: ignore[union-attr]
@@ -148,7 +157,7 @@ class NativeRunner:
 
     def close(self) -> None:
         self._cache = None
-        self._adapters = []
+        self._adapters, self._head = [], None
         del self._llama
 
     def _pages(self) -> Cache:

@@ -128,6 +128,9 @@ class Runner(Protocol):
     def normed(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
         """Final norm alone: float32 [len(rows), hidden], for embeddings."""
 
+    def head(self, normed: np.ndarray) -> np.ndarray:
+        """The head alone, for who norms otherwise: float32 [rows, hidden] -> float32 [rows, vocab]."""
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in every layer: what copy-on-write asks for."""
 

@@ -169,6 +169,14 @@ class TorchRunner:
     def normed(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
         return self._after(self._body, hidden, rows)[0][0].float().cpu().numpy()
 
+    @torch.inference_mode()
+    def head(self, normed: np.ndarray) -> np.ndarray:
+        module = self.model.get_output_embeddings()
+        like = next(module.parameters())
+        some = torch.from_numpy(np.ascontiguousarray(normed, np.float32))
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return module(some.to(self._device, dtype)).float().cpu().numpy()
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._check_blocks([block for pair in pairs for block in pair])
         if not pairs:

@@ -43,6 +43,8 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 #   fitted(shape: Shape) -> dict[str, Any]: options that depend on the model, where neither settings nor user name them.
 #   encode(corpus, tokenizer, max_length, *, options, on_long) -> data.Encoded: rows of another form than `data.encode`
 #       makes, such as with a `context` that is read before the question.
+#   plug(config, opened) -> engine.hooks.Hooks: what a trained adapter plugs into an engine; `config` is of the class
+#       PLUG, and `traits["plugs"]` names the fields of Hooks that it fills, with commas.
 #   pruned(scores, ...) -> Tensor: which weights it makes zero for good; then it is a way of pruning.
 #   measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, Any]: then it is a meter, which
 #       `shoestring measure NAME` runs. `source` is the folder of the model, loaded with `models.load(str(source))` as
@@ -389,7 +391,7 @@ def check_price(module: ModuleType) -> None:
 
 def check_traits(module: ModuleType) -> None:
     traits = module.METHOD.traits
-    assert set(traits) == set(TRAITS), f"traits are {', '.join(sorted(traits))}, not {', '.join(TRAITS)}"
+    assert set(traits) - {"plugs"} == set(TRAITS), f"traits are {', '.join(sorted(traits))}, not {', '.join(TRAITS)}"
     assert traits["family"] in FAMILIES and traits["acts_on"] in PLACES, f"{traits['family']} on {traits['acts_on']}"
     model = _stir(_wrapped(module))
     out = tiny.logits(model)

@@ -1,0 +1,196 @@
+"""What tuners of exits share: gates behind blocks, and their training against what the whole model says.
+
+A gate reads the hidden state behind a block and says what the model would say at its end. Nothing it does changes the
+model: the base answers as ever, before training and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from shoestring.methods.adapters._blocks import Beside, BlockTuner
+from shoestring.methods.adapters._shared import AdapterConfig, number, whole
+from shoestring.models.anatomy import inspect
+from shoestring.training.loss import IGNORED, last_hidden_and_head
+
+_CHUNK = 1 << 25  # bytes of one set of logits; some of them are there at the same time
+
+
+@dataclass
+class ExitConfig(AdapterConfig):
+    """Gates and how they are trained.
+
+    Args:
+        gates: the blocks behind which a gate stands, counted from 1, ascending, each below the last block.
+        weights: of the gates' losses; None weighs them alike.
+        temperature: T of both distributions in the loss.
+        epsilon: of the model's last norm, which the gates copy; read from the model.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    gates: list[int] | None = field(default=None, metadata={"help": "Blocks behind which a gate stands, from 1"})
+    weights: list[float] | None = field(default=None, metadata={"help": "Weights of the gates' losses"})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the distributions in the loss"})
+    epsilon: float | None = field(default=None, metadata={"help": "Of the model's last norm; read from the model"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # peft asks the tuner for the loss only where it knows the task.
+        self.task_type = self.task_type or "CAUSAL_LM"
+        number("temperature", self.temperature, 1e-3)
+        if self.gates is not None:
+            if not self.gates:
+                raise ValueError("gates is empty; name the blocks behind which a gate stands")
+            for gate in self.gates:
+                whole("gates", gate)
+            if sorted(set(self.gates)) != list(self.gates):
+                raise ValueError(f"gates={self.gates} is not ascending")
+        if self.weights is not None and len(self.weights) != len(self.gates or ()):
+            raise ValueError(f"weights={self.weights} are not as many as gates={self.gates}")
+
+
+class Gate(nn.Module):
+    """x -> norm(x), the norm a trained copy of the model's last one; beside it the temperature of its confidence."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = deepcopy(norm).requires_grad_(True)
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width): what the model's head is applied to."""
+        return self.norm(x.to(next(self.norm.parameters()).dtype))
+
+
+class ExitTuner(BlockTuner):
+    """Keeps gates behind blocks. A call with labels trains them; one without is the base model's own."""
+
+    uses_shared_state = True
+    last: dict[str, float]
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        config: Any = peft_config
+        anatomy = inspect(model)
+        if anatomy.kind != "causal" or not (anatomy.head and anatomy.final_norm):
+            raise ValueError(f"{type(model).__name__} predicts no next token from its last norm and head")
+        layers = len(self.blocks)
+        config.gates = config.gates or gates_of(layers)
+        norm = final_norm(model)
+        config.epsilon = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5)
+        if not config.gates or config.gates[-1] >= layers:
+            raise ValueError(f"gates={config.gates} do not stand below the last of {layers} blocks")
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        found = super()._check_target_module_exists(peft_config, key)
+        return found and self.blocks[key].index + 1 in self.reached(peft_config)
+
+    def reached(self, config: Any) -> Sequence[int]:
+        """Blocks, counted from 1, that have a part of the adapter."""
+        return config.gates
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        names = [name for name in self.active_adapters if name in self.peft_config]
+        if labels is None or not names or self.disabled:
+            return self.model(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        batch = {**kwargs, **({"input_ids": args[0]} if args else {})}
+        batch.pop("use_cache", None)
+        loss = sum(self.loss(name, batch, labels) for name in names)
+        return CausalLMOutput(loss=loss, logits=torch.zeros(0, device=labels.device, requires_grad=True))  # type: ignore[arg-type]
+
+    @property
+    def disabled(self) -> bool:
+        return any(m.disable_adapters for m in self.model.modules() if isinstance(m, Beside))
+
+    def loss(self, name: str, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        """The adapter's loss on the positions that a label follows."""
+        raise NotImplementedError
+
+
+def wanted_rows(labels: Tensor) -> Tensor:
+    """bool (batch, length): whether the position's next token is one to learn from."""
+    after = torch.zeros_like(labels, dtype=torch.bool)
+    after[:, :-1] = labels[:, 1:] != IGNORED
+    return after
+
+
+def gates_loss(
+    gates: Sequence[Any], states: Sequence[Tensor], weights: Sequence[float], head: Any, final: Tensor, at: float
+) -> Tensor:
+    """Mean over rows of sum_k w_k KL(final || gate k), beside the cross-entropies that teach the gates' temperatures.
+
+    Args:
+        states: what stands behind each gate's block, (rows, width) each.
+        head: a linear layer; nothing flows into its weight.
+        final: (rows, width), what the head is applied to at the model's end.
+        at: T of both distributions.
+    """
+    read = torch.stack([gate(x).to(final.dtype) for gate, x in zip(gates, states)])
+    warmth = torch.cat([gate.log_temperature.float() for gate in gates])
+    divergence, calibration = _Divergence.apply(read, warmth, final, head, at)
+    weigh = torch.tensor(weights, device=read.device)
+    # Of the calibration only the gradient counts: what a gate is sure of is no part of how well it guesses.
+    return ((divergence * weigh).sum() + calibration.sum() - calibration.sum().detach()) / max(1, len(final))
+
+
+class _Divergence(torch.autograd.Function):
+    """Summed divergences and calibrations, one a gate; gradients are made in the forward pass, where the logits are.
+
+    Of calibration k, cross-entropy of the gate's logits g / t with the whole model's first choice y, only log t has a
+    gradient: (g_y - sum_i q_i g_i) / t, q what the gate says at t.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, warmth: Tensor, final: Tensor, head: Any, at: float) -> tuple[Tensor, Tensor]:
+        count = len(read)
+        sums, sure, into_warmth = (torch.zeros(count, device=read.device) for _ in range(3))
+        into_read = torch.zeros_like(read)
+        rows = max(16, _CHUNK // (4 * head.out_features))
+        for start in range(0, len(final), rows):
+            here = slice(start, start + rows)
+            said = head(final[here]).float()
+            best = said.argmax(-1, keepdim=True)
+            said = (said / at).log_softmax(-1)
+            chance = said.exp()
+            for k in range(count):
+                guess = head(read[k, here]).float()
+                scaled = guess / warmth[k].exp()
+                q = scaled.softmax(-1)
+                sure[k] -= scaled.log_softmax(-1).gather(-1, best).sum()
+                into_warmth[k] += (scaled.gather(-1, best)[:, 0] - (q * scaled).sum(-1)).sum()
+                guess = (guess / at).log_softmax(-1)
+                sums[k] += (chance * (said - guess)).sum()
+                into_read[k, here] = ((guess.exp() - chance) / at).to(read.dtype) @ head.weight
+        ctx.save_for_backward(into_read, into_warmth)
+        return sums, sure
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        into_read, into_warmth = ctx.saved_tensors
+        return (into_read * grads[0][:, None, None]).to(into_read.dtype), into_warmth * grads[1], None, None, None
+
+
+def gates_of(layers: int) -> list[int]:
+    """A third and two thirds of the way up."""
+    return sorted({g for g in (round(layers / 3), round(2 * layers / 3)) if 1 <= g < layers} or {max(1, layers - 1)})
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    return model.get_submodule(inspect(model).final_norm)
+
+
+def whole_pass(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+    """What the head is applied to, (batch, length, width), and the head; without gradients."""
+    with torch.no_grad():
+        hidden, head, _ = last_hidden_and_head(model, batch)
+    return hidden, head

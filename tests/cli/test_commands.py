@@ -274,6 +274,17 @@ def test_generate_reads_standard_input(tiny: Path, shoestring: Shoestring, monke
     assert "more than one prompt" in shoestring("generate", tiny, "w5", "-p", "w6").error
 
 
+def test_recommend_lists_what_fits_and_how_fast(tiny: Path, shoestring: Shoestring) -> None:
+    words = ("recommend", tiny, "--memory", "1GB", "--bandwidth", "1GB/s")
+    said = shoestring(*words)
+    lines = said.out.splitlines()
+    assert said.code == 0 and lines[0].split()[:6] == ["method", "bits", "storage", "memory", "tokens/s", "fits"]
+    assert any(line.startswith("as it is ") for line in lines) and any(line.startswith(PACKER) for line in lines)
+    assert len(shoestring(*words, "--json").json["ways"]) == len(lines) - 1
+    said = shoestring("recommend", tiny, "--memory", "1MB", "--bandwidth", "1GB/s")
+    assert said.code == 3 and "nothing fits" in said.error
+
+
 def test_plan_prints_candidates_and_writes_nothing(
     tiny: Path, tmp_path: Path, shoestring: Shoestring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from shoestring.core.step import Step, Work
 from shoestring.jobs.at_work import at_work, storage
 from shoestring.jobs.pipeline import execute
 from shoestring.lab import tiny
-from shoestring.planner.cost import NEW_TOKENS, PROMPT_TOKENS, Prediction, errors, predict
+from shoestring.planner.cost import NEW_TOKENS, PROMPT_TOKENS, Prediction, errors, predict, read_per_token
 
 FLOOR = 500_000_000
 
@@ -32,6 +32,16 @@ def test_more_of_anything_costs_more(larger: dict) -> None:
     small, large = predict(shape(), FLOOR), predict(shape(**larger), FLOOR)
     assert large.storage > small.storage
     assert large.memory > small.memory and large.flops_per_token > small.flops_per_token
+
+
+def test_a_token_reads_every_matrix_once_and_one_row_of_a_mere_table() -> None:
+    tied, apart = shape(tie_word_embeddings=True), shape(tie_word_embeddings=False)
+    row = next(tied.of("embed")).resident / next(tied.of("embed")).dims[0]
+    assert read_per_token(tied) == pytest.approx(tied.resident + row)
+    assert read_per_token(apart) == pytest.approx(read_per_token(tied))
+    assert apart.resident > tied.resident
+    halved = tied.change(lambda w: replace(w, used=0.5) if w.role == "down" else w)
+    assert read_per_token(halved) == pytest.approx(tied.resident + row - sum(w.resident for w in tied.of("down")) / 2)
 
 
 def test_fewer_bits_cost_less_and_compute_the_same() -> None:

@@ -39,3 +39,30 @@ def test_a_memory_that_is_no_mapping_is_measured_again(
     )
     (tmp_path / "floor.json").write_text(text)
     assert planner.machine().floor == 5
+
+
+def test_bandwidth_is_what_a_pass_over_memory_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_READ", 1 << 20)
+    clock = iter([0.0, 1.0, 5.0, 5.25, 9.0, 10.0])
+    monkeypatch.setattr(planner, "_PASSES", 3)
+    monkeypatch.setattr(planner.time, "perf_counter", lambda: next(clock))
+    assert planner.bandwidth(3) == pytest.approx((1 << 20) / 0.25, rel=1e-5), "the fastest pass counts"
+
+
+def test_every_byte_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_READ", 1000)
+    read: list[tuple[int, int]] = []
+
+    class Search:
+        def __call__(self, start: int, byte: int, count: int) -> None:
+            read.append((start, count))
+
+    monkeypatch.setattr(planner.ctypes, "CDLL", lambda name: type("C", (), {"memchr": Search()}))
+    planner.bandwidth(3)
+    parts = sorted(set(read))
+    assert [count for _, count in parts] == [334] * 3
+    assert [b - a for (a, _), (b, _) in zip(parts, parts[1:])] == [334, 334]
+
+
+def test_the_engines_floor_has_no_torch_in_it() -> None:
+    assert 10e6 < planner.engine_floor() < 150e6

@@ -48,6 +48,25 @@ def predict(shape: Shape, floor: int) -> Prediction:
     return Prediction(shape.storage, memory, shape.flops_per_token(tokens))
 
 
+def read_per_token(shape: Shape) -> float:
+    """Bytes of weights that one token needs: every matrix that it is multiplied with, and one row of a table.
+
+    A matrix that shares its numbers with others is read once for each of them; an array that only they read is not
+    read by itself.
+    """
+    by_name = {weight.name: weight for weight in shape.weights}
+    shared = {weight.tied for weight in shape.weights if weight.tied}
+    total = 0.0
+    for weight in shape.weights:
+        owner = by_name.get(weight.tied, weight)
+        size = owner.resident * weight.count / max(1, owner.count)
+        if weight.role == "embed":
+            total += size / max(1, weight.dims[0])
+        elif not (weight.name in shared and len(weight.dims) == 1):
+            total += size * weight.used
+    return total
+
+
 def errors(predicted: Prediction, measured: Mapping[str, float | None]) -> dict[str, float]:
     """Relative errors (predicted / measured - 1) of what was measured."""
     found = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 from shoestring.core import probes
 print(probes.resident())
 """
+_ENGINE = """
+import shoestring.engine.engine, shoestring.engine.native_runner
+from shoestring.core import probes
+print(probes.resident())
+"""
+_READ, _PASSES = 1 << 28, 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,28 @@ def machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, _floor())
 
 
+def engine_floor() -> int:
+    """Resident bytes of a process of the engine before it reads a model."""
+    return _probed(_ENGINE)
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that `threads` threads read from memory together: the fastest of several passes over a quarter of
+    a gigabyte, which no cache holds. The C library searches for a byte that is not there."""
+    search = ctypes.CDLL(None).memchr
+    search.argtypes, search.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
+    share = -(-_READ // threads)
+    pages = bytearray(b"\1") * (share * threads)  # written, as pages never written would all be the same one
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    fastest = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_PASSES):
+            began = time.perf_counter()
+            list(pool.map(lambda part: search(start + part * share, 2, share), range(threads)))
+            fastest = min(fastest, time.perf_counter() - began)
+    return share * threads / fastest
+
+
 def _floor() -> int:
     key = {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": sys.version}
     file = cache_dir() / "floor.json"
@@ -49,14 +80,19 @@ def _floor() -> int:
                 return int(known["bytes"])
         except (ValueError, KeyError, TypeError):
             pass  # an unreadable memory is measured again
+    floor = _probed(_PROBE)
+    write_text(file, json.dumps({"key": key, "bytes": floor}))
+    return floor
+
+
+def _probed(code: str) -> int:
+    """What a fresh interpreter prints last."""
     places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": places},
     )
-    floor = int(done.stdout.split()[-1])
-    write_text(file, json.dumps({"key": key, "bytes": floor}))
-    return floor
+    return int(done.stdout.split()[-1])

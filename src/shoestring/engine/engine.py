@@ -19,7 +19,7 @@ from shoestring.engine.gates import GatedDecoder
 from shoestring.engine.hooks import Filler, Hooks, Spare
 from shoestring.engine.memory import free_memory
 from shoestring.engine.open import Opened, open_model
-from shoestring.engine.plug import loader, plugged
+from shoestring.engine.plug import loader, plugged, span
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
 from shoestring.engine.runner import BLOCK, CacheLost, Runner, keeps_pages
@@ -134,7 +134,7 @@ class Engine:
         else:
             opened = open_model(
                 model, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
-                trust_remote_code=trust_remote_code, loader=loader(plugs),
+                trust_remote_code=trust_remote_code, loader=loader(plugs), span=span(plugs),
             )  # fmt: skip
         self.runner, self.tokenizer = opened.runner, opened.tokenizer
         self.name, self.note = opened.name, opened.note
@@ -175,6 +175,7 @@ class Engine:
         self._decoder = kind(self.runner, self.sampler, hooks)
         parts = [self._decoder, *hooks.plugged()]
         self._telling = [part for part in parts if hasattr(part, "stats")]
+        self._asked = [part for part in parts if hasattr(part, "check")]
         self._told = [part for part in parts if hasattr(part, "ended")]
         self.adapters: dict[str, int] = {}
         self._works: dict[Answer, _Work] = {}
@@ -218,6 +219,8 @@ class Engine:
         if request.id in self._requests:
             raise RequestError(f"A request named {request.id} is being served", param="id")
         check_sampling(request.sampling, facts.vocab)
+        for part in self._asked:
+            part.check(request)
 
     def submit(self, request: Request) -> None:
         """Take a request in; its answer comes out of `step`.

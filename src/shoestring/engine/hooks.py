@@ -112,9 +112,9 @@ class Hooks:
     """What is plugged in. Everything absent is plain serving.
 
     Any of them may have `ready(runner, pages)`, called when the engine stands and before its first request, while all
-    pages are free to write into; `ended(answer)`, called when an answer has ended or was cancelled; `close()`, called
-    when the engine is closed; and `stats()`, a mapping from words to numbers that the engine's counts, the server's
-    metrics and its status page show.
+    pages are free to write into; `check(request)`, which raises RequestError for what it cannot serve; `ended(answer)`,
+    called when an answer has ended or was cancelled; `close()`, called when the engine is closed; and `stats()`, a
+    mapping from words to numbers that the engine's counts, the server's metrics and its status page show.
 
     Attributes:
         policy: who is served next; None is the engine's own.

@@ -39,6 +39,7 @@ class NativeRunner:
         model: a model folder, a GGUF file, or either as `open_source` gives it.
         dtype: "auto" computes on float matrices as they are stored; "bf16" or "fp32" changes them first.
         threads: at most; None is one for each core that this process may use.
+        span: the layers first..last-1 to load, where the others run elsewhere; its layer 0 is then `first`.
 
     Raises:
         NotNative: a family, a setting or a weight format that the kernels do not compute.
@@ -56,6 +57,7 @@ class NativeRunner:
         cache_dtype: str = "bf16",
         threads: int | None = None,
         trust_remote_code: bool = False,
+        span: tuple[int, int] | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise NotNative(f"The native runner does not compute in {dtype}", f"it knows {', '.join(_DTYPES)}")
@@ -64,7 +66,10 @@ class NativeRunner:
         source = model if isinstance(model, Source) else open_source(Path(model), trust_remote_code=trust_remote_code)
         self.threads = threads or _cores()
         self.model = shape = describe(source)
-        loader = _Loader(source, shape, _DTYPES[dtype], self.threads)
+        self._partial, span = span is not None, span or (0, shape.layers)
+        if not 0 <= span[0] < span[1] <= shape.layers:
+            raise UsageError(f"There are no layers {span[0]} to {span[1]}", f"the model has {shape.layers}")
+        loader = _Loader(source, shape, _DTYPES[dtype], self.threads, span)
         self._llama = loader.load()
         self._cache_type = cache_dtype
         self._cache: Cache | None = None
@@ -72,7 +77,7 @@ class NativeRunner:
         self._adapters: list[Adapter | None] = []
         self.facts = Facts(
             family=shape.family,
-            layers=shape.layers,
+            layers=span[1] - span[0],
             hidden=shape.hidden,
             vocab=shape.vocab,
             heads=shape.heads,
@@ -80,7 +85,7 @@ class NativeRunner:
             head_dim=shape.head_dim,
             context=shape.context,
             weight_bytes=loader.bytes,
-            block_bytes=self._llama.page_bytes(cache_dtype) * shape.layers,
+            block_bytes=self._llama.page_bytes(cache_dtype) * (span[1] - span[0]),
             precision=" + ".join(loader.formats),
             backend="native",
             eos=_ends(source),
@@ -138,6 +143,8 @@ class NativeRunner:
         self._llama.move(self._pages(), table, moves)
 
     def add_adapter(self, folder: str) -> int:
+        if self._partial:
+            raise UsageError(f"{folder} cannot be used here", "some layers of the model run elsewhere")
         with plain(Path(folder)) as found:
             adapter = self._llama.adapter(read_adapter(found, self.model))
         number = self._adapters.index(None) if None in self._adapters else len(self._adapters)
@@ -201,9 +208,9 @@ class NativeRunner:
 class _Loader:
     """Turns stored tensors into what the kernels read, some at a time, so that no more than those are there twice."""
 
-    def __init__(self, source: Source, model: LlamaLike, dtype: str, threads: int) -> None:
+    def __init__(self, source: Source, model: LlamaLike, dtype: str, threads: int, span: tuple[int, int]) -> None:
         self.source, self.tensors, self.model = source, source.tensors, model
-        self.dtype, self.threads = dtype, threads
+        self.dtype, self.threads, self.span = dtype, threads, span
         self.memory, self.packing = Memory(), Packing(threads)
         self.read: list[str] = []  # tensors whose pages are given back when they are packed
         self.bytes = 0
@@ -212,13 +219,17 @@ class _Loader:
 
     def load(self) -> Llama:
         model = self.model
+        away = {layer for layer in range(model.layers) if not self.span[0] <= layer < self.span[1]}
+        skipped = {model.name(role, layer) for layer in away for role in PROJECTIONS}
         for name, spec in self.packing_of.items():
+            if name in skipped:
+                continue
             # What is read once from end to end; a cold disk is slow to notice that by itself.
             if not parse(spec.partition("+")[0]).used_as_stored and f"{name}.weight" in self.tensors:
                 self.tensors.ahead(f"{name}.weight")
         embedding = self.matrix("embedding")
         head = embedding if model.tied else self.matrix("head")
-        blocks = tuple(self.block(layer) for layer in range(model.layers))
+        blocks = tuple(self.block(layer) for layer in range(*self.span))
         cosines, sines = model.tables(min(model.context, _FIRST_POSITIONS))
         self.pack()
         return Llama(

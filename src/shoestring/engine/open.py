@@ -15,7 +15,7 @@ from shoestring.engine.runner import Runner
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
 from shoestring.models.llama_like import NotNative
-from shoestring.models.load import DEFAULT, locate, resolve
+from shoestring.models.load import DEFAULT, load, locate, resolve
 from shoestring.models.tensors import open_source
 
 RUNNERS = ("auto", "native", "torch")
@@ -51,6 +51,7 @@ def open_model(
     offline: bool | None = None,
     trust_remote_code: bool = False,
     loader: Callable[..., Any] | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Opened:
     """Open a hub id, a model folder, an adapter folder (with the base it names), a GGUF file, or `smollm2`.
 
@@ -61,6 +62,7 @@ def open_model(
         runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
         dtype: "auto" computes on the weights as they are stored.
         cache_dtype: of keys and values, "bf16", "int8" or "fp32".
+        span: the layers first..last-1 to load, where the others run elsewhere; None is all.
         loader: (folder, dtype=, trust_remote_code=) -> models.Loaded: reads the model in its own way, for the torch
             runner.
 
@@ -75,7 +77,7 @@ def open_model(
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _with_adapter(
             path, name, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
-            trust_remote_code=trust_remote_code, loader=loader,
+            trust_remote_code=trust_remote_code, loader=loader, span=span,
         )  # fmt: skip
     if path.is_file() and dtype != "auto":
         path = resolve(path, offline=offline)
@@ -88,7 +90,7 @@ def open_model(
         )
     if runner != "torch" and not loader:
         try:
-            made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code)
+            made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code, span)
             return Opened(made, tokens, name, path)
         except NotNative as error:
             if runner == "native":
@@ -101,7 +103,11 @@ def open_model(
     folder = resolve(path, offline=offline)
     from shoestring.engine.torch_runner import TorchRunner
 
-    read = loader(folder, dtype=dtype, trust_remote_code=trust_remote_code) if loader else folder
+    read: Any = folder
+    if loader or span:
+        read = (loader or load)(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if span:
+        _keep(read.model, span)
     slow = TorchRunner(
         read, dtype=dtype, cache_dtype=cache_dtype, threads=threads, trust_remote_code=trust_remote_code,
         offline=offline,
@@ -109,12 +115,27 @@ def open_model(
     return Opened(slow, tokenizers.from_folder(folder), name, folder, note=note)
 
 
+def _keep(model: Any, span: tuple[int, int]) -> None:
+    """Drop the layers outside `span`, which run elsewhere."""
+    from shoestring.models.surgery import block_lists, drop_blocks
+
+    (blocks,) = block_lists(model).values()
+    if not 0 <= span[0] < span[1] <= len(blocks):
+        raise UsageError(f"There are no layers {span[0]} to {span[1]}", f"the model has {len(blocks)}")
+    drop_blocks(model, [i for i in range(len(blocks)) if not span[0] <= i < span[1]])
+
+
 class _NoKernels(ShoestringError):
     """The native library is not there."""
 
 
 def _native(
-    path: Path, dtype: str, cache_dtype: str, threads: int | None, trust_remote_code: bool
+    path: Path,
+    dtype: str,
+    cache_dtype: str,
+    threads: int | None,
+    trust_remote_code: bool,
+    span: tuple[int, int] | None,
 ) -> tuple[Runner, Tokenizer]:
     from shoestring.kernels.matrix import library
 
@@ -133,7 +154,7 @@ def _native(
     from shoestring.engine.native_runner import NativeRunner
 
     try:
-        made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
+        made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads, span=span)
     finally:
         waiting.thread.join()
     tokenizer = waiting.result()
@@ -171,6 +192,10 @@ def _with_adapter(path: Path, name: str, **options: Any) -> Opened:
         raise UsageError(
             f"{path / ADAPTER_CONFIG} names no usable base model ({str(base_ref)[:80]!r})",
             remedy="Write the base's folder or hub id there",
+        )
+    if options.get("span"):
+        raise UsageError(
+            f"{path} is an adapter", "some layers of the model run elsewhere", "Merge it into its base first"
         )
     base = open_model(base_ref, **options)
     try:

@@ -95,6 +95,21 @@ def loader(words: Sequence[str]) -> Callable[..., Any] | None:
     return next(iter(found.values()), None)
 
 
+def span(words: Sequence[str]) -> tuple[int, int] | None:
+    """The layers first..last-1 that the one of the methods named by `words` that defines `span` runs here; None: all.
+
+    Raises:
+        UsageError: an unknown method or option.
+    """
+    for word in words:
+        name, options = spelled(word)
+        method = method_for(name)
+        if "span" in method.words:
+            found: tuple[int, int] | None = catalog.module(name).span(configured(method.name, options))
+            return found
+    return None
+
+
 def plugged(words: Sequence[str], opened: Opened, hooks: Hooks = Hooks()) -> Hooks:
     """`hooks` and what the methods named by `words` plug in.
 

@@ -19,6 +19,7 @@ TRAITS = ("plugs",)
 #   load(config, folder: Path, *, dtype, trust_remote_code) -> models.Loaded: reads the model in its own way, before
 #       `plug` is asked; the torch runner runs it.
 #   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for.
+#   span(config) -> (first, last) or None: the layers first..last-1 that it runs here, others being elsewhere.
 #   stage(model: Path) -> context manager of an Engine: for the checks, where its name alone is not enough to plug in.
 #   PLUG: the class of its serving configuration, where `example()` is for something else.
 

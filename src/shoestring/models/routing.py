@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,8 +123,8 @@ class Recorder:
 
     counts: tuple[int, ...]
     keep_hidden: bool = False
-    passes: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
-    hidden: list[list[Tensor]] = field(default_factory=list)
+    passes: deque[list[tuple[Tensor, Tensor]]] = field(default_factory=deque)
+    hidden: deque[list[Tensor]] = field(default_factory=deque)
 
     def trace(self) -> Trace:
         """What was recorded so far; passes that were cut short are left out."""
@@ -156,14 +157,18 @@ class Recorder:
                 self.hidden[-1].append(hidden.detach().float().cpu())
 
 
-def attach(model: nn.Module, *, hidden: bool = False) -> tuple[Recorder, list[Any]]:
+def attach(model: nn.Module, *, hidden: bool = False, most: int | None = None) -> tuple[Recorder, list[Any]]:
     """A recorder that sees every pass of `model`, and the handles whose `remove` ends that.
+
+    Args:
+        hidden: keep what the routers read, too.
+        most: remember only the last so many passes.
 
     Raises:
         UsageError: a model without experts, or with routers of another kind.
     """
     found = mixtures(model)
-    recorder = Recorder(tuple(m.count for m in found), hidden)
+    recorder = Recorder(tuple(m.count for m in found), hidden, deque(maxlen=most), deque(maxlen=most))
     handles = []
     for layer, mixture in enumerate(found):
 

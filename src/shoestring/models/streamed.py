@@ -24,7 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from shoestring.core.errors import UsageError
 from shoestring.models.anatomy import Anatomy, inspect
 from shoestring.models.folder import check_folder
-from shoestring.models.load import auto_class, choose_dtype, kind_of, quiet
+from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
 
 SHARDS = 10  # weight files that are open at one time
 
@@ -35,11 +35,17 @@ class Streamed:
     Attributes:
         model: its parameters are on the meta device until they are loaded; its buffers are real.
         anatomy: its parts.
+
+    A module that `surgery` has replaced is not read; what stands in its place is left alone.
+
+    Args:
+        dtype: as for `models.load`.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> None:
         found = check_folder(folder, trust_remote_code=trust_remote_code)
-        self.dtype = choose_dtype("auto", found, "cpu")
+        know_architecture(found)
+        self.dtype = choose_dtype(dtype, found, "cpu")
         config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=trust_remote_code)
         with quiet(), init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = auto_class(kind_of(found.config)).from_config(

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from shoestring import __version__
 from shoestring.engine.request import RequestError
-from shoestring.server import adapters, chat, completions, embeddings, page, schema
+from shoestring.server import adapters, chat, completions, embeddings, files, fine_tuning, page, schema
 from shoestring.server.body import JsonRoute
 from shoestring.server.door import Door
 from shoestring.server.errors import bad, body, on_http_error, on_invalid, on_refused
@@ -58,6 +58,8 @@ def build(service: Service) -> ASGIApp:
         _tokens(app, service)
         _adapters(app, service)
         _list(app, service)
+        files.add_routes(app, service, _answer)
+        fine_tuning.add_routes(app, service, _answer)
     _about(app, service)
     if service.settings.front:
         from shoestring.server.front import Guard
@@ -71,7 +73,7 @@ def build(service: Service) -> ASGIApp:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=names(service.settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "x-shoestring-warning", "retry-after"],
         )
@@ -256,6 +258,10 @@ def _client(request: Request) -> Client:
 def _json(data: Any, headers: dict[str, str] | None = None) -> Response:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), headers=headers, media_type="application/json")
+
+
+def _answer(data: Any, given: BaseModel | None = None) -> Response:
+    return _json(data, _headers(given) if given else None)
 
 
 def _headers(given: BaseModel) -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import UsageError
@@ -187,6 +188,11 @@ class _Life:
             return
         assert self.loading.engine
         self.service.open(self.loading.engine)
+        if self.service.settings.fine_tune:
+            from shoestring.server.fine_tuning import FineTuning
+
+            self.service.tuning = FineTuning(self.service, Path(self.service.settings.fine_tune))
+            await self.service.tuning.open()
         if self.loading.engine.engine.note:
             log.warning("%s", self.loading.engine.engine.note)
 

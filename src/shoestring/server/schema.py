@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -539,3 +540,114 @@ class AdapterAnswer(_Answer):
     id: str
     object: Literal["model"]
     loaded: bool
+
+
+# ---------------------------------------------------------------- files and fine-tuning
+
+PageLimit = Annotated[int, Query(ge=1, le=10000)]
+_Auto = Literal["auto"] | None
+
+
+class Hyperparameters(_Body):
+    n_epochs: Annotated[int, Field(ge=1, le=1000)] | _Auto = None
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | _Auto = None
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | _Auto = None
+
+    @field_validator("*")
+    @classmethod
+    def _own(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+
+class Supervised(_Body):
+    hyperparameters: Hyperparameters | None = None
+
+
+class TuningMethod(_Body):
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+    dpo: Unsupported = None
+    reinforcement: Unsupported = None
+
+
+class FineTuningRequest(_Body):
+    model: Name
+    training_file: Name
+    validation_file: Name | None = None
+    suffix: Annotated[str | None, Field(max_length=64)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None
+    method: TuningMethod | None = None
+    hyperparameters: Hyperparameters | None = None
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None, Field(max_length=16)
+    ] = None
+    integrations: Annotated[list[Any] | None, Field(max_length=0)] = None
+
+    @property
+    def chosen(self) -> Hyperparameters:
+        """Those of the method, else those given as in earlier versions of the interface."""
+        own = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        return own or self.hyperparameters or Hyperparameters()
+
+
+class FileAnswer(_Answer):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+    expires_at: int | None
+    status_details: str | None
+
+
+class _Page(_Answer):
+    object: Literal["list"]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FilesAnswer(_Page):
+    data: list[FileAnswer]
+
+
+class FileGone(_Answer):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class TuningError(_Answer):
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningAnswer(_Answer):
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    error: TuningError | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    hyperparameters: dict[str, int | float | str]
+    model: str
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    estimated_finish: int | None
+    integrations: list[Any]
+    metadata: dict[str, str] | None
+    method: dict[str, Any]
+
+
+class FineTuningList(_Page):
+    """Of jobs, of their events, or of their checkpoints."""
+
+    data: list[dict[str, Any]]

@@ -22,12 +22,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("shoestring.server")
 
 
+class Off:
+    """Stands where fine-tuning would be: whatever is asked of it is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ApiError(403, "Fine-tuning is off. The server must be started with --fine-tune FOLDER")
+
+
 class Service:
     """One server's state. Used from the event loop alone.
 
     Attributes:
         state: "loading", "ready" or "draining"; what the engine says of itself is in `health`.
         tasks: requests under way, so that they can be cut off at the end.
+        tuning: files and fine-tuning jobs; while that is off, what refuses them.
     """
 
     def __init__(self, settings: Settings, keys: Keys) -> None:
@@ -40,6 +48,7 @@ class Service:
         self.meter = Meter()
         self.metrics = Metrics(self)
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.tuning: Any = Off()
         self.created = int(time.time())
         self.fingerprint = ""
         self.front: Any = None  # an application that answers where an engine would

@@ -45,6 +45,10 @@ class Settings:
         exit: the method that ends passes early, as NAME or NAME,OPTION=VALUE,...
         plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
         front: a method that answers in front of other servers, with no MODEL of its own, as NAME,OPTION=VALUE,...
+        fine_tune: folder for uploaded files, fine-tuning jobs and their checkpoints; off by default.
+        ttft: milliseconds that a request may wait for its first token because of fine-tuning.
+        tpot: milliseconds between two tokens of an answer that fine-tuning leaves room for.
+        max_file_bytes: longest file that can be uploaded.
         trust_remote_code: let the model's repository run its own Python code here.
         key_concurrency: requests that one key may have open at the same time; 0 for no limit.
         key_requests_per_minute: requests that one key may begin in a minute; 0 for no limit.
@@ -94,6 +98,10 @@ class Settings:
     exit: str = ""
     plug: tuple[str, ...] = ()
     front: str = ""
+    fine_tune: str = ""
+    ttft: float = 1000.0
+    tpot: float = 100.0
+    max_file_bytes: int = 134217728
     trust_remote_code: bool = False
     key_concurrency: int = 0
     key_requests_per_minute: int = 0

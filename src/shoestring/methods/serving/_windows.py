@@ -1,0 +1,675 @@
+"""Training of low-rank adapters by windows of tokens, over weights that somebody else keeps.
+
+Work is cut into units, a window of tokens in one layer. `Pass.units` is a generator that names each unit before it is
+done and goes on whenever it is asked, a moment or an hour later, with a window of the size that is then wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoestring.core.errors import UsageError, nearest
+from shoestring.engine.low_rank import model_name
+from shoestring.kernels.llama import Llama
+from shoestring.kernels.matrix import Matrix
+from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike
+
+IGNORED = -100
+REMATERIALISE = ("nothing", "cheap", "all")
+_KEEP = ("q", "k", "v", "o", "gate", "up")  # products that a backward pass reads; what `down` gives it does not
+_LAYER_BYTES = 64 << 20  # a layer whose float32 weights are more is unpacked matrix by matrix
+_VOCAB_ROWS = 512  # the fewest rows of the head that are worth a unit
+_LOSS_TOKENS = 512  # whose logits for some of the head's rows are there at a time
+_PREFIX = "base_model.model."
+
+Windows = Callable[[str, int], int]  # (kind of unit, position) -> tokens of the next window
+
+
+# ---- weights ----
+
+
+class Frozen:
+    """The weights that answers are computed with, as float32 tensors for as long as they are needed.
+
+    Those that are stored as float32 are the same memory; others are unpacked one layer at a time.
+    """
+
+    def __init__(self, model: LlamaLike, weights: Llama) -> None:
+        self.model, self.weights = model, weights
+        self._layer = -1
+        self._kept: dict[str, Tensor] = {}
+
+    def size(self, layer: int) -> int:
+        """Numbers in the matrices of a layer."""
+        return sum(matrix.rows * matrix.cols for matrix in self._matrices(layer).values())
+
+    def matrix(self, layer: int, role: str) -> Tensor:
+        """float32 [out, in]."""
+        if layer != self._layer:
+            self._layer, self._kept = layer, {}
+        if role not in self._kept:
+            made = unpacked(self._matrices(layer)[role])
+            if 4 * self.size(layer) > _LAYER_BYTES:
+                return made
+            self._kept[role] = made
+        return self._kept[role]
+
+    def bias(self, layer: int, role: str) -> Tensor | None:
+        bias = self._matrices(layer)[role].bias
+        return None if bias is None else _view(bias)
+
+    def norm(self, layer: int, role: str) -> Tensor:
+        return _view(getattr(self.weights.blocks[layer], role))
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """Heads of queries, and of keys and values."""
+        block = self.weights.blocks[layer]
+        return block.q.rows // self.model.head_dim, block.k.rows // self.model.head_dim
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """float32 [tokens, hidden]: what enters the first layer."""
+        rows = self.weights.embedding.rows_of(ids.numpy())
+        return torch.from_numpy(rows) * self.weights.embedding_scale
+
+    def head(self, first: int, last: int) -> Tensor:
+        """float32 [last - first, hidden]: some rows of the head."""
+        return unpacked(self.weights.head, first, last)
+
+    def forget(self) -> None:
+        """Give back what is unpacked."""
+        self._layer, self._kept = -1, {}
+
+    def _matrices(self, layer: int) -> dict[str, Matrix]:
+        return {role: getattr(self.weights.blocks[layer], role) for role in PROJECTIONS}
+
+
+def unpacked(matrix: Matrix, first: int = 0, last: int | None = None) -> Tensor:
+    """Rows first..last-1 as float32; a view of the matrix itself where it is stored so."""
+    last = matrix.rows if last is None else last
+    if matrix.format in ("fp32", "bf16"):
+        kind = torch.float32 if matrix.format == "fp32" else torch.bfloat16
+        return _view(matrix.data).view(kind).view(matrix.rows, matrix.cols)[first:last].float()
+    return torch.from_numpy(matrix.rows_of(np.arange(first, last)))
+
+
+def _view(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # nobody writes to it
+        return torch.from_numpy(array)
+
+
+# ---- what is trained ----
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a LoRA: rank, alpha, dropout and the projections that carry one."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        unknown = [role for role in self.targets if role not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise UsageError(
+                f"{', '.join(unknown) or 'nothing'} cannot carry a LoRA", remedy=nearest(" ".join(unknown), PROJECTIONS)
+            )
+        if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
+            raise UsageError(
+                f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} is no LoRA",
+                remedy="The rank is at least 1, alpha above 0, dropout in 0..1",
+            )
+
+
+class LowRank:
+    """The trained pairs y += alpha / rank * B A x: (layer, role) -> A [rank, in], B [out, rank], float32."""
+
+    def __init__(self, shape: Shape, model: LlamaLike, seed: int = 0) -> None:
+        self.shape, self.scale = shape, shape.alpha / shape.rank
+        self.layers = model.layers
+        draw = torch.Generator().manual_seed(seed)
+        self.pairs: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        for layer in range(model.layers):
+            for role in (role for role in PROJECTIONS if role in shape.targets):
+                out, inside = model.shape_of(role, layer)
+                a = torch.empty(shape.rank, inside).uniform_(
+                    -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=draw
+                )
+                self.pairs[layer, role] = a.requires_grad_(), torch.zeros(out, shape.rank, requires_grad=True)
+
+    def of(self, layer: int) -> list[Tensor]:
+        return [half for (at, _), pair in self.pairs.items() if at == layer for half in pair]
+
+    def parameters(self) -> list[Tensor]:
+        return [half for pair in self.pairs.values() for half in pair]
+
+    def state(self) -> dict[str, Tensor]:
+        """As peft names them."""
+        return {
+            f"{_PREFIX}{model_name(layer, role)}.lora_{half}.weight": tensor.detach()
+            for (layer, role), pair in self.pairs.items()
+            for half, tensor in zip("AB", pair)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises UsageError when they are not those of `state`."""
+        own = self.state()
+        if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
+            raise UsageError("The stored adapter is not of this job's shape", remedy="Start the job again")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def save(self, folder: Path, base: str, state: Mapping[str, Tensor] | None = None) -> None:
+        """A folder that peft and the engine load."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": self.shape.rank,
+            "lora_alpha": self.shape.alpha,
+            "lora_dropout": self.shape.dropout,
+            "target_modules": [model_name(0, role).rpartition(".")[2] for role in self.shape.targets],
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+        }
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file({name: t.contiguous() for name, t in (state or self.state()).items()}, folder / ADAPTER_WEIGHTS)
+
+    def read(self, folder: Path) -> None:
+        self.load(load_file(folder / ADAPTER_WEIGHTS))
+
+
+def dropped(tokens: Tensor, width: int, seed: int, share: float) -> Tensor:
+    """float32 [tokens, width]: 0 or 1 / (1 - share), drawn from nothing but seed, place and column.
+
+    A window that is computed again, or cut elsewhere, drops the same.
+    """
+    # A mix of multiplications and shifts (MurmurHash3's finish) over a counter, in 64 bits that stay below 2^63.
+    mask = (1 << 32) - 1
+    x = (tokens.to(torch.int64)[:, None] * 0x9E3779B1 + torch.arange(width)[None, :] * 0x85EBCA77 + seed) & mask
+    for shift, factor in ((16, 0x45D9F3B), (13, 0x2C1B3C6D), (16, 1)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return (x >= int(share * (1 << 32))).float() / (1 - share)
+
+
+# ---- one linear layer ----
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a linear layer is applied; no tensor that autograd should see.
+
+    Attributes:
+        known: its product, where that was kept and need not be computed again.
+        dropout: makes the mask of its inputs, or None.
+        prune: keep nothing for frozen weights.
+    """
+
+    frozen: Frozen
+    layer: int
+    role: str
+    scale: float
+    known: Tensor | None
+    dropout: Callable[[int], Tensor] | None
+    prune: bool
+
+
+class _Linear(torch.autograd.Function):
+    """y = W x + scale * B A x with W frozen: what is kept is x alone, and that only where a LoRA reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, use: _Use) -> Tensor:
+        ctx.use = use
+        if a is not None or not use.prune:
+            ctx.save_for_backward(x, a, b)
+        if use.known is not None:
+            return use.known.detach()
+        y = F.linear(x, use.frozen.matrix(use.layer, use.role), use.frozen.bias(use.layer, use.role))
+        if a is not None and b is not None:
+            inside = x * use.dropout(x.shape[1]) if use.dropout else x
+            y = y.addmm_(inside @ a.T, b.T, alpha=use.scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        use: _Use = ctx.use
+        wants = ctx.needs_input_grad
+        dx = dy @ use.frozen.matrix(use.layer, use.role) if wants[0] else None
+        if not wants[1]:
+            return dx, None, None, None
+        x, a, b = ctx.saved_tensors
+        mask = use.dropout(x.shape[1]) if use.dropout else None
+        inside = x if mask is None else x * mask
+        low = use.scale * (dy @ b)
+        da, db = low.T @ inside, use.scale * (dy.T @ (inside @ a.T))
+        if dx is not None:
+            dx = dx.addmm_(low, a) if mask is None else dx + (low @ a) * mask
+        return dx, da, db, None
+
+
+# ---- one pass over some examples ----
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and labels of the same length: IGNORED where nothing is learned. labels[i] is learned from ids[:i]."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def targets(self) -> int:
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass
+class Totals:
+    """Sums over the tokens that are learned: their loss in nats before it is divided, and how many were right."""
+
+    loss: float = 0.0
+    right: int = 0
+    targets: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The piece of work that comes next, at a position of the examples. How large it is, is decided when it begins."""
+
+    kind: str
+    position: int = 0
+
+
+@dataclass
+class Bytes:
+    """Activations, counted. `kept` between units, `peak` at most with those of the unit that was computed."""
+
+    kept: int = 0
+    peak: int = 0
+    _unit: dict[int, int] = field(default_factory=dict)
+
+    def unit(self) -> Any:
+        """Counts what autograd keeps inside."""
+        self._unit = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            self._unit[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def note(self, more: int = 0) -> None:
+        self.peak = max(self.peak, self.kept + sum(self._unit.values()) + more)
+
+
+class Pass:
+    """Forward, loss and backward of some examples that lie end to end, one window in one layer at a time.
+
+    The examples do not see each other. Gradients are added to `grad` of the pairs; the loss is divided by `targets`.
+
+    Args:
+        targets: tokens that are learned in the whole step, of which these examples may be a part.
+        window: how many tokens the next window may have, at least 1; asked when a unit begins.
+        prune: keep no inputs of frozen weights.
+        rematerialise: what is computed a second time in the backward pass: "all" but the input of each layer and its
+            keys and values; "cheap": norms, activations, attention and products of rank r, not those of large matrices;
+            "nothing".
+        seed: of dropout; the same for both directions.
+        train: False computes the loss alone.
+        count: where to count bytes of activations.
+
+    Attributes:
+        did: tokens of the latest unit.
+    """
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        low_rank: LowRank | None,
+        examples: Sequence[Example],
+        *,
+        targets: int,
+        window: Windows,
+        prune: bool = True,
+        rematerialise: str = "cheap",
+        seed: int = 0,
+        train: bool = True,
+        count: Bytes | None = None,
+    ) -> None:
+        self.frozen, self.low_rank, self.window = frozen, low_rank, window
+        self.targets, self.prune, self.rematerialise, self.train = targets, prune, rematerialise, train
+        self.seed, self.count = seed, count
+        self.totals, self.did = Totals(), 0
+        ids: list[int] = []
+        wanted: list[int] = []  # the token that follows, at the place that predicts it
+        self.starts: list[int] = []  # where the example of each token begins
+        for example in examples:
+            last = max((i for i, label in enumerate(example.labels) if i and label != IGNORED), default=0)
+            self.starts += [len(ids)] * last
+            ids += example.ids[:last]  # what comes after the last label, and that one's own place, teaches nothing
+            wanted += example.labels[1 : last + 1]
+        self.ids, self.wanted = torch.tensor(ids, dtype=torch.int32), torch.tensor(wanted, dtype=torch.int64)
+        self.size = len(ids)
+        self.rows = torch.tensor([i for i, label in enumerate(wanted) if label != IGNORED], dtype=torch.int64)
+        places = torch.tensor([i - start for i, start in enumerate(self.starts)])
+        tables = frozen.model.tables(int(places.max()) + 1 if self.size else 1)
+        self.cos, self.sin = (torch.from_numpy(table)[places] for table in tables)
+        # By layer: what entered it, keys and values [tokens, heads, head_dim], and products worth keeping.
+        self.entered: list[Tensor | None] = []
+        self.keys: list[Tensor | None] = []
+        self.values: list[Tensor | None] = []
+        self.products: list[dict[str, Tensor]] = []
+        self.graphs: dict[int, list[tuple[int, int, list[Tensor], tuple[Tensor, ...]]]] = {}
+
+    @property
+    def graph(self) -> bool:
+        return self.train and self.rematerialise == "nothing"
+
+    def units(self) -> Iterator[Unit]:
+        """All the work. What has been done when it ends is in `totals` and in the pairs' gradients."""
+        if not self.size:
+            return
+        self.totals.tokens = self.size
+        out = torch.empty(self.size, self.frozen.model.hidden)
+        self._room()
+        yield from self._forward(out)
+        yield from self._loss(out)
+        if self.train:
+            yield from self._backward(out)
+
+    # ---- forward ----
+
+    def _room(self) -> None:
+        model, size = self.frozen.model, self.size
+        for layer in range(model.layers):
+            _, kv = self.frozen.heads(layer)
+            self.keys.append(torch.empty(size, kv, model.head_dim))
+            self.values.append(torch.empty(size, kv, model.head_dim))
+            self.entered.append(torch.empty(size, model.hidden) if self.train else None)
+            roles = _KEEP if self.train and self.rematerialise == "cheap" else ()
+            self.products.append({role: torch.empty(size, model.shape_of(role, layer)[0]) for role in roles})
+            if self.count:
+                kept = [self.keys[-1], self.values[-1], self.entered[-1], *self.products[-1].values()]
+                self.count.kept += sum(t.nbytes for t in kept if t is not None)
+
+    def _forward(self, out: Tensor) -> Iterator[Unit]:
+        layers = self.frozen.model.layers
+        flying: list[tuple[int, int, int, Tensor]] = []  # windows on their way up: begin, end, next layer, its input
+        new = 0
+        while flying or new < self.size:
+            yield Unit("forward", flying[-1][0] if flying else new)
+            most = self.window("forward", flying[-1][0] if flying else new)
+            if not flying:
+                end = min(self.size, new + most)
+                flying.append((new, end, 0, self.frozen.embedded(self.ids[new:end])))
+                new = end
+            begin, end, layer, x = flying.pop()
+            if end - begin > most:  # what no longer fits waits here until its first tokens have reached the top
+                flying.append((begin + most, end, layer, x[most:]))
+                end, x = begin + most, x[:most]
+            entered = self.entered[layer]
+            if entered is not None:
+                entered[begin:end] = x
+            x = self._unit_forward(layer, begin, end, x)
+            self.did = end - begin
+            if layer + 1 < layers:
+                flying.append((begin, end, layer + 1, x))
+            else:
+                out[begin:end] = x
+
+    def _unit_forward(self, layer: int, begin: int, end: int, x: Tensor) -> Tensor:
+        leaves = self._leaves(layer, begin, end, x)
+        if self.graph:
+            with torch.enable_grad(), self.count.unit() if self.count else _Nothing():
+                given = self._block(layer, begin, end, leaves, {})
+            self.graphs.setdefault(layer, []).append((begin, end, leaves, given))
+            if self.count:
+                self.count.kept += sum(self.count._unit.values())
+                self.count._unit = {}
+                self.count.note()
+        else:
+            with torch.no_grad():
+                given = self._block(layer, begin, end, leaves, self.products[layer])
+            if self.count:
+                self.count.note()
+        y, k, v = (part.detach() for part in given)
+        self._of(self.keys, layer)[begin:end], self._of(self.values, layer)[begin:end] = k, v
+        return y
+
+    # ---- loss ----
+
+    def _loss(self, out: Tensor) -> Iterator[Unit]:
+        """Loss of the learned tokens, and its gradient at the last layer's output, which takes the place of `out`.
+
+        The head's rows are passed over once: probabilities are summed under a running maximum, and so is what they make
+        of the head, which is rescaled when the maximum rises. No logits are kept.
+        """
+        frozen, weights = self.frozen, self.frozen.weights
+        vocab, scale = weights.vocab, weights.logit_scale
+        norm = _view(weights.final_norm)
+        grown = torch.zeros_like(out) if self.train else None
+        begin = 0
+        while begin < len(self.rows):
+            rows = self.rows[begin : begin + _LOSS_TOKENS]
+            wanted = self.wanted[rows]
+            x = out[rows].requires_grad_(self.train)
+            with torch.enable_grad() if self.train else torch.no_grad():
+                normed = rms(x, norm, frozen.model.epsilon)
+            h = normed.detach()
+            peak = torch.full((len(rows),), -math.inf)
+            total, chosen, best = (
+                torch.zeros(len(rows)),
+                torch.zeros(len(rows)),
+                torch.zeros(len(rows), dtype=torch.int64),
+            )
+            mean = torch.zeros_like(h)  # of the head's rows, by their probabilities
+            first = 0
+            while first < vocab:
+                yield Unit("loss")
+                # As many rows of the head as make this unit as large as one of a layer.
+                most = self.window("loss", 0)
+                fair = most * frozen.size(0) // (len(rows) * frozen.model.hidden)
+                last = min(vocab, first + max(_VOCAB_ROWS, fair))
+                head = frozen.head(first, last)
+                logits = (h @ head.T).mul_(scale)
+                high, at = logits.max(1)
+                best = torch.where(high > peak, at + first, best)
+                inside = (wanted >= first) & (wanted < last)
+                own = torch.where(inside, wanted - first, 0)
+                chosen = torch.where(inside, logits.gather(1, own[:, None])[:, 0], chosen)
+                new = torch.maximum(peak, high)
+                shrink = (peak - new).exp()
+                parts = logits.sub_(new[:, None]).exp_()
+                total = total * shrink + parts.sum(1)
+                if self.train:
+                    mean.mul_(shrink[:, None]).addmm_(parts, head)
+                    if self.count:
+                        self.count.note(logits.nbytes + head.nbytes)
+                peak, first = new, last
+                self.did = most
+            self.totals.loss += float((peak + total.log() - chosen).sum(dtype=torch.float64))
+            self.totals.right += int((best == wanted).sum())
+            self.totals.targets += len(rows)
+            if grown is not None:
+                target = torch.from_numpy(weights.head.rows_of(wanted.numpy()))
+                dh = (mean / total[:, None] - target) * (scale / self.targets)
+                (dx,) = torch.autograd.grad(normed, x, dh)
+                grown[rows] = dx
+            begin += len(rows)
+        if grown is not None:
+            out.copy_(grown)
+
+    # ---- backward ----
+
+    def _backward(self, dy: Tensor) -> Iterator[Unit]:
+        for layer in reversed(range(self.frozen.model.layers)):
+            grown_k, grown_v = (torch.zeros_like(self._of(part, layer)) for part in (self.keys, self.values))
+            end = self.size
+            while end:  # from the last tokens to the first: keys and values collect from all later queries
+                yield Unit("backward", end - 1)
+                # A graph that was kept has the window it was made with.
+                begin = self.graphs[layer][-1][0] if self.graph else max(0, end - self.window("backward", end - 1))
+                self._unit_backward(layer, begin, end, dy, grown_k, grown_v)
+                self.did, end = end - begin, begin
+            self._drop(layer)
+
+    def _unit_backward(self, layer: int, begin: int, end: int, dy: Tensor, grown_k: Tensor, grown_v: Tensor) -> None:
+        if self.graph:
+            _, _, leaves, given = self.graphs[layer].pop()
+        else:
+            leaves = self._leaves(layer, begin, end, self._of(self.entered, layer)[begin:end])
+            with torch.enable_grad(), self.count.unit() if self.count else _Nothing():
+                given = self._block(layer, begin, end, leaves, self.products[layer], again=True)
+            if self.count:
+                self.count.note(grown_k.nbytes + grown_v.nbytes)
+        own = self.low_rank.of(layer) if self.low_rank else []
+        before = self.starts[begin]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(
+            given, [*wanted, *own], (dy[begin:end], grown_k[begin:end], grown_v[begin:end]), allow_unused=True
+        )
+        for leaf, gradient in zip([*wanted, *own], found):
+            if gradient is None:
+                continue
+            if leaf is leaves[0]:
+                dy[begin:end] = gradient  # becomes dy of the layer below
+            elif leaf is leaves[1]:
+                grown_k[before:begin] += gradient
+            elif leaf is leaves[2]:
+                grown_v[before:begin] += gradient
+            else:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+
+    def _drop(self, layer: int) -> None:
+        if self.count:
+            kept = [self.keys[layer], self.values[layer], self.entered[layer], *self.products[layer].values()]
+            self.count.kept -= sum(t.nbytes for t in kept if t is not None)
+        self.keys[layer] = self.values[layer] = self.entered[layer] = None
+        self.products[layer] = {}
+
+    # ---- one layer over one window ----
+
+    def _leaves(self, layer: int, begin: int, end: int, x: Tensor) -> list[Tensor]:
+        """Input of the window, and keys and values that its first example had before it."""
+        before = self.starts[begin]
+        past = (self._of(part, layer)[before:begin] for part in (self.keys, self.values))
+        return [
+            x.detach().requires_grad_(self.train and layer > 0),  # nothing is trained below the first layer
+            *(part.detach().requires_grad_(self.train and begin > before) for part in past),
+        ]
+
+    def _block(
+        self, layer: int, begin: int, end: int, leaves: list[Tensor], kept: dict[str, Tensor], again: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, keys and values of the window. `kept` receives products, or with `again` gives them back."""
+        frozen, model = self.frozen, self.frozen.model
+        x, past_k, past_v = leaves
+        norm = lambda value, role: rms(value, frozen.norm(layer, role), model.epsilon)
+
+        def linear(value: Tensor, role: str) -> Tensor:
+            known = kept[role][begin:end] if again and role in kept else None
+            if again and role == "down":  # nobody reads its product, only what flows back through it
+                known = value.new_zeros(()).expand(end - begin, model.hidden)
+            pair = self.low_rank.pairs.get((layer, role), (None, None)) if self.low_rank else (None, None)
+            scale = self.low_rank.scale if self.low_rank else 0.0
+            use = _Use(frozen, layer, role, scale, known, self._dropout(layer, role, begin, end), self.prune)
+            y: Tensor = _Linear.apply(value, *pair, use)
+            if kept and not again and role in kept:
+                kept[role][begin:end] = y
+            return y
+
+        heads, kv_heads = frozen.heads(layer)
+        entered = norm(x, "attention_norm")
+        q = linear(entered, "q").view(-1, heads, model.head_dim)
+        k = linear(entered, "k").view(-1, kv_heads, model.head_dim)
+        v = linear(entered, "v").view(-1, kv_heads, model.head_dim)
+        if model.head_norms:
+            q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        if model.rotates[layer]:
+            cos, sin = self.cos[begin:end, None], self.sin[begin:end, None]
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        mixed = self._attention(layer, begin, end, q, torch.cat([past_k, k]), torch.cat([past_v, v]))
+        x = x + model.residual_scale * linear(mixed, "o")
+        entered = norm(x, "mlp_norm")
+        gate = linear(entered, "gate")
+        active = F.silu(gate) if model.activation == "silu" else F.gelu(gate, approximate="tanh")
+        x = x + model.residual_scale * linear(active * linear(entered, "up"), "down")
+        return x, k, v
+
+    def _attention(self, layer: int, begin: int, end: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[tokens, heads * head_dim]. Keys and values begin where the window's first example does."""
+        model, base = self.frozen.model, self.starts[begin]
+        group = q.shape[1] // k.shape[1]
+        parts, at = [], begin
+        while at < end:
+            start = self.starts[at]
+            until = next((i for i in range(at, end) if self.starts[i] != start), end)
+            queries = q[at - begin : until - begin].transpose(0, 1)[None]
+            keys, values = (
+                part[start - base : until - base].transpose(0, 1).repeat_interleave(group, 0)[None] for part in (k, v)
+            )
+            mask = self._mask(layer, at - start, until - start)
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=model.attention_scale
+            )
+            parts.append(mixed[0].transpose(0, 1).reshape(until - at, -1))
+            at = until
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mask(self, layer: int, begin: int, end: int) -> Tensor | None:
+        """What queries begin..end-1 see of the keys 0..end-1; None for the plain triangle."""
+        window = self.frozen.model.windows[layer]
+        if not begin and (not window or end <= window):
+            return None
+        seen = torch.ones(end - begin, end, dtype=torch.bool).tril(begin)
+        return seen.triu(begin - window + 1) if window else seen
+
+    def _dropout(self, layer: int, role: str, begin: int, end: int) -> Callable[[int], Tensor] | None:
+        if not (self.train and self.low_rank and self.low_rank.shape.dropout):
+            return None
+        seed = (self.seed * 1_000_003 + layer * len(PROJECTIONS) + PROJECTIONS.index(role)) * 0x27D4EB2F & 0xFFFFFFFF
+        share, tokens = self.low_rank.shape.dropout, torch.arange(begin, end)
+        return lambda width: dropped(tokens, width, seed, share)
+
+    @staticmethod
+    def _of(parts: list[Tensor | None], layer: int) -> Tensor:
+        part = parts[layer]
+        assert part is not None, "a layer is not computed again once it is done"
+        return part
+
+
+def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[tokens, heads, head_dim] with the leading dimensions turned in halves."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...

@@ -1,0 +1,209 @@
+"""Files that clients upload, under a folder on the disk: `<id>` with its content and `<id>.json` with what it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.types import Message
+
+from shoestring.core.errors import ShoestringError
+from shoestring.core.files import atomic_file, write_text
+from shoestring.server import schema
+from shoestring.server.errors import ApiError, bad
+from shoestring.server.service import Service
+
+PURPOSES = ("fine-tune", "fine-tune-results", "user_data")
+_LONGEST_NAME = 256
+_CLOSE = {"connection": "close"}
+
+
+class Files:
+    """The files below `folder`. Used from the event loop alone; ids are ours, so no name leads anywhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, dict[str, Any]] = {}
+        for about in folder.glob("file-*.json"):
+            read = json.loads(about.read_text(encoding="utf-8"))
+            if self.path(read["id"]).is_file():
+                self._known[read["id"]] = read
+
+    def path(self, file_id: str) -> Path:
+        return self.folder / file_id
+
+    def get(self, file_id: str, param: str | None = None) -> dict[str, Any]:
+        """Raises ApiError 404 when there is none of that id."""
+        if file_id not in self._known:
+            raise ApiError(404, "There is no such file", param=param, code="file_not_found")
+        return self._known[file_id]
+
+    def all(self, purpose: str | None = None) -> list[dict[str, Any]]:
+        """Newest first."""
+        found = [about for about in self._known.values() if purpose in (None, about["purpose"])]
+        return sorted(found, key=lambda about: (about["created_at"], about["id"]), reverse=True)
+
+    def add(self, name: str, purpose: str, source: Any) -> dict[str, Any]:
+        """Keep what a binary stream holds. In any thread.
+
+        Raises:
+            ShoestringError: the disk is full.
+        """
+        file_id = f"file-{secrets.token_hex(12)}"
+        with atomic_file(self.path(file_id)) as aside, aside.open("wb") as out:
+            shutil.copyfileobj(source, out)
+        about = {
+            "id": file_id,
+            "object": "file",
+            "bytes": self.path(file_id).stat().st_size,
+            "created_at": int(time.time()),
+            "filename": name,
+            "purpose": purpose,
+            "status": "processed",
+            "expires_at": None,
+            "status_details": None,
+        }
+        write_text(self.folder / f"{file_id}.json", json.dumps(about))
+        self._known[file_id] = about
+        return about
+
+    def delete(self, file_id: str) -> None:
+        self.get(file_id)
+        del self._known[file_id]
+        for path in (self.folder / f"{file_id}.json", self.path(file_id)):
+            path.unlink(missing_ok=True)
+
+
+def page(items: list[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    """A page of a list, as OpenAI's clients turn them: those that come after the id `after`."""
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise bad("after", "Nothing here has this id")
+    begin = 0 if after is None else ids.index(after) + 1
+    data = items[begin : begin + limit]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": begin + limit < len(items),
+    }
+
+
+def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
+    """`/v1/files`; `answer` makes a response of JSON."""
+
+    def files() -> Files:
+        found: Files = service.tuning.files
+        return found
+
+    @app.post("/v1/files", response_model=schema.FileAnswer, openapi_extra=_UPLOAD)
+    async def upload(request: Request) -> Response:
+        kept = files()
+        given = await _form(request, service.settings.max_file_bytes)
+        name, purpose, stream = _checked(given)
+        try:
+            return answer(await asyncio.to_thread(kept.add, name, purpose, stream.file))
+        except ShoestringError:
+            raise ApiError(503, "The file could not be kept: the disk may be full", code="disk_full") from None
+        finally:
+            await stream.close()
+
+    @app.get("/v1/files", response_model=schema.FilesAnswer)
+    async def list_files(
+        after: str | None = None, limit: schema.PageLimit = 10000, purpose: str | None = None, order: str = "desc"
+    ) -> Response:
+        found = files().all(purpose)
+        if order not in ("asc", "desc"):
+            raise bad("order", "It is asc or desc")
+        return answer(page(found[::-1] if order == "asc" else found, after, limit))
+
+    @app.get("/v1/files/{file_id}", response_model=schema.FileAnswer)
+    async def one_file(file_id: str) -> Response:
+        return answer(files().get(file_id))
+
+    @app.get("/v1/files/{file_id}/content", response_class=Response)
+    async def content(file_id: str) -> Response:
+        files().get(file_id)
+        return FileResponse(files().path(file_id), media_type="application/octet-stream")
+
+    @app.delete("/v1/files/{file_id}", response_model=schema.FileGone)
+    async def delete_file(file_id: str) -> Response:
+        service.tuning.release(file_id)
+        files().delete(file_id)
+        return answer({"id": file_id, "object": "file", "deleted": True})
+
+
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(PURPOSES)},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+async def _form(request: Request, limit: int) -> Mapping[str, Any]:
+    """The fields of a multipart form; its file lies on the disk when it is large.
+
+    Raises:
+        ApiError: no such form, or one that is too long.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(415, "The body must be a form: send Content-Type: multipart/form-data", headers=_CLOSE)
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and int(told[:20]) > limit:
+        raise _too_large(limit)
+    seen = 0
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise _too_large(limit)
+        return message
+
+    try:
+        return await Request(request.scope, receive).form(max_files=1, max_fields=8, max_part_size=65536)
+    except ApiError:
+        raise
+    except HTTPException as error:
+        raise ApiError(400, f"The form cannot be read: {error.detail}", code="invalid_form", headers=_CLOSE) from None
+
+
+def _checked(given: Mapping[str, Any]) -> tuple[str, str, Any]:
+    stream, purpose = given.get("file"), given.get("purpose")
+    if not hasattr(stream, "file"):
+        raise bad("file", "The form needs a file", "missing_required_parameter")
+    if purpose not in PURPOSES:
+        raise bad("purpose", f"It is one of {', '.join(PURPOSES)}")
+    name = os.path.basename(str(stream.filename or "upload").replace("\\", "/"))
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        raise bad("file", f"A file's name has at most {_LONGEST_NAME} printable characters")
+    return name, str(purpose), stream
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The file is longer than {limit} bytes", headers=_CLOSE)

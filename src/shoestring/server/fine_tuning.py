@@ -1,0 +1,440 @@
+"""Fine-tuning jobs in OpenAI's shape, run by a method that trains inside the engine; their state is on the disk.
+
+FOLDER/files/                 see `files`
+FOLDER/jobs/<id>/job.json     the job as clients see it, and what only we need
+FOLDER/jobs/<id>/events.jsonl
+FOLDER/jobs/<id>/checkpoint-<step>/   adapters, written by the method
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from shoestring.core import catalog
+from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.core.files import write_text
+from shoestring.engine.open import Opened
+from shoestring.engine.tuning import Objectives, Told, Tuner, TuningJob
+from shoestring.server import files as uploads
+from shoestring.server import schema
+from shoestring.server.errors import ApiError, bad
+from shoestring.server.service import Service, log
+
+WORD = "tuner"  # what a method's file defines that trains inside the engine
+_OPEN = ("validating_files", "queued", "running", "paused")
+_SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class FineTuning:
+    """Jobs of one server. Used from the event loop alone."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self.service, self.folder = service, folder
+        self.files = uploads.Files(folder / "files")
+        self._jobs: dict[str, _Job] = {}
+        self._tuner: Tuner | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        for about in (folder / "jobs").glob("*/job.json"):
+            job = _Job.read(about.parent)
+            self._jobs[job.id] = job
+
+    async def open(self) -> None:
+        """Plug the method in, serve what was trained before, and go on with what was not finished.
+
+        Raises:
+            UsageError: no method trains in an engine, or the model cannot be trained so.
+        """
+        settings, engine = self.service.settings, self.service.engine
+        methods = catalog.that_define(WORD)
+        if not methods:
+            raise UsageError("No method of this installation trains inside the engine")
+        inner = engine.engine
+        opened = Opened(inner.runner, inner.tokenizer, inner.name, Path(settings.model))
+        objectives = Objectives(settings.ttft / 1000, settings.tpot / 1000)
+        self._tuner = await asyncio.to_thread(catalog.module(methods[0].name).tuner, opened, objectives)
+        await engine.run(inner.plug_filler, self._tuner)
+        for job in sorted(self._jobs.values(), key=lambda job: job.shown["created_at"]):
+            for name, path in list(job.served.items()):
+                if not ((job.folder / path).is_dir() and await self._serve(job, name, job.folder / path)):
+                    job.served.pop(name)
+            if job.shown["status"] in _OPEN:
+                self._begin(job)
+
+    # ---- what clients ask ----
+
+    def create(self, given: schema.FineTuningRequest) -> dict[str, Any]:
+        service = self.service
+        if given.model not in service.names:
+            service.pick(given.model)
+            raise bad("model", "Only the base model can be fine-tuned here", "model_not_available")
+        self._training_file(given.training_file, "training_file")
+        if given.validation_file:
+            self._training_file(given.validation_file, "validation_file")
+        job_id = f"ftjob-{secrets.token_hex(12)}"
+        if given.suffix is not None and not _SUFFIX.fullmatch(given.suffix):
+            raise bad("suffix", "At most 64 letters, digits and ._-, beginning with a letter or digit")
+        name = f"ft:{service.names[0]}:{given.suffix or job_id[-8:]}"
+        taken = {job.name for job in self._jobs.values() if job.shown["status"] not in ("failed", "cancelled")}
+        if name in taken or name in service.engine.engine.adapters:
+            raise ApiError(409, f"There is a model {name} already", param="suffix", code="name_taken")
+        chosen = given.chosen
+        seed = given.seed if given.seed is not None else secrets.randbelow(2**31)
+        hyper = {
+            "n_epochs": chosen.n_epochs or "auto",
+            "batch_size": chosen.batch_size or "auto",
+            "learning_rate_multiplier": chosen.learning_rate_multiplier or "auto",
+        }
+        shown = {
+            "id": job_id,
+            "object": "fine_tuning.job",
+            "created_at": int(time.time()),
+            "error": None,
+            "fine_tuned_model": None,
+            "finished_at": None,
+            "hyperparameters": hyper,
+            "model": given.model,
+            "organization_id": "shoestring",
+            "result_files": [],
+            "seed": seed,
+            "status": "validating_files",
+            "trained_tokens": None,
+            "training_file": given.training_file,
+            "validation_file": given.validation_file,
+            "estimated_finish": None,
+            "integrations": [],
+            "metadata": given.metadata,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
+        }
+        job = _Job(self.folder / "jobs" / job_id, shown, name)
+        job.save()
+        self._jobs[job_id] = job
+        job.event(f"Created fine-tuning job: {job_id}")
+        self._begin(job)
+        return shown
+
+    def get(self, job_id: str) -> _Job:
+        if job_id not in self._jobs:
+            raise ApiError(404, "There is no such job", param="fine_tuning_job_id", code="job_not_found")
+        return self._jobs[job_id]
+
+    def all(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        return [job.shown for job in sorted(self._jobs.values(), key=lambda j: (j.shown["created_at"], j.id))][::-1]
+
+    async def cancel(self, job_id: str) -> dict[str, Any]:
+        job = self._open(job_id, _OPEN, "cancelled")
+        job.end("cancelled")
+        job.event("The job was cancelled")
+        await self._order("cancel", job)
+        return job.shown
+
+    async def pause(self, job_id: str) -> dict[str, Any]:
+        job = self._open(job_id, ("validating_files", "queued", "running"), "paused")
+        job.change("paused")
+        job.event("The job is paused")
+        await self._order("pause", job)
+        return job.shown
+
+    async def resume(self, job_id: str) -> dict[str, Any]:
+        job = self._open(job_id, ("paused",), "resumed")
+        job.change("queued")
+        job.event("The job goes on")
+        await self._order("resume", job)
+        return job.shown
+
+    def release(self, file_id: str) -> None:
+        """Raises ApiError 409 when a job that has not ended needs the file."""
+        for job in self._jobs.values():
+            if job.shown["status"] in _OPEN and file_id in (job.shown["training_file"], job.shown["validation_file"]):
+                raise ApiError(409, f"The job {job.id} needs this file", code="file_in_use")
+
+    # ---- what happens to a job ----
+
+    def _begin(self, job: _Job) -> None:
+        task = asyncio.create_task(self._prepare(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prepare(self, job: _Job) -> None:
+        """Read its files in another thread, then put it in the tuner's line."""
+        shown, hyper = job.shown, job.shown["hyperparameters"]
+        loop = asyncio.get_running_loop()
+        assert self._tuner
+        # A number, or what the method takes itself.
+        own = {key: None if value == "auto" else value for key, value in hyper.items()}
+
+        def tell(told: Told) -> None:
+            try:
+                loop.call_soon_threadsafe(lambda: self._told(job, told))
+            except RuntimeError:
+                pass  # the server has ended; what counts is on the disk
+
+        try:
+            validation = shown["validation_file"]
+            asked = TuningJob(
+                id=job.id,
+                base=self.service.settings.model,
+                data=self._linked(job, shown["training_file"]),
+                validation=self._linked(job, validation) if validation else None,
+                folder=job.folder,
+                epochs=own["n_epochs"],
+                batch_size=own["batch_size"],
+                rate=own["learning_rate_multiplier"],
+                seed=shown["seed"],
+            )
+            prepared = await asyncio.to_thread(self._tuner.prepare, asked)
+            if shown["status"] == "cancelled":
+                return
+            await self.service.engine.run(self._tuner.start, prepared, tell)
+            if shown["status"] == "cancelled":  # while it was put in the line
+                await self._order("cancel", job)
+            elif shown["status"] == "paused":
+                await self._order("pause", job)
+            elif shown["status"] == "validating_files":
+                job.change("queued")
+                job.event("Files validated, the job is in the line")
+        except ApiError as error:
+            log.warning("job %s waits: %s", job.id, error.detail)  # the server is ending; it goes on at the next start
+        except ShoestringError as error:
+            # Without the remedy, which speaks of flags, and without our folders.
+            said = str(ShoestringError(error.what, error.why)).replace(f"{job.folder}/", "")
+            self._fail(job, said, "training_file")
+        except Exception as error:
+            log.error("job %s could not begin: %s", job.id, type(error).__name__, exc_info=error)
+            self._fail(job, "The job could not begin", None)
+
+    def _told(self, job: _Job, told: Told) -> None:
+        shown = job.shown
+        if shown["status"] not in _OPEN:
+            return
+        if shown["status"] in ("queued", "validating_files"):
+            job.change("running")
+        if told.kind == "step":
+            job.step(told, time.time())
+        elif told.kind == "checkpoint" and told.folder:
+            self._later(self._checkpoint(job, told, told.folder))
+        elif told.kind == "finished" and told.folder:
+            self._later(self._finish(job, told, told.folder))
+        elif told.kind == "failed":
+            self._fail(job, told.message, None)
+
+    async def _checkpoint(self, job: _Job, told: Told, path: Path) -> None:
+        name = f"{job.name}:ckpt-step-{told.step}"
+        for old, folder in list(job.served.items()):
+            if not (job.folder / folder).is_dir():
+                job.served.pop(old)
+                await self._drop(old)
+        if await self._serve(job, name, path):
+            job.served[name] = path.name
+        job.checkpoint(told, name)
+
+    async def _finish(self, job: _Job, told: Told, path: Path) -> None:
+        if not await self._serve(job, job.name, path):
+            self._fail(job, "The adapter could not be loaded", None)
+            return
+        job.served[job.name] = path.name
+        kept = await asyncio.to_thread(
+            self.files.add, "step_metrics.csv", "fine-tune-results", io.BytesIO(job.table().encode())
+        )
+        job.shown |= {"fine_tuned_model": job.name, "trained_tokens": told.tokens, "result_files": [kept["id"]]}
+        job.end("succeeded")
+        job.event(f"New fine-tuned model created: {job.name}")
+        job.event("The job has successfully completed")
+
+    def _fail(self, job: _Job, message: str, param: str | None) -> None:
+        code = "invalid_training_file" if param else "training_failed"
+        job.shown["error"] = {"code": code, "message": message, "param": param}
+        job.end("failed")
+        job.event(message, "error")
+        self._later(self._order("cancel", job))
+
+    # ---- small things ----
+
+    async def _serve(self, job: _Job, name: str, path: Path) -> bool:
+        engine = self.service.engine
+        if name in engine.engine.adapters:
+            return True
+        try:
+            await engine.run(engine.engine.add_adapter, name, path)
+            return True
+        except (ShoestringError, OSError) as error:
+            job.event(f"{name} could not be loaded: {error}", "warn")
+            return False
+
+    async def _drop(self, name: str) -> None:
+        try:
+            await self.service.engine.run(self.service.engine.engine.drop_adapter, name)
+        except UsageError:
+            pass  # it was dropped by somebody else
+
+    async def _order(self, what: str, job: _Job) -> None:
+        await self.service.engine.run(getattr(self._tuner, what), job.id)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _open(self, job_id: str, states: tuple[str, ...], wanted: str) -> _Job:
+        job = self.get(job_id)
+        if job.shown["status"] not in states:
+            raise bad(None, f"A job that is {job.shown['status']} cannot be {wanted}", "invalid_status")
+        return job
+
+    def _training_file(self, file_id: str, param: str) -> None:
+        if self.files.get(file_id, param)["purpose"] != "fine-tune":
+            raise bad(param, "The file was uploaded for another purpose than fine-tune", "invalid_purpose")
+
+    def _linked(self, job: _Job, file_id: str) -> Path:
+        """The file under a name whose ending says what it is."""
+        link = job.folder / f"{file_id}.jsonl"
+        if not link.exists():
+            link.symlink_to(self.files.path(file_id).resolve())
+        return link
+
+
+class _Job:
+    """One job: as it is shown, its events and checkpoints, and all of it on the disk.
+
+    Attributes:
+        name: of the model that it makes.
+        served: adapters of it that the engine has, name -> folder below the job's own.
+    """
+
+    def __init__(self, folder: Path, shown: dict[str, Any], name: str) -> None:
+        self.folder, self.shown, self.name = folder, shown, name
+        self.served: dict[str, str] = {}
+        self.checkpoints: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self._latest = (0, 0.0)  # step and when
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def id(self) -> str:
+        return str(self.shown["id"])
+
+    @classmethod
+    def read(cls, folder: Path) -> _Job:
+        kept = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        job = cls(folder, kept["shown"], kept["name"])
+        job.served, job.checkpoints = kept["served"], kept["checkpoints"]
+        events = folder / "events.jsonl"
+        for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
+            try:
+                job.events.append(json.loads(line))
+            except ValueError:
+                break  # the last line of a server that was killed
+        return job
+
+    def save(self) -> None:
+        kept = {"shown": self.shown, "name": self.name, "served": self.served, "checkpoints": self.checkpoints}
+        write_text(self.folder / "job.json", json.dumps(kept, indent=1))
+
+    def change(self, status: str) -> None:
+        self.shown["status"] = status
+        self.save()
+
+    def end(self, status: str) -> None:
+        self.shown |= {"finished_at": int(time.time()), "estimated_finish": None}
+        self.change(status)
+
+    def event(self, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        made = {
+            "id": f"ftevent-{secrets.token_hex(12)}",
+            "object": "fine_tuning.job.event",
+            "created_at": int(time.time()),
+            "level": level,
+            "message": message,
+            "type": "metrics" if data else "message",
+            "data": data or {},
+        }
+        self.events.append(made)
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(made) + "\n")
+
+    def step(self, told: Told, now: float) -> None:
+        data = {"step": told.step, "total_steps": told.steps, **told.figures}
+        # Steps that a killed server did after its last checkpoint are done, and told, again.
+        self.event(f"Step {told.step}/{told.steps}: training loss={told.figures['train_loss']:.4f}", data=data)
+        before, when = self._latest
+        if before and told.step > before:
+            each = (now - when) / (told.step - before)
+            self.shown["estimated_finish"] = int(now + each * (told.steps - told.step))
+        else:
+            self._latest = told.step, now
+
+    def checkpoint(self, told: Told, name: str) -> None:
+        made = {
+            "id": f"ftckpt-{secrets.token_hex(12)}",
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": int(time.time()),
+            "fine_tuned_model_checkpoint": name,
+            "fine_tuning_job_id": self.id,
+            "metrics": {"step": told.step, **told.figures},
+            "step_number": told.step,
+        }
+        kept = [old for old in self.checkpoints if old["fine_tuned_model_checkpoint"] in self.served]
+        self.checkpoints = [*(old for old in kept if old["step_number"] != told.step), made]
+        self.save()
+        self.event(f"Checkpoint created at step {told.step}")
+
+    def table(self) -> str:
+        """The steps' figures with commas."""
+        rows = {event["data"]["step"]: event["data"] for event in self.events if event["type"] == "metrics"}
+        for made in self.checkpoints:
+            rows.setdefault(made["step_number"], {}).update(made["metrics"])
+        names = ["step", "train_loss", "train_mean_token_accuracy", "full_valid_loss", "full_valid_mean_token_accuracy"]
+        out = io.StringIO()
+        writer = csv.DictWriter(out, names, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+        return out.getvalue()
+
+
+def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
+    """`/v1/fine_tuning/jobs`; `answer` makes a response of JSON."""
+    base = "/v1/fine_tuning/jobs"
+
+    @app.post(base, response_model=schema.FineTuningAnswer)
+    async def create_job(given: schema.FineTuningRequest) -> Response:
+        service.engine  # noqa: B018  # refuses while it is loading or ending
+        return answer(service.tuning.create(given), given)
+
+    @app.get(base, response_model=schema.FineTuningList)
+    async def list_jobs(after: str | None = None, limit: schema.PageLimit = 20) -> Response:
+        return answer(uploads.page(service.tuning.all(), after, limit))
+
+    @app.get(base + "/{fine_tuning_job_id}", response_model=schema.FineTuningAnswer)
+    async def one_job(fine_tuning_job_id: str) -> Response:
+        return answer(service.tuning.get(fine_tuning_job_id).shown)
+
+    @app.get(base + "/{fine_tuning_job_id}/events", response_model=schema.FineTuningList)
+    async def events(fine_tuning_job_id: str, after: str | None = None, limit: schema.PageLimit = 20) -> Response:
+        return answer(uploads.page(service.tuning.get(fine_tuning_job_id).events[::-1], after, limit))
+
+    @app.get(base + "/{fine_tuning_job_id}/checkpoints", response_model=schema.FineTuningList)
+    async def checkpoints(fine_tuning_job_id: str, after: str | None = None, limit: schema.PageLimit = 10) -> Response:
+        return answer(uploads.page(service.tuning.get(fine_tuning_job_id).checkpoints[::-1], after, limit))
+
+    @app.post(base + "/{fine_tuning_job_id}/cancel", response_model=schema.FineTuningAnswer)
+    async def cancel(fine_tuning_job_id: str) -> Response:
+        return answer(await service.tuning.cancel(fine_tuning_job_id))
+
+    @app.post(base + "/{fine_tuning_job_id}/pause", response_model=schema.FineTuningAnswer)
+    async def pause(fine_tuning_job_id: str) -> Response:
+        return answer(await service.tuning.pause(fine_tuning_job_id))
+
+    @app.post(base + "/{fine_tuning_job_id}/resume", response_model=schema.FineTuningAnswer)
+    async def resume(fine_tuning_job_id: str) -> Response:
+        return answer(await service.tuning.resume(fine_tuning_job_id))

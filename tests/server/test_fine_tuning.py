@@ -1,0 +1,218 @@
+"""Fine-tuning over HTTP with the official client, from upload to answer, on a tiny model that really learns."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serving import command, toy
+
+from shoestring.lab import answering
+
+ASKED = [{"role": "user", "content": "w7 w8"}]
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"w{7 + i % 3} w{8 + i % 3}"},
+            {"role": "assistant", "content": "w20 w21 w22"},
+        ]
+    }
+    for i in range(24)
+]
+HYPER: Any = {"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 40.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return answering.folder(tmp_path_factory.mktemp("tuned") / "tiny", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def client(model: Path, folder: Path) -> Iterator[openai.OpenAI]:
+    with command(str(model), "--fine-tune", str(folder), "--threads", "1", "--dtype", "fp32") as process:
+        yield _client(process.url)
+
+
+def _client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def _upload(client: openai.OpenAI, rows: list[dict[str, Any]] = ROWS) -> str:
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return client.files.create(file=("rows.jsonl", io.BytesIO(body)), purpose="fine-tune").id
+
+
+def _create(client: openai.OpenAI, data: str, **more: Any) -> Any:
+    hyper = more.pop("hyper", HYPER)
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+    return client.fine_tuning.jobs.create(model="tiny", training_file=data, method=method, seed=1, **more)
+
+
+def _wait(get: Callable[[], Any], until: Callable[[Any], bool], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not until(found := get()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found
+
+
+def _ended(client: openai.OpenAI, job_id: str) -> Any:
+    return _wait(lambda: client.fine_tuning.jobs.retrieve(job_id), lambda job: job.status in ("succeeded", "failed"))
+
+
+def _says(client: openai.OpenAI, name: str) -> str:
+    told: Any = ASKED
+    answer = client.chat.completions.create(model=name, messages=told, max_tokens=3, temperature=0)
+    return answer.choices[0].message.content or ""
+
+
+def test_from_upload_to_answer(client: openai.OpenAI) -> None:
+    data = _upload(client)
+    assert client.files.retrieve(data).filename == "rows.jsonl"
+    assert len(client.files.content(data).read().splitlines()) == len(ROWS)
+    assert data in [file.id for file in client.files.list(purpose="fine-tune")]
+    before = _says(client, "tiny")
+    assert "w20 w21 w22" not in before
+    job = _create(client, data, suffix="letters", validation_file=data, metadata={"who": "me"})
+    assert job.status == "validating_files" and job.object == "fine_tuning.job" and job.seed == 1
+    done = _ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    assert done.fine_tuned_model == "ft:tiny:letters" and done.finished_at and done.trained_tokens > 500
+    assert done.metadata == {"who": "me"} and done.hyperparameters.n_epochs == 10
+    # What was learned is said by the new model, at once, and the base is as it was.
+    assert _says(client, "ft:tiny:letters") == "w20 w21 w22"
+    assert _says(client, "tiny") == before
+    assert {"tiny", "ft:tiny:letters"} <= {found.id for found in client.models.list()}
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=7))
+    losses = [event.data["train_loss"] for event in events if event.type == "metrics"][::-1]  # type: ignore[index]
+    assert len(losses) == 60 and losses[-1] < losses[0] / 5
+    kept = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert kept[0].step_number == 60 and 1 <= len(kept) <= 3
+    assert kept[0].metrics.full_valid_loss is not None and kept[0].metrics.full_valid_loss < losses[0] / 5
+    assert _says(client, kept[0].fine_tuned_model_checkpoint) == "w20 w21 w22"
+    (result,) = done.result_files
+    table = client.files.content(result).text.splitlines()
+    assert table[0].startswith("step,train_loss") and len(table) == 61
+    assert client.files.delete(data).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(data)
+
+
+def test_pause_resume_and_cancel(client: openai.OpenAI) -> None:
+    jobs = client.fine_tuning.jobs
+    data = _upload(client)
+    job = _create(client, data, suffix="slow", hyper={**HYPER, "n_epochs": 900})
+    _wait(lambda: jobs.retrieve(job.id), lambda found: found.status == "running")
+    assert str(jobs.pause(job.id).status) == "paused"
+    count = lambda: sum(event.type == "metrics" for event in jobs.list_events(job.id, limit=1000).data)
+    time.sleep(0.2)
+    first = count()
+    time.sleep(0.5)
+    assert count() == first
+    with pytest.raises(openai.BadRequestError, match="paused"):
+        jobs.pause(job.id)
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(data)
+    jobs.resume(job.id)
+    _wait(count, lambda now: now > first)
+    assert jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError):
+        jobs.cancel(job.id)
+    assert jobs.retrieve(job.id).fine_tuned_model is None
+    assert client.files.delete(data).deleted
+    assert [found.id for found in jobs.list(limit=1)][0] == job.id  # newest first, over all pages
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"messages": [{"role": "user", "content": "w7"}]}], "assistant"),
+        ([{"prompt": "w7 " * 3000, "completion": "w8"}], "tokens"),
+        ([{"question": "w7"}], "known"),
+    ],
+    ids=["no answer", "too long", "no format"],
+)
+def test_a_bad_file_fails_its_job_and_says_why(client: openai.OpenAI, rows: list[dict[str, Any]], words: str) -> None:
+    done = _ended(client, _create(client, _upload(client, rows)).id)
+    assert done.status == "failed" and done.error.param == "training_file"
+    assert words in done.error.message and "/" not in done.error.message
+    assert done.error.message.startswith(f"{done.training_file}.jsonl:1")
+    assert _says(client, "tiny")
+
+
+def test_what_cannot_be_is_refused(client: openai.OpenAI) -> None:
+    data = _upload(client)
+    other = client.files.create(file=("a.txt", b"x"), purpose="user_data").id
+    create = client.fine_tuning.jobs.create
+    for given, error, param in (
+        ({"model": "no-such", "training_file": data}, openai.NotFoundError, "model"),
+        ({"model": "tiny", "training_file": "file-0"}, openai.NotFoundError, "training_file"),
+        ({"model": "tiny", "training_file": other}, openai.BadRequestError, "training_file"),
+        ({"model": "tiny", "training_file": data, "suffix": "../up"}, openai.BadRequestError, "suffix"),
+        ({"model": "tiny", "training_file": data, "method": {"type": "dpo"}}, openai.BadRequestError, "method.type"),
+    ):
+        with pytest.raises(error) as found:
+            create(**given)  # type: ignore[call-overload]
+        assert found.value.param == param
+    with pytest.raises(openai.BadRequestError) as found:
+        client.files.create(file=("a.jsonl", b"x"), purpose="batch")
+    assert found.value.param == "purpose"
+    with pytest.raises(openai.NotFoundError):
+        client.files.content("..%2Fjob.json")
+
+
+def test_it_is_off_unless_a_folder_is_given() -> None:
+    with toy() as server:
+        with pytest.raises(openai.PermissionDeniedError, match="--fine-tune"):
+            server.client().files.list()
+        with pytest.raises(openai.PermissionDeniedError, match="--fine-tune"):
+            server.client().fine_tuning.jobs.list()
+
+
+def test_a_file_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None:
+    from shoestring.server.files import Files
+
+    with toy(max_file_bytes=1000) as server:
+        server.service.tuning = type("Tuning", (), {"files": Files(tmp_path)})()
+        with pytest.raises(openai.APIStatusError) as found:
+            server.client().files.create(file=("a", b"x" * 2000), purpose="fine-tune")
+        assert found.value.status_code == 413
+        assert server.client().files.list().data == []
+
+
+def test_a_killed_server_goes_on_from_the_last_checkpoint(model: Path, tmp_path: Path) -> None:
+    words = (str(model), "--fine-tune", str(tmp_path), "--threads", "1", "--dtype", "fp32")
+    with command(*words) as process:
+        client = _client(process.url)
+        job = _create(client, _upload(client), suffix="kept", hyper={**HYPER, "n_epochs": 60})
+        jobs = client.fine_tuning.jobs
+        _wait(lambda: jobs.checkpoints.list(job.id).data, lambda found: len(found) >= 2)
+        os.kill(process.process.pid, signal.SIGKILL)
+        process.process.wait()
+    saved = max(int(p.name.rpartition("-")[2]) for p in (tmp_path / "jobs" / job.id).glob("checkpoint-*"))
+    with command(*words) as process:
+        client = _client(process.url)
+        done = _ended(client, job.id)
+        assert done.status == "succeeded", done.error
+        assert _says(client, "ft:tiny:kept") == "w20 w21 w22"
+        events = client.fine_tuning.jobs.list_events(job.id, limit=2000).data
+        steps = [event.data["step"] for event in events if event.type == "metrics"][::-1]  # type: ignore[index]
+    # Every step was done, and those after the last checkpoint at most twice.
+    assert sorted(set(steps)) == list(range(1, 361))
+    again = [step for step in set(steps) if steps.count(step) > 1]
+    assert all(saved < step for step in again)
+    with command(*words) as process:  # and it serves after a restart
+        assert _says(_client(process.url), "ft:tiny:kept") == "w20 w21 w22"

@@ -97,10 +97,10 @@ def _checked(model: Any, input_ids: Tensor, config: Any, given: dict[str, Any]) 
 
     if model.config.is_encoder_decoder:
         refuse("Drafts are for models with a decoder alone")
-    if input_ids.shape[0] != 1:
-        refuse(f"Drafts are for one sequence, not {input_ids.shape[0]}", remedy="Generate one after another")
     if config.num_beams > 1 or (config.guidance_scale or 1) != 1:
         refuse("Drafts cannot be combined with beams or guidance")
+    if input_ids.shape[0] != 1:
+        refuse(f"Drafts are for one sequence, not {input_ids.shape[0]}", remedy="Generate one after another")
     if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
         refuse("Scores, attentions and hidden states are not kept while drafting")
     mask = given.get("attention_mask")

@@ -28,7 +28,7 @@ _GCN = _DATA + "; LightGCN of 2 layers, at most 10 epochs"
 _TOKENS = (
     "SmolLM2-135M-Instruct, a sixteenth of the rows of its token table (3,072); the graph is tokens by the token "
     "before them in the training part of the Python documentation; a row is the mean of its tokens by frequency, "
-    "nothing is trained after; the head keeps the whole table; held-out perplexity of answers"
+    "nothing is trained after; the head keeps the whole table; perplexity of held-out text"
 )
 _SCALE = "Gowalla, Yelp2018 and AmazonBook; click-through models, which need features"
 CLAIMS = (
@@ -195,15 +195,15 @@ def _tokens(arms: Arms, method: Any) -> None:
     examples = parts[0].examples[: arms.size(200, len(parts[0]))]
     texts = ["\n".join(message["content"] for message in example.messages) for example in examples]
     ids = tokenizer(texts)["input_ids"]
-    rows = arms.docs(tokenizer, {"test": arms.size(1, 10)}, max_length=128)["test"].rows
+    encoded = arms.docs(tokenizer, {"test": arms.size(1, 12)}, max_length=128)["test"].rows
+    rows = [{**row, "labels": row["input_ids"]} for row in encoded]  # answers alone are too few to tell arms apart
     size = len(tokenizer) // arms.size(64, 16)
     graph = method.token_graph(ids, len(tokenizer))
     counts = np.bincount(np.concatenate([np.asarray(i, np.int64) for i in ids]), minlength=len(tokenizer))
     clusters = method.GraphHash(size, tables="rows", random_state=arms.seed).fit(graph).table("rows")
-    for arm in ("graphhash", "hash", "frequency"):
+    for arm, rule in (("graphhash", ""), ("hash", "universal"), ("frequency", "frequency")):
         with arms.arm(f"{arm}-tokens") as stage:
-            rule = {"hash": "universal"}.get(arm, arm)
-            table = clusters if arm == "graphhash" else by_rule(rule, graph, clusters.count, arms.seed)
+            table = by_rule(rule, graph, clusters.count, arms.seed) if rule else clusters
             shared = share_table(model, table, counts, head=False)
             stage.record("perplexity", heldout(model, rows).perplexity.value, "perplexity", "measured")
             stage.record("storage", shared.nbytes(), "B", "counted")

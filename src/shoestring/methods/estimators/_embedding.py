@@ -13,6 +13,8 @@ from shoestring.methods.estimators._rows import PRIME, Array, Hash, Rows
 from shoestring.models import surgery
 from shoestring.models.anatomy import inspect
 
+FITTING_STEPS = 30
+
 
 class SharedEmbedding(nn.Module):
     """`nn.Embedding(ids, width)` with fewer rows: the row, or the sum of the rows, that `Rows` says.
@@ -73,7 +75,7 @@ class SharedEmbedding(nn.Module):
             counts: how often each id occurs, its weight in the mean; all alike when nothing is said. An id that never
                 occurs counts as a hundredth of an occurrence.
 
-        With several columns each takes the mean of what those before it left.
+        With several columns it is the least-squares fit of their sum, by steps that each take the mean of what is left.
         """
         if table.shape != (self.num_embeddings, self.embedding_dim):
             raise UsageError(
@@ -81,12 +83,18 @@ class SharedEmbedding(nn.Module):
             )
         weights = torch.ones(len(table)) if counts is None else torch.as_tensor(counts).float().clamp(min=0.01)
         weights = weights.to(table.device)[:, None]
-        rest, made = table.float().clone(), torch.zeros(self.weight.shape, device=table.device)
-        for column in self.index.long().unbind(1):
-            mass = torch.zeros(len(made), 1, device=table.device).index_add_(0, column, weights)
-            mean = torch.zeros_like(made).index_add_(0, column, rest * weights) / mass.clamp(min=1e-12)
-            made += mean
-            rest -= mean[column]
+        columns = self.index.long().unbind(1)
+        made = torch.zeros(self.weight.shape, device=table.device)
+        mass = torch.zeros(len(made), 1, device=table.device)
+        for column in columns:
+            mass.index_add_(0, column, weights)
+        for _ in range(1 if len(columns) == 1 else FITTING_STEPS):
+            rest, step = table.float().clone(), torch.zeros_like(made)
+            for column in columns:
+                rest -= made[column]
+            for column in columns:
+                step.index_add_(0, column, rest * weights)
+            made += step / mass.clamp(min=1e-12) / len(columns)
         self.weight.copy_(made)
         return self
 

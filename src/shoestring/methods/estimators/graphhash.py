@@ -75,7 +75,8 @@ class GraphHash(BiclusterMixin, BaseEstimator):
     Attributes:
         row_labels_, column_labels_: int32, the row of its side's table that each id reads.
         row_clusters_, column_clusters_: the cluster of each row of a table; sides share the numbers of clusters.
-        row_placed_, column_placed_: False for ids without interactions, which are hashed.
+        row_placed_, column_placed_: False for ids that are hashed: those without interactions, or without a neighbour
+            whose cluster has a row on their side.
         resolution_: the gamma that was found.
         rows_, columns_: bool [clusters, ids], as scikit-learn's other biclusterers have them.
     """
@@ -322,7 +323,7 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     def touch(weight: Weight) -> Weight:
         if weight.role != "embed" or len(weight.dims) != 2 or weight.dims[0] != shape.vocab:
             return replace(weight, dims=(rows, weight.dims[1])) if weight.tied in tables else weight
-        mapping = 4 * shape.vocab * (2 if made.double else 1)
+        mapping = (4 * shape.vocab + 32) * (2 if made.double else 1)  # and the hash of ids that are not in it
         stored, resident = (n * rows // shape.vocab + mapping for n in (weight.stored, weight.resident))
         return replace(weight, dims=(rows, weight.dims[1]), stored=stored, resident=resident)
 

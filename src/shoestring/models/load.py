@@ -36,6 +36,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokeniz
 _HUB_SECONDS = 5.0
 OURS = "shoestring_"  # how every model type begins that is known only after an import
 UNEVEN = f"{OURS}uneven_"  # how those of `models.uneven` begin
+REGROUPED = f"{OURS}regrouped_"  # how those of `models.regrouped` begin
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
@@ -162,14 +163,14 @@ def auto_class(kind: str) -> Any:
 
 
 def know_architecture(folder: Folder) -> None:
-    """Make transformers know the architecture of a folder when it is one of `models.uneven`.
+    """Make transformers know the architecture of a folder when it is one of `models.uneven` or `models.regrouped`.
 
     Raises:
         UsageError: it is another one of ours, and what it needs was not imported.
     """
     kind = str(folder.config.get("model_type", ""))
-    if kind.startswith(UNEVEN):
-        import_module("shoestring.models.uneven")
+    if kind.startswith((UNEVEN, REGROUPED)):
+        import_module("shoestring.models.uneven" if kind.startswith(UNEVEN) else "shoestring.models.regrouped")
     elif kind.startswith(OURS):
         from transformers import CONFIG_MAPPING
 

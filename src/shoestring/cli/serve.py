@@ -24,4 +24,4 @@ def command(model: str | None, **given: object) -> int:
     screen = current()
     settings = build(Settings, {"model": model, **given})
     log_to_stderr(logging.DEBUG if screen.verbose else logging.WARNING if screen.quiet else logging.INFO)
-    return serve(settings, lambda address: screen.say(f"{settings.model} is ready at {address}"))
+    return serve(settings, lambda address: screen.say(f"{settings.title} is ready at {address}"))

@@ -80,6 +80,18 @@ class ConfidentExit:
         return [row if leaves else False for row, leaves in zip(logits, sure)]
 
 
+def gates_in(folder: Path) -> tuple[int, ...]:
+    """The layers that the exit heads in an adapter's folder stand behind.
+
+    Raises:
+        UsageError: it holds no exit heads.
+    """
+    gates = check_adapter(folder).get("gates")
+    if not isinstance(gates, list) or not gates or not all(isinstance(g, int) and g > 0 for g in gates):
+        raise UsageError(f"{folder} holds no exit heads", f"{ADAPTER_CONFIG} names no gates")
+    return tuple(gates)
+
+
 def read_exits(folder: Path, runner: Runner) -> ExitHeads:
     """The exit heads that an adapter's folder holds for the model of `runner`.
 
@@ -97,7 +109,7 @@ def read_exits(folder: Path, runner: Runner) -> ExitHeads:
                 f"{where} holds {name[:120]}", "that is no part of an exit head", "Give a folder of exit heads"
             )
         found.setdefault(int(match[1]) + 1, {})[match[2]] = floats(tensors[name]).copy()
-    gates, epsilon = config.get("gates"), config.get("epsilon")
+    gates, epsilon = list(gates_in(folder)), config.get("epsilon")
     if not found or sorted(found) != gates or not isinstance(epsilon, float):
         raise UsageError(f"{folder} holds no exit heads", f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} do not say the same")
     hidden, layers = runner.facts.hidden, runner.facts.layers

@@ -53,7 +53,7 @@ def build(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.router.route_class = JsonRoute
-    if not service.settings.front:
+    if not service.settings.fronted:
         _answers(app, service)
         _tokens(app, service)
         _adapters(app, service)
@@ -61,7 +61,7 @@ def build(service: Service) -> ASGIApp:
         files.add_routes(app, service, _answer)
         fine_tuning.add_routes(app, service, _answer)
     _about(app, service)
-    if service.settings.front:
+    if service.settings.fronted:
         from shoestring.server.front import Guard
 
         app.mount("/", Guard(service))  # every other address is the front's

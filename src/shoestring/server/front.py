@@ -22,14 +22,14 @@ _POINT = "front"
 
 
 def opened(settings: Settings) -> ASGIApp:
-    """The application that `--front` names.
+    """The application that `--front` names, or that plays `--role`.
 
     It may have `stats() -> dict[str, float]`, shown at /metrics, and a coroutine `close()`, awaited at the end.
 
     Raises:
         UsageError: an unknown method or option, or what the method refuses.
     """
-    name, options = spelled(settings.front)
+    name, options = spelled(settings.fronted)
     method = method_for(name, _POINT, _POINT)
     made: ASGIApp = catalog.module(method.name).front(configured(method.name, options), settings)
     return made

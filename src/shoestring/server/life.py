@@ -115,7 +115,7 @@ class _Loading:
 
     def _load(self) -> None:
         try:
-            if self.settings.front:
+            if self.settings.fronted:
                 from shoestring.server.front import opened
 
                 self.front = opened(self.settings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, fields
 
-from shoestring.core.errors import UsageError
+from shoestring.core import catalog
+from shoestring.core.errors import UsageError, nearest
 from shoestring.core.text import BYTES, quantity
 from shoestring.engine.plug import method_for, spelled
 
@@ -44,6 +45,8 @@ class Settings:
         draft: the method that guesses tokens ahead, as NAME or NAME,OPTION=VALUE,...; answers stay the same.
         exit: the method that ends passes early, as NAME or NAME,OPTION=VALUE,...
         plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
+        role: this server's part of a model that several serve, as edge or cloud, with ROLE,OPTION=VALUE,...
+        cloud: where an edge finds its cloud, as http://HOST:PORT.
         front: a method that answers in front of other servers, with no MODEL of its own, as NAME,OPTION=VALUE,...
         fine_tune: folder for uploaded files, fine-tuning jobs and their checkpoints; off by default.
         ttft: milliseconds that a request may wait for its first token because of fine-tuning.
@@ -97,6 +100,8 @@ class Settings:
     draft: str = ""
     exit: str = ""
     plug: tuple[str, ...] = ()
+    role: str = ""
+    cloud: str = ""
     front: str = ""
     fine_tune: str = ""
     ttft: float = 1000.0
@@ -142,6 +147,10 @@ class Settings:
                 )
         if not self.metrics_prefix.isidentifier():
             raise UsageError(f"--metrics-prefix {self.metrics_prefix} is not a name of letters, digits and _")
+        if self.cloud and spelled(self.role)[0] != "edge":
+            raise UsageError(f"--cloud {self.cloud} is for an edge", remedy="Add --role edge,heads=FOLDER")
+        if self.role:
+            self._part()
         if self.front:
             method_for(spelled(self.front)[0], "front", "front")
             engine = [n for n in ("draft", "exit", "plug", "adapter") if getattr(self, n)]
@@ -169,12 +178,35 @@ class Settings:
         words = [(word, point) for word, point in ((self.draft, "drafter"), (self.exit, "exit")) if word]
         for word, point in [*words, *((word, "") for word in self.plug)]:
             method_for(spelled(word)[0], point)
-        return (*(word for word, _ in words), *self.plug)
+        kind, word = self._part()
+        return (*(word for word, _ in words), *self.plug, *([word] if kind == "plug" else []))
+
+    @property
+    def fronted(self) -> str:
+        """The method that answers in place of an engine, as NAME,OPTION=VALUE,...; empty for an engine."""
+        kind, word = self._part()
+        return word if kind == "front" else self.front
+
+    def _part(self) -> tuple[str, str]:
+        """How `--role` is played, "plug" or "front", and by what method with what options; empty without one."""
+        if not self.role:
+            return "", ""
+        role, *options = self.role.split(",", 1)
+        known = {
+            name.strip(): (kind, method.name)
+            for method in catalog.methods().values()
+            for name, _, kind in (part.partition("=") for part in method.traits.get("roles", "").split(","))
+            if kind
+        }
+        if role not in known:
+            raise UsageError(f"--role {role} is unknown", remedy=nearest(role, known))
+        kind, method = known[role]
+        return kind, ",".join([method, *options, *([f"cloud={self.cloud}"] if self.cloud else [])])
 
     @property
     def title(self) -> str:
         """What is served, in a word."""
-        return spelled(self.front)[0] if self.front else self.model
+        return spelled(self.front)[0] if self.front else self.model + (f" as {self.role}" if self.role else "")
 
     @property
     def queue(self) -> int:

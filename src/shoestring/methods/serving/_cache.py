@@ -31,6 +31,8 @@ WIDTH = 16  # numbers that a request's vector is projected to for the router
 LATEST = 0.2  # weight of the newest observation in an example's gain and value
 PENDING, LEARNED, SYSTEM = "pending", "learned", "system"
 MOST_PENDING = 10_000
+READ = 4000  # characters of a request that its vector is made of
+SWEEP = 100  # requests between two looks for feedback that is overdue
 _SHARES = ("threshold", "try_share", "admit_quality", "unjudged_quality", "duplicate", "judge_share", "load_share",
            "small_cost")  # fmt: skip
 _POSITIVE = ("near", "most", "example_tokens", "context", "load_tokens", "replay_tries", "idle_seconds",
@@ -245,7 +247,9 @@ class Cache:
         self, config: IcCacheConfig, models: Sequence[Model], embed: Callable[[str], np.ndarray], made_by: str, *,
         checker: Checker | None = None, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.config, self._embed, self._clock = config, lru_cache(1024)(embed), clock
+        self.config, self._clock = config, clock
+        seen = lru_cache(1024)(embed)
+        self._embed = lambda text: seen(text[:READ])
         self.checker = checker or checker_of(config.checker)
         self._people = _lines(config.people)
         self._draw = np.random.default_rng(config.seed)
@@ -310,7 +314,7 @@ class Cache:
             self.utility.features(example, cosine, asked.tokens, model, self._cost(example.producer))
             for example, cosine in found
         ]
-        utilities = [self.utility.of(f, model.name) for f in features]  # eq. 2
+        utilities = self.utility.of(features, model.name)  # eq. 2
         room = min(config.example_tokens, model.context - asked.tokens - asked.room)
         chosen = kept(
             found, utilities, threshold=threshold, room=room, context=model.context, most=config.most,
@@ -360,6 +364,8 @@ class Cache:
         score = None
         if self.checker is not None and (decision.wanted or self._draw.random() < config.judge_share):
             score = self._judged(asked.text, answer)
+        fits = complete and asked.alone and tokens_of(asked.text) + tokens_of(answer) <= config.example_tokens
+        self.counters["refused_too_large"] += complete and asked.alone and not fits
         with self.pool.change():
             now = self._clock()
             for example in decision.kept.examples:
@@ -369,14 +375,16 @@ class Cache:
                 "scope": asked.scope, "model": model.name, "cost": model.cost, "context": decision.context.tolist(),
                 "threshold": decision.threshold, "share": decision.kept.tokens / model.context, "example": 0,
                 "used": [[e.id, f.tolist()] for e, f in zip(decision.kept.examples, decision.features)],
-                "request": asked.text if complete and asked.alone else "", "answer": answer, "system": asked.system,
+                "request": asked.text if fits else "", "answer": answer if fits else "", "system": asked.system,
+                "at": now,
             }  # fmt: skip
             if waiting["request"] and model.cost >= 1 and score is None:
                 waiting["example"] = self._admit(waiting, config.unjudged_quality)
             self.pool.note(PENDING, decision.id, waiting)
             if score is not None:
                 self._learn(decision.id, waiting, score)
-            self.pool.expire(PENDING, now - config.feedback_seconds, MOST_PENDING)
+            if self.counters["requests"] % SWEEP == 0:
+                self.pool.expire(PENDING, now - config.feedback_seconds, MOST_PENDING)
         return score
 
     def feedback(self, tenant: str, request_id: str, score: float) -> bool:
@@ -389,7 +397,11 @@ class Cache:
         if not (isinstance(score, int | float) and 0 <= score <= 1):
             raise UsageError(f"a score of {score} is not between 0 and 1")
         waiting = self.pool.take_note(PENDING, request_id)
-        known = waiting is not None and tenant_of(waiting["scope"]) == tenant
+        known = (
+            waiting is not None
+            and tenant_of(waiting["scope"]) == tenant
+            and self._clock() - waiting["at"] <= self.config.feedback_seconds
+        )
         self.counters["feedback" if known else "feedback_unknown"] += 1
         if known:
             with self.pool.change():
@@ -454,13 +466,13 @@ class Cache:
 
     def add(self, scope: str, request: str, answer: str, producer: str, quality: float) -> int:
         """Put an example into the pool; its id, 0 when it is refused. The counters say why."""
-        request, answer = (stripped(text, self._people) for text in (request, answer))
-        tokens = tokens_of(request) + tokens_of(answer)
         if not request.strip():
             why = "empty"
-        elif tokens > self.config.example_tokens:
+        elif tokens_of(request) + tokens_of(answer) > self.config.example_tokens:
             why = "too_large"
         else:
+            request, answer = (stripped(text, self._people) for text in (request, answer))
+            tokens = tokens_of(request) + tokens_of(answer)
             example = Example(
                 scope, request, answer, producer, tokens, quality, self._embed(request), value=quality / 2,
                 at=self._clock(),

@@ -430,13 +430,21 @@ class Relay:
 
 
 async def _body(request: Request) -> dict[str, Any]:
+    """The request's object. Raises Refused for what is no JSON, or could not be passed on as such."""
+    raw = await request.body()
     try:
-        found = json.loads(await request.body())
+        found = json.loads(raw, parse_constant=_no_number)
+        if b"\\u" in raw:
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError):
         raise Refused(400, "The body is not JSON", "invalid_json") from None
     if not isinstance(found, dict):
         raise Refused(400, "The body is not a JSON object", "invalid_json")
     return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(word)
 
 
 def _tenant(request: Request) -> str:
@@ -457,7 +465,8 @@ def _asked(body: Mapping[str, Any], tenant: str, match_system: bool) -> Asked | 
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise Refused(400, "messages is a list of messages, at least one", "invalid_value", "messages")
-    plain = all(isinstance(m.get("content"), str) and m.get("role") in _ROLES for m in messages)
+    texts = [_text(m.get("content")) for m in messages]
+    plain = None not in texts and all(m.get("role") in _ROLES for m in messages)
     if (
         not plain
         or body.get("tools")
@@ -466,27 +475,38 @@ def _asked(body: Mapping[str, Any], tenant: str, match_system: bool) -> Asked | 
         or body.get("logprobs")
     ):
         return None
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+    said = [(m["role"], text or "") for m, text in zip(messages, texts)]
+    if said[-1][0] != "user" or not said[-1][1].strip():
         return None
-    system = tuple(m["content"] for m in messages if m["role"] in ("system", "developer"))
-    rest = [m for m in messages if m["role"] not in ("system", "developer")]
+    system = tuple(text for role, text in said if role in _ABOVE)
     room = body.get("max_completion_tokens") or body.get("max_tokens")
     return Asked(
         scope_of(tenant, system if match_system else ()),
-        messages[-1]["content"],
-        sum(tokens_of(m["content"]) for m in messages),
+        said[-1][1],
+        sum(tokens_of(text) for _, text in said),
         room if isinstance(room, int) and not isinstance(room, bool) and 0 < room < 2**31 else ANSWER_TOKENS,
-        alone=len(rest) == 1,
+        alone=len(said) == len(system) + 1,
         system=system,
     )
 
 
-_ROLES = ("system", "developer", "user", "assistant")
+_ABOVE = ("system", "developer")
+_ROLES = (*_ABOVE, "user", "assistant")
+
+
+def _text(content: object) -> str | None:
+    """A message's text, None when there is more to it than text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        return None
+    return "".join(part["text"] for part in parts if part)
 
 
 def _with_turns(messages: Sequence[Mapping[str, Any]], turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Examples after the system messages, whose text stays the prompt's stable beginning, and before all else."""
-    at = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
+    at = next((i for i, m in enumerate(messages) if m["role"] not in _ABOVE), len(messages))
     return [*messages[:at], *turns, *messages[at:]]
 
 

@@ -44,10 +44,13 @@ class Utility:
         long, asked = example.tokens / model.context, request_tokens / model.context
         return np.array([1.0, cosine, example.quality, producer, long, asked, float(model.cost < producer)])
 
-    def of(self, features: np.ndarray, model: str) -> float:
-        known = self._learned.get(model)
-        learned = known.expected(features) if known else 0.0
-        return float(np.clip(features[1] * features[2] + learned, 0.0, 1.0))
+    def of(self, features: Sequence[np.ndarray], model: str) -> list[float]:
+        """The utility of each example by its features."""
+        if not features:
+            return []
+        rows, known = np.stack(features), self._learned.get(model)
+        learned = rows @ known.weights() if known else 0.0
+        return [float(u) for u in np.clip(rows[:, 1] * rows[:, 2] + learned, 0.0, 1.0)]
 
     def learn(self, features: np.ndarray, model: str, score: float) -> None:
         """A prompt with this example got an answer of this score."""

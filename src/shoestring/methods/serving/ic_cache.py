@@ -39,12 +39,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.method import Method, Paper
-from shoestring.methods.serving._cache import Cache, IcCacheConfig
+from shoestring.methods.serving._cache import Asked, Cache, Decision, IcCacheConfig
+from shoestring.methods.serving._router import Model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shoestring.methods.serving._router import Model
+__all__ = ["METHOD", "Asked", "Cache", "Decision", "IcCacheConfig", "Model", "example", "front"]
 
 METHOD = Method(
     paper=Paper("IC-Cache: Efficient Large Language Model Serving via In-context Caching", "2025-01"),

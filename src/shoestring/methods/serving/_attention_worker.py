@@ -40,6 +40,7 @@ from shoestring.methods.serving._link import Link, Lost, Message
 PAGE = 16  # tokens, as of the engine
 HELLO, READY, FAILED, RESERVE, BATCH, QUERY, KEYS, WHOLE, RESULT, COPY, MOVE, TRACE = range(1, 13)
 VERSION = 1
+_LONGEST_NAP = 0.1  # seconds between two looks of a worker that nobody asks anything
 _EVENTS = 100_000  # of a trace; later ones are dropped
 
 
@@ -141,11 +142,16 @@ class Worker:
     def serve(self, links: Sequence[Link], door: socket.socket | None = None) -> None:
         """Answer until no link is left; with a door, newcomers are let in and it never ends."""
         self.lanes = [_Lane(link) for link in links]
+        idle = 0
         while self.lanes or door:
             by_link = {id(lane.link): lane for lane in self.lanes}
-            for ready in _link.wait_for_any([lane.link for lane in self.lanes], [door] if door else []):
-                if ready is door:
-                    self.lanes.append(_Lane(Link(_link.Wire(ready.accept()[0]))))
+            found = _link.wait_for_any(
+                [lane.link for lane in self.lanes], [door] if door else [], min(_link.NAP * 2**idle, _LONGEST_NAP)
+            )
+            idle = 0 if found else min(idle + 1, 16)
+            for ready in found:
+                if door is not None and ready is door:
+                    self.lanes.append(_Lane(Link(_link.Wire(door.accept()[0]))))
                 elif (lane := by_link[id(ready)]) in self.lanes:
                     self._one(lane)
 
@@ -269,10 +275,10 @@ class Worker:
         out, sums = np.empty_like(q), np.empty(q.shape[:2], np.float32)
         if lane.earlier is not None:
             rows, (earlier, log_s) = batch.part("early")[0], lane.earlier
-            # The new token's own term, where it is kept here: A = v, S = exp(q.k / sqrt(d)).
+            # The new token's own term, where it is kept here: A = v, S = exp(q.k / sqrt(d)), rounded as in the pages.
             here, own = batch.own()
-            group = share.heads // share.kv_heads
-            keys, values = (np.repeat(x[own], group, axis=1) for x in (k, v))
+            group, round_off = share.heads // share.kv_heads, rounded if share.cache == "bf16" else np.asarray
+            keys, values = (np.repeat(round_off(x[own]), group, axis=1) for x in (k, v))
             score = np.einsum("thd,thd->th", q[rows[here]], keys) * np.float32(share.head_dim**-0.5)
             earlier[here], log_s[here] = merge(earlier[here], log_s[here], values, score)  # (4)
             out[rows], sums[rows] = earlier, log_s
@@ -323,6 +329,13 @@ def merge(a: np.ndarray, log_a: np.ndarray, b: np.ndarray, log_b: np.ndarray) ->
     highest = np.where(np.isneginf(joint), 0, joint)
     merged = np.exp(log_a - highest)[..., None] * a + np.exp(log_b - highest)[..., None] * b
     return merged.astype(np.float32), joint.astype(np.float32)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """float32 numbers as bfloat16 pages give them back: rounded to the nearest, halves to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
 
 
 def batch_ints(starts: np.ndarray, contexts: np.ndarray, tables: np.ndarray, parents: np.ndarray | None) -> np.ndarray:

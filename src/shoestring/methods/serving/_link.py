@@ -14,7 +14,8 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,12 +78,14 @@ class Link:
     patience: float = 60.0  # seconds without an answer after which the other side counts as gone
     bytes: dict[int, int] = field(default_factory=dict)
     headers: int = 0
+    closed: bool = False
 
     def send(self, kind: int, layer: int, tag: int, *arrays: np.ndarray) -> None:
         """Raises Lost."""
-        parts = [memoryview(np.ascontiguousarray(array)).cast("B") for array in arrays if array.size]
+        parts = [np.ascontiguousarray(array).data.cast("B") for array in arrays if array.size]
         size = sum(map(len, parts))
-        self.stream.write([_HEADER.pack(size, kind, layer, tag), *parts])
+        with self._open():
+            self.stream.write([_HEADER.pack(size, kind, layer, tag), *parts])
         self._count(kind, size)
 
     def receive(self) -> Message:
@@ -92,26 +95,41 @@ class Link:
             Lost: none came in time, or none can come any more.
         """
         header = bytearray(HEADER_BYTES)
-        self.stream.read(memoryview(header), self.patience)
-        size, kind, layer, tag = _HEADER.unpack(header)
-        if size > _MOST:
-            raise Lost("The other side does not speak our language", f"a message of {size} bytes was announced")
-        payload = bytearray(size)
-        if size:
-            self.stream.read(memoryview(payload), self.patience)
+        with self._open():
+            self.stream.read(memoryview(header), self.patience)
+            size, kind, layer, tag = _HEADER.unpack(header)
+            if size > _MOST:
+                raise Lost("The other side does not speak our language", f"a message of {size} bytes was announced")
+            payload = bytearray(size)
+            if size:
+                self.stream.read(memoryview(payload), self.patience)
         self._count(kind, size)
         return Message(kind, layer, tag, payload)
 
     def close(self) -> None:
+        """Another thread may be at it: it then loses the link."""
+        self.closed = True
         self.stream.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # what its memory and its sockets say once they are gone
+            if not self.closed:
+                raise
+            raise Lost("The link was closed") from error
 
     def _count(self, kind: int, size: int) -> None:
         self.bytes[kind] = self.bytes.get(kind, 0) + size
         self.headers += HEADER_BYTES
 
 
-def wait_for_any(links: Sequence[Link], others: Sequence[Any] = ()) -> list[Any]:
-    """Those of `links` that have something to read and of `others` (with a fileno) that are readable; may be none."""
+def wait_for_any(links: Sequence[Link], others: Sequence[Any] = (), nap: float = NAP) -> list[Any]:
+    """Those of `links` that have something to read and of `others` (with a fileno) that are readable; may be none.
+
+    nap: seconds it sleeps at most.
+    """
     limit = time.perf_counter() + SPIN
     while True:
         found: list[Any] = [link for link in links if link.stream.ready]
@@ -125,7 +143,7 @@ def wait_for_any(links: Sequence[Link], others: Sequence[Any] = ()) -> list[Any]
     if found:
         return found
     by_number = {thing.fileno(): thing for thing in others} | {link.stream.fileno(): link for link in links}
-    readable = select.select([*by_number], [], [], NAP if links else 1.0)[0]
+    readable = select.select([*by_number], [], [], nap)[0]
     return [by_number[number] for number in readable]
 
 

@@ -86,7 +86,7 @@ class AttentionOffloading:
         split: what workers share: "heads", "sequence", or "auto": heads where their number can be divided.
         early: send q before k and v are computed.
         batches: 1, or 2 halves of a step that take turns in model and workers.
-        pin: bind each worker started here to a core, and leave the others to the model.
+        pin: bind each worker started here to a core, and the engine to the others, where there are enough.
         threads: of each worker started here.
         patience: seconds without an answer after which a worker counts as lost.
         trace: file for a timeline in Chrome's trace format, written when the engine is closed; empty for none.
@@ -150,7 +150,7 @@ def plug(config: AttentionOffloading, opened: Opened) -> Hooks:
     try:
         _try_out(runner)
         if config.pin and not config.addresses and hasattr(runner, "threads"):
-            runner.threads = max(1, min(runner.threads, _cores() - config.count * config.threads))
+            runner.threads = max(1, min(runner.threads, len(elsewhere.left) or _cores() - config.count))
     except BaseException:
         elsewhere.close()
         raise
@@ -224,10 +224,16 @@ class Elsewhere:
         self._session, self._epoch = uuid.uuid4().hex, 0
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * config.count
         self._lanes = [_Lane() for _ in range(config.batches)]
+        cores = _own_cores()
+        # A core for each worker, from the end, and the rest for those who start them: this thread and its children.
+        self.left = cores[: -config.count] if config.pin and config.threads == 1 and not config.addresses else []
+        self._cores = cores[::-1] if self.left else []
         self._edits: list[tuple[int, np.ndarray]] = []  # copies and moves that the workers do not know of yet
         self._mending = threading.RLock()
         try:
             self._start()
+            if self.left:
+                os.sched_setaffinity(0, self.left)
         except BaseException as error:
             self.close()
             if isinstance(error, Lost):
@@ -297,6 +303,9 @@ class Elsewhere:
             if process is not None:
                 _end(process)
                 self._processes[i] = None
+        if self.left:
+            os.sched_setaffinity(0, {*self.left, *self._cores})
+            self.left = []
 
     def stats(self) -> Mapping[str, float]:
         """Counters since the start: bytes of q, k, v and o as equation 2 has them, and all that goes beside them."""
@@ -379,9 +388,9 @@ class Elsewhere:
         self._epoch += 1
         fresh: list[list[Link]] = [[] for _ in self._lanes]
         for i, share in enumerate(self.shares):
-            for lane, stream in zip(fresh, self._streams(i), strict=True):
+            for links, stream in zip(fresh, self._streams(i), strict=True):
                 link = Link(stream, self.config.patience)
-                lane.append(link)
+                links.append(link)
                 _ask(link, protocol.HELLO, protocol.greeting(f"{self._session}/{self._epoch}", share))
         for lane, links in zip(self._lanes, fresh, strict=True):
             lane.links, lane.batch, lane.begun = links, None, -1
@@ -394,13 +403,13 @@ class Elsewhere:
         command = [sys.executable, "-m", protocol.__name__]
         for _, numbers, _ in pairs:
             command += ["--inherit", ",".join(map(str, numbers))]
-        if self.config.pin and self.config.threads == 1 and (cores := _own_cores()) and len(cores) > self.config.count:
-            command += ["--cpu", str(cores[-1 - i])]
-        numbers = [number for _, some, _ in pairs for number in some]
+        if self._cores:
+            command += ["--cpu", str(self._cores[i])]
+        kept = [number for _, some, _ in pairs for number in some]
         root = str(Path(protocol.__file__).parents[3])
         paths = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
         environment = {**os.environ, "PYTHONPATH": paths}
-        process = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, pass_fds=kept, stdin=subprocess.DEVNULL, env=environment)
         self._processes[i] = process
         for _, _, close in pairs:
             close()
@@ -455,7 +464,7 @@ class Elsewhere:
         for i, link in enumerate(self._lanes[0].links):
             try:
                 rows = _ask(link, protocol.TRACE, answer=protocol.TRACE).array(np.float64).reshape(-1, 5)
-            except ShoestringError:
+            except ShoestringError:  # it is gone, and its part of the timeline with it
                 continue
             for lane, kind, layer, a, b in rows.tolist():
                 if kind in names:

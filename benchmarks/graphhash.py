@@ -71,13 +71,15 @@ def recommenders(seed: int, given: argparse.Namespace) -> Iterator[dict[str, Any
             for name, double in CLUSTERS.items()
         }
         seconds = time.perf_counter() - started
-        for kind in given.models.split(","):
+        for kind in filter(None, given.models.split(",")):
             for name in (*CLUSTERS, *RULES):
                 if name in made:
                     tables = [made[name].table(side) for side, _ in sides]
                 else:
                     tables = [by_rule(name, met, made["graphhash"].table(side).count, seed) for side, met in sides]
                 users, items = (SharedEmbedding(table, WIDTH) for table in tables)
+                mapped = sum(part.nbytes() for part in (users, items))
+                plain = sum(split.train.shape) * WIDTH * 4  # whole tables need no mapping
                 graph = split.train if kind == "lightgcn" else None
                 model = recommender.Recommender((users, items), split, graph=graph, seed=seed)
                 found = recommender.train(
@@ -85,7 +87,7 @@ def recommenders(seed: int, given: argparse.Namespace) -> Iterator[dict[str, Any
                 )
                 yield {
                     "model": kind, "share": share, "rule": name, "seed": seed, "clustering_s": seconds,
-                    "rows": sum(table.count for table in tables), "bytes": users.nbytes() + items.nbytes(), **found,
+                    "rows": sum(table.count for table in tables), "bytes": plain if name == "full" else mapped, **found,
                 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import nn
 
 from shoestring import models
 from shoestring.core.errors import UsageError
+from shoestring.lab import recommender
 from shoestring.lab import tiny as tiny_models
 from shoestring.methods.estimators import graphhash
 from shoestring.methods.estimators._embedding import SharedEmbedding, share_table
@@ -93,6 +95,18 @@ def test_the_size_is_reached_where_the_number_of_clusters_jumps() -> None:
     made = GraphHash(40, tables="columns", random_state=0).fit(star)
     assert made.table("columns").count == 40
     assert set(made.column_labels_) == set(range(40))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("recbole") is None, reason="needs the package recbole")
+def test_movielens_has_the_rows_that_were_measured_for_its_resolutions() -> None:
+    split = recommender.split(recommender.movielens(), 0)
+    for gamma, share in ((5.0, 0.15), (10.0, 0.25), (20.0, 0.37)):
+        made = GraphHash(resolution=gamma, random_state=0).fit(split.train, held_out=split.held_out)
+        rows = made.table("rows").count + made.table("columns").count
+        assert rows / 2625 == pytest.approx(share, abs=0.015)
+    made = GraphHash(0.25, random_state=0).fit(split.train)
+    assert made.table("rows").count + made.table("columns").count == pytest.approx(0.25 * 2625, rel=0.05)
+    assert (~made.column_placed_).sum() == 1682 - np.count_nonzero(split.train.sum(0)) > 0
 
 
 def test_what_cannot_be_reached_is_said() -> None:

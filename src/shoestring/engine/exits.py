@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shoestring.engine.runner import Runner
     from shoestring.engine.sequence import Sequence as Answer
 
-_TENSOR = re.compile(r".*\.(\d+)\.exit\.gate\.(down|up|norm\.weight|norm\.bias|log_temperature)")
+_TENSOR = re.compile(r".*\.(\d+)\.exit\.gate\.(?:\w+\.)?(down|up|norm\.weight|norm\.bias|log_temperature)")
 
 
 @dataclass(frozen=True)

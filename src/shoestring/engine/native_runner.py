@@ -15,7 +15,7 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.adapter_forms import plain
 from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.memory import free_memory
-from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages
+from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages, within
 from shoestring.kernels.layout import ITEM, parse
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Llama, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
@@ -39,7 +39,7 @@ class NativeRunner:
         model: a model folder, a GGUF file, or either as `open_source` gives it.
         dtype: "auto" computes on float matrices as they are stored; "bf16" or "fp32" changes them first.
         threads: at most; None is one for each core that this process may use.
-        span: the layers first..last-1 to load, where the others run elsewhere; its layer 0 is then `first`.
+        span: the layers first..last-1 to load (None: to the end), where the others run elsewhere.
 
     Raises:
         NotNative: a family, a setting or a weight format that the kernels do not compute.
@@ -57,7 +57,7 @@ class NativeRunner:
         cache_dtype: str = "bf16",
         threads: int | None = None,
         trust_remote_code: bool = False,
-        span: tuple[int, int] | None = None,
+        span: tuple[int, int | None] | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise NotNative(f"The native runner does not compute in {dtype}", f"it knows {', '.join(_DTYPES)}")
@@ -66,10 +66,8 @@ class NativeRunner:
         source = model if isinstance(model, Source) else open_source(Path(model), trust_remote_code=trust_remote_code)
         self.threads = threads or _cores()
         self.model = shape = describe(source)
-        self._partial, span = span is not None, span or (0, shape.layers)
-        if not 0 <= span[0] < span[1] <= shape.layers:
-            raise UsageError(f"There are no layers {span[0]} to {span[1]}", f"the model has {shape.layers}")
-        loader = _Loader(source, shape, _DTYPES[dtype], self.threads, span)
+        self._partial = span is not None
+        loader = _Loader(source, shape, _DTYPES[dtype], self.threads, within(span or (0, None), shape.layers))
         self._llama = loader.load()
         self._cache_type = cache_dtype
         self._cache: Cache | None = None
@@ -77,7 +75,7 @@ class NativeRunner:
         self._adapters: list[Adapter | None] = []
         self.facts = Facts(
             family=shape.family,
-            layers=span[1] - span[0],
+            layers=loader.span[1] - loader.span[0],
             hidden=shape.hidden,
             vocab=shape.vocab,
             heads=shape.heads,
@@ -85,7 +83,7 @@ class NativeRunner:
             head_dim=shape.head_dim,
             context=shape.context,
             weight_bytes=loader.bytes,
-            block_bytes=self._llama.page_bytes(cache_dtype) * (span[1] - span[0]),
+            block_bytes=self._llama.page_bytes(cache_dtype) * (loader.span[1] - loader.span[0]),
             precision=" + ".join(loader.formats),
             backend="native",
             eos=_ends(source),

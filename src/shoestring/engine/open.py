@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.engine import tokenizer as tokenizers
 from shoestring.engine.adapter_forms import NotBeside, make_known
-from shoestring.engine.runner import Runner
+from shoestring.engine.runner import Runner, within
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
 from shoestring.models.llama_like import NotNative
@@ -51,7 +51,7 @@ def open_model(
     offline: bool | None = None,
     trust_remote_code: bool = False,
     loader: Callable[..., Any] | None = None,
-    span: tuple[int, int] | None = None,
+    span: tuple[int, int | None] | None = None,
 ) -> Opened:
     """Open a hub id, a model folder, an adapter folder (with the base it names), a GGUF file, or `smollm2`.
 
@@ -62,7 +62,7 @@ def open_model(
         runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
         dtype: "auto" computes on the weights as they are stored.
         cache_dtype: of keys and values, "bf16", "int8" or "fp32".
-        span: the layers first..last-1 to load, where the others run elsewhere; None is all.
+        span: the layers first..last-1 to load (None: to the end), where the others run elsewhere; None is all.
         loader: (folder, dtype=, trust_remote_code=) -> models.Loaded: reads the model in its own way, for the torch
             runner.
 
@@ -115,14 +115,13 @@ def open_model(
     return Opened(slow, tokenizers.from_folder(folder), name, folder, note=note)
 
 
-def _keep(model: Any, span: tuple[int, int]) -> None:
+def _keep(model: Any, span: tuple[int, int | None]) -> None:
     """Drop the layers outside `span`, which run elsewhere."""
     from shoestring.models.surgery import block_lists, drop_blocks
 
     (blocks,) = block_lists(model).values()
-    if not 0 <= span[0] < span[1] <= len(blocks):
-        raise UsageError(f"There are no layers {span[0]} to {span[1]}", f"the model has {len(blocks)}")
-    drop_blocks(model, [i for i in range(len(blocks)) if not span[0] <= i < span[1]])
+    first, last = within(span, len(blocks))
+    drop_blocks(model, [i for i in range(len(blocks)) if not first <= i < last])
 
 
 class _NoKernels(ShoestringError):
@@ -135,7 +134,7 @@ def _native(
     cache_dtype: str,
     threads: int | None,
     trust_remote_code: bool,
-    span: tuple[int, int] | None,
+    span: tuple[int, int | None] | None,
 ) -> tuple[Runner, Tokenizer]:
     from shoestring.kernels.matrix import library
 

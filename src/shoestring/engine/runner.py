@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoestring.core.errors import ShoestringError
+from shoestring.core.errors import ShoestringError, UsageError
 
 BLOCK = 16  # tokens in a page of the cache; the native kernels compare a query with one page in one register
 
@@ -152,3 +152,15 @@ class Runner(Protocol):
     def from_host(self, hidden: np.ndarray) -> Any: ...
 
     def close(self) -> None: ...
+
+
+def within(span: tuple[int, int | None], layers: int) -> tuple[int, int]:
+    """The layers first..last-1, None being the end.
+
+    Raises:
+        UsageError: they are not among `layers`, or none.
+    """
+    first, last = span[0], layers if span[1] is None else span[1]
+    if not 0 <= first < last <= layers:
+        raise UsageError(f"There are no layers {first} to {last}", f"the model has {layers}")
+    return first, last

@@ -239,14 +239,9 @@ def front(config: CeCollmConfig, settings: Any) -> Any:
     """
     from shoestring.engine.open import open_model
     from shoestring.methods.serving._split import Cloud, Upper, fingerprint, pages_for
-    from shoestring.models.load import locate
-    from shoestring.models.shape import shape_of
 
     if not config.after:
         raise UsageError("A cloud needs after=LAYERS", "that is where edges send from", "Give e1 of their exit heads")
-    layers = shape_of(locate(settings.model), trust_remote_code=settings.trust_remote_code).layers
-    if config.after >= layers:
-        raise UsageError(f"after={config.after} leaves no layers here", f"the model has {layers}")
     opened = open_model(
         settings.model,
         runner=settings.runner,
@@ -254,7 +249,7 @@ def front(config: CeCollmConfig, settings: Any) -> Any:
         cache_dtype=settings.kv_dtype,
         threads=settings.threads,
         trust_remote_code=settings.trust_remote_code,
-        span=(config.after, layers),
+        span=(config.after, None),
     )
     upper = Upper(opened.runner, pages_for(opened.runner, settings.cache_bytes, config.dialogues))
     return Cloud(upper, fingerprint(opened.path), config.after, config.idle, opened.runner.close)

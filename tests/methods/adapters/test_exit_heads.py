@@ -1,0 +1,163 @@
+"""Exit heads: trained against the whole model, and the same in torch and beside the engine's runners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shoestring.core import catalog
+from shoestring.core.errors import UsageError
+from shoestring.engine.exits import gates_in, read_exits
+from shoestring.engine.open import open_model
+from shoestring.lab import answering, tiny
+from shoestring.lab.answering import answers, exact
+from shoestring.methods.adapters._exits import Gate, gates_loss
+from shoestring.methods.adapters.exit_heads import ExitHeadsConfig
+
+WIDE: dict[str, Any] = {"num_hidden_layers": 4, "initializer_range": 0.2}
+
+
+def wrapped(**options: Any) -> Any:
+    torch.manual_seed(0)
+    module = catalog.module("exit_heads")
+    return catalog.contract("adapters").wrap(module, tiny.model(**WIDE), {"gates": [1, 3], "r": 8, **options})
+
+
+def train(model: Any, steps: int, rate: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
+    losses = []
+    for step in range(steps):
+        ids = 3 + torch.randint(60, (4, 24), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """A wrapped model after some training, the folder of its gates, and the folder of its base."""
+    model = wrapped()
+    train(model, 80)
+    folder = tmp_path_factory.mktemp("gates")
+    model.save_pretrained(str(folder))
+    return model.eval(), folder, answering.folder(tmp_path_factory.mktemp("tiny"), **WIDE)
+
+
+def test_the_loss_is_the_divergence_from_the_whole_model_and_so_are_its_gradients() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    torch.manual_seed(0)
+    gates, head, final = [Gate(Norm()), Gate(Norm())], nn.Linear(8, 20, bias=False), torch.randn(50, 8)
+    states, weights, at = [torch.randn(50, 8) for _ in gates], [1.0, 0.5], 1.5
+    with torch.no_grad():
+        gates[0].log_temperature.fill_(0.3)
+    loss = gates_loss(gates, states, weights, head, final, at)
+    loss.backward()
+    found = [p.grad.clone() for gate in gates for p in gate.parameters() if p.grad is not None]
+    wanted = torch.zeros(())
+    for gate, x, weight in zip(gates, states, weights):
+        gate.zero_grad()
+        said, guess = head(final).detach(), head(gate(x))
+        kl = F.kl_div((guess / at).log_softmax(-1), (said / at).log_softmax(-1), reduction="sum", log_target=True)
+        sure = F.cross_entropy(guess.detach() / gate.log_temperature.exp(), said.argmax(-1), reduction="sum")
+        wanted = wanted + (weight * kl + sure - sure.detach()) / 50
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for a, p in zip(found, [p for gate in gates for p in gate.parameters()]):
+        assert p.grad is not None and torch.allclose(a, p.grad, atol=1e-6)
+
+
+def test_gates_learn_and_the_model_stays_what_it_was(trained: tuple[Any, Path, Path]) -> None:
+    model = wrapped()
+    losses = train(model, 40)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert torch.equal(tiny.logits(model.eval()), tiny.logits(tiny.model(**WIDE)))
+    assert torch.equal(tiny.logits(trained[0]), tiny.logits(tiny.model(**WIDE)))
+
+
+def test_labels_that_are_masked_do_not_count() -> None:
+    model, ids = wrapped(), tiny.batch(2, 20)
+    masked = ids.clone()
+    masked[:, 10:] = -100
+    short = model(input_ids=ids[:, :10], labels=ids[:, :10]).loss
+    assert torch.allclose(model(input_ids=ids, labels=masked).loss, short, atol=1e-5)
+
+
+def test_temperatures_meet_how_often_a_gate_is_right(trained: tuple[Any, Path, Path]) -> None:
+    """Of a gate that says with p what is right with p, the mean confidence is the share of right ones."""
+    model, folder, base = trained
+    runner = open_model(base, dtype="fp32", cache_dtype="fp32").runner
+    heads = read_exits(folder, runner)
+    ids = 3 + torch.randint(60, (20, 24), generator=torch.Generator().manual_seed(9999))
+    with torch.no_grad():
+        out = model.base_model.model(input_ids=ids, output_hidden_states=True)
+    for gate in (1, 3):
+        logits = heads.logits(gate, out.hidden_states[gate].flatten(0, 1).numpy())
+        right = (logits.argmax(-1) == out.logits.flatten(0, 1).argmax(-1).numpy()).mean()
+        assert abs(heads.confidence(gate, logits).mean() - right) < 0.15
+    runner.close()
+
+
+@pytest.mark.parametrize("kind", ["native", "torch"])
+def test_the_engine_computes_what_torch_does(trained: tuple[Any, Path, Path], kind: str) -> None:
+    model, folder, base = trained
+    runner = open_model(base, runner=kind, dtype="fp32", cache_dtype="fp32").runner
+    heads = read_exits(folder, runner)
+    assert heads.layers == gates_in(folder) == (1, 3)
+    x = torch.randn(5, 64)
+    for gate in heads.layers:
+        block = model.base_model.blocks[f"model.layers.{gate - 1}"].module
+        with torch.no_grad():
+            wanted = model.get_output_embeddings()(block.exit.gate["default"](x))
+        assert np.abs(heads.logits(gate, runner.from_host(x.numpy())) - wanted.numpy()).max() < 1e-4
+    runner.close()
+
+
+def test_serving_leaves_early_below_a_threshold_and_never_at_one(trained: tuple[Any, Path, Path]) -> None:
+    _, folder, base = trained
+    with exact(base) as plain, exact(base, plugs=[f"exit_heads,heads={folder},threshold=1"]) as never:
+        assert answers(never) == answers(plain)
+        assert never.counts().plugged["exit_after_1"] == never.counts().plugged["exit_after_3"] == 0
+    left = []
+    for threshold in (0.9, 0.5, 0.1):
+        with exact(base, plugs=[f"exit_heads,heads={folder},threshold={threshold}"]) as engine:
+            answers(engine)
+            counts = engine.counts().plugged
+            left.append(counts["exit_after_1"] + counts["exit_after_3"])
+    assert left == sorted(left) and left[-1] > left[0]
+
+
+def test_an_untrained_gate_is_refused(tmp_path: Path, trained: tuple[Any, Path, Path]) -> None:
+    wrapped().save_pretrained(str(tmp_path))
+    with pytest.raises(UsageError, match="never trained"):
+        exact(trained[2], plugs=[f"exit_heads,heads={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"gates": [4]}, "do not stand below"), ({"gates": [3, 1]}, "not ascending"), ({"gates": [0]}, "gates=0"),
+     ({"gates": []}, "empty"), ({"r": 0}, "r=0"), ({"weights": [1.0]}, "not as many")],
+)  # fmt: skip
+def test_gates_that_cannot_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        wrapped(**options)
+
+
+def test_gates_stand_at_thirds_by_default() -> None:
+    config: Any = wrapped(gates=None).peft_config["default"]
+    assert config.gates == [1, 3] and ExitHeadsConfig().gates is None

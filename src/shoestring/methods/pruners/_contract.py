@@ -41,13 +41,16 @@ WORDS = ("prune", "settings", "price")
 # A method may also define
 #   NEEDS_DATA = True: there is no pruning without `rows`.
 #   TRAINING: settings of the training loop that suit it; what the user says comes first.
+#   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for; such a
+#       method refuses a model that lacks what it prunes, and names its class.
+#   ROLES: of which weights `sparsity` is a share, those of the blocks' matrices where it is not said.
 #   encode(corpus, tokenizer, max_length, *, options, on_long) -> data.Encoded: rows of another form than `data.encode`.
 OF_ENCODING = ("max_length", "on_long")
 USUAL_LENGTH = 512
 
 
 def adopt(module: ModuleType) -> None:
-    """Nothing is left to make known: transformers knows the models that come out once `models.uneven` is imported."""
+    """Nothing is left to make known: transformers knows what comes out by the room's own imports."""
 
 
 def config(module: ModuleType, options: Mapping[str, Any]) -> Any:
@@ -116,16 +119,17 @@ def _encoded(
 
 def _card(name: str, base: str, options: Any, model: PreTrainedModel) -> str:
     said = "\n".join(f"- {key}: {value}" for key, value in asdict(options).items())
-    needs = uneven.is_uneven(model)
+    home = type(model).__module__
+    needs = not home.startswith("transformers.")
     why = (
-        "Its layers differ in size, which transformers knows after one line:"
+        "Its layers differ, which transformers knows after one line:"
         if needs
         else f"It is a plain `{type(model).__name__}`:"
     )
     return (
         f"---\nbase_model: {base}\nlibrary_name: transformers\n---\n\n# {name}\n\n"
         f"Pruned from {base} with shoestring's method {name}:\n\n{said}\n\n{why}\n\n"
-        f"```python\n{uneven.LINE + chr(10) if needs else ''}"
+        f"```python\n{f'import {home}' + chr(10) if needs else ''}"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
     )
@@ -138,14 +142,14 @@ def check_reaches_the_budget(module: ModuleType) -> None:
     for sparsity in (None, *({0.15, 0.4} if "sparsity" in _fields(module) else ())):
         options = _options(module, {} if sparsity is None else {"sparsity": sparsity})
         model = _pruned(module, options)
-        gone = 1 - _weights(model) / _weights(tiny.model())
+        gone = 1 - _weights(module, model) / _weights(module, _base(module))
         assert abs(gone - options.sparsity) <= 0.01, f"{gone:.3f} of the weights are gone, not {options.sparsity}"
 
 
 def check_what_is_removed_is_gone(module: ModuleType) -> None:
-    model, base = _pruned(module), tiny.model()
+    model, base = _pruned(module), _base(module)
     count = sum(p.numel() for p in model.parameters())
-    removed = _options(module).sparsity * _weights(base)
+    removed = _options(module).sparsity * _weights(module, base)
     expected = sum(p.numel() for p in base.parameters()) - removed
     assert abs(count - expected) <= 0.01 * expected, f"{count} parameters are in memory, {expected:.0f} were promised"
     hooks = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
@@ -178,7 +182,7 @@ def check_plain_or_refused_by_strangers(module: ModuleType) -> None:
         kind = model.config.model_type
         hidden = CONFIG_MAPPING._extra_content.pop(kind)
         try:
-            for reader in (AutoModelForCausalLM, type(tiny.model())):
+            for reader in (AutoModelForCausalLM, type(_base(module))):
                 try:
                     reader.from_pretrained(folder)
                 except Exception as error:
@@ -212,37 +216,41 @@ def check_one_token_equals_many(module: ModuleType) -> None:
 def check_ties_are_kept(module: ModuleType) -> None:
     model = _pruned(module)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    untied = _prune(module, _options(module), tiny.model(tie_word_embeddings=False))
+    untied = _prune(module, _options(module), _base(module, tie_word_embeddings=False))
     assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
 
 
 def check_groups_of_heads_stay_whole(module: ModuleType) -> None:
+    if hasattr(module, "base"):  # what is not Llama-like loses no heads
+        whole, left = models.shape_of(_base(module)), models.shape_of(_pruned(module))
+        assert (left.head_dim, left.heads, left.kv_heads) == (whole.head_dim, whole.heads, whole.kv_heads)
+        return
     before, after = uneven.sizes(tiny.model()), uneven.sizes(_pruned(module))
     assert (after.head_dim, after.group_heads) == (before.head_dim, before.group_heads)
 
 
 def check_seeded_twice_is_the_same(module: ModuleType) -> None:
-    again = _prune(module, _options(module), tiny.model())
+    again = _prune(module, _options(module), _base(module))
     assert torch.equal(tiny.logits(again), tiny.logits(_pruned(module)))
 
 
 def check_the_price_is_what_comes_out(module: ModuleType) -> None:
     options = _options(module)
     model = _pruned(module)
-    promised = module.price(models.shape_of(tiny.model()), asdict(options)).shape
+    promised = module.price(models.shape_of(_base(module)), asdict(options)).shape
     counted = models.shape_of(model)
     assert abs(promised.parameters / counted.parameters - 1) <= 0.01, (promised.parameters, counted.parameters)
     assert abs(promised.resident / counted.resident - 1) <= 0.01, (promised.resident, counted.resident)
 
 
 def check_bfloat16(module: ModuleType) -> None:
-    model = _prune(module, _options(module), tiny.model(dtype=torch.bfloat16))
+    model = _prune(module, _options(module), _base(module).to(torch.bfloat16))  # type: ignore[arg-type]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(tiny.logits(model)).all()
 
 
 def check_trained_models_stay_trainable(module: ModuleType) -> None:
-    model = _prune(module, _options(module), tiny.model()).train()
+    model = _prune(module, _options(module), _base(module)).train()
     ids = tiny.batch()
     model(ids, labels=ids).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -254,7 +262,7 @@ def check_the_folder_is_whole(module: ModuleType) -> None:
     if getattr(module, "NEEDS_DATA", False):
         with tempfile.TemporaryDirectory() as base:
             try:
-                apply(module, _step(module), _source(base), Path(base) / "out", _work(base))
+                apply(module, _step(module), _source(module, base), Path(base) / "out", _work(base))
             except UsageError as error:
                 assert "data" in str(error), error
             else:
@@ -263,7 +271,7 @@ def check_the_folder_is_whole(module: ModuleType) -> None:
         return
     with tempfile.TemporaryDirectory() as base:
         out = Path(base) / "out"
-        facts = apply(module, _step(module), _source(base), out, _work(base))
+        facts = apply(module, _step(module), _source(module, base), out, _work(base))
         counted = models.shape_of(out).parameters
         assert facts["parameters"] == counted, f"{facts['parameters']} reported, {counted} in the folder"
         assert "AutoModelForCausalLM" in (out / "README.md").read_text(encoding="utf-8")
@@ -284,12 +292,13 @@ def check_other_families_or_a_clear_error(module: ModuleType) -> None:
 
 def check_unsupported_model_is_a_clear_error(module: ModuleType) -> None:
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    other = tiny.model() if hasattr(module, "base") else MixtralForCausalLM(MixtralConfig(**sizes))  # type: ignore[arg-type]
     try:
-        _prune(module, _options(module), MixtralForCausalLM(MixtralConfig(**sizes)))  # type: ignore[arg-type]
+        _prune(module, _options(module), other)
     except UsageError as error:
-        assert "MixtralForCausalLM" in str(error), error
+        assert type(other).__name__ in str(error), error
     else:
-        raise AssertionError("a mixture of experts was pruned as if it were a plain model")
+        raise AssertionError(f"a {type(other).__name__} was pruned as if it were what this method is for")
 
 
 def check_bad_arguments_are_clear_errors(module: ModuleType) -> None:
@@ -319,8 +328,13 @@ def _step(module: ModuleType) -> Step:
     return Step("compress", module.__name__.rpartition(".")[2], asdict(module.example()))
 
 
-def _source(base: str) -> Path:
-    save(tiny.model(), Path(base) / "source")
+def _base(module: ModuleType, **changes: Any) -> PreTrainedModel:
+    made: PreTrainedModel = getattr(module, "base", tiny.model)(**changes)
+    return made
+
+
+def _source(module: ModuleType, base: str) -> Path:
+    save(_base(module), Path(base) / "source")
     return Path(base) / "source"
 
 
@@ -330,11 +344,11 @@ def _work(base: str, training: Mapping[str, Any] | None = None) -> Work:
 
 @lru_cache(maxsize=8)
 def _once(module: ModuleType, options: Any) -> PreTrainedModel:
-    return _prune(module, options, tiny.model())
+    return _prune(module, options, _base(module))
 
 
 def _pruned(module: ModuleType, options: Any = None) -> PreTrainedModel:
-    """A tiny Llama pruned by the method; the same one for the same options, so no check may change it."""
+    """A tiny model pruned by the method; the same one for the same options, so no check may change it."""
     return _once(module, _options(module) if options is None else options)
 
 
@@ -347,9 +361,10 @@ def _prune(module: ModuleType, options: Any, model: PreTrainedModel) -> PreTrain
         return run(module, loaded, options, rows, [], _work(base, left)).model
 
 
-def _weights(model: PreTrainedModel) -> int:
-    """Weights of the blocks' matrices."""
-    return sum(weight.count for weight in models.shape_of(model).of(*PROJECTIONS))
+def _weights(module: ModuleType, model: PreTrainedModel) -> int:
+    """The weights that `sparsity` is a share of."""
+    roles = getattr(module, "ROLES", PROJECTIONS)
+    return sum(weight.count for weight in models.shape_of(model).of(*roles))
 
 
 def _load(folder: str) -> Any:

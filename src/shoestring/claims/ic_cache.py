@@ -74,7 +74,7 @@ CLAIMS = (
     Claim(
         "regret",
         paper="no figure; the router learns from feedback on some requests",
-        here=_WORLD + "; mean regret against the best model of each topic, last third of 1,200 requests to the first",
+        here=_WORLD + "; mean regret against the best model of each topic, last third of 2,400 requests to the first",
         measure="regret",
         arm="late",
         against="early",
@@ -83,7 +83,7 @@ CLAIMS = (
     Claim(
         "routing",
         paper="requests are offloaded without hurting response quality",
-        here=_WORLD + "; chance of a right answer over the last 800 of 1,200 requests, against random routing of the "
+        here=_WORLD + "; chance of a right answer over the last 1,600 of 2,400 requests, against random routing of the "
         "same share of requests to the large model",
         measure="accuracy",
         arm="ic-cache-routing",
@@ -202,7 +202,7 @@ def _right(cache: Any) -> float:
 
 
 def _routed(arms: Arms, method: Any) -> None:
-    count = arms.size(90, 1200)
+    count = arms.size(90, 2400)
     world = World(arms.seed)
     with arms.arm("ic-cache-routing") as stage:
         found = world.outcomes(world.cache(method), method, count)

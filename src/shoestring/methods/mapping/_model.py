@@ -41,12 +41,13 @@ class Weights:
 
 def read(
     path: Path, *, bits: int = 4, keeps: dict[str, float] | None = None, layers: int | None = None,
-    positions: int = 256, head: bool = True,
+    positions: int = 256, head_bits: int = 8,
 ) -> Weights:  # fmt: skip
     """The first `layers` layers of a Llama-like model, pruned and rounded.
 
     Args:
         keeps: role -> share of its weights to keep; 1 where it is not named.
+        head_bits: 0 leaves the head out.
 
     Raises:
         UsageError: an operator without a template, or a model that cannot be read.
@@ -73,8 +74,8 @@ def read(
             norms[which, layer] = tensor(role, layer).astype(np.float16)
     table = tensor("embedding")
     norms["final", -1] = tensor("final_norm").astype(np.float16)
-    if head:
-        matrices["head", -1] = pack(table if model.tied else tensor("head"), bits=8)
+    if head_bits:
+        matrices["head", -1] = pack(table if model.tied else tensor("head"), bits=head_bits)
     cosines, sines = (t.astype(np.float16) for t in model.tables(positions))
     return Weights(
         network, matrices, norms, table.astype(np.float16), np.concatenate([cosines, cosines], -1),

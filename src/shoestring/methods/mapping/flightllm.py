@@ -67,7 +67,6 @@ METHOD = Method(
 )
 
 _MOST_SAMPLES = 9  # lengths of decode that are compiled; between them time is a straight line
-HEAD_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class FlightLLMConfig:
     """How the model is compressed and compiled.
 
     Attributes:
-        bits: of a weight of the layers, 4 or 8; the head's have 8.
+        bits: of a weight of the layers, 4 or 8; `head_bits`: of the head's.
         keep: share of the weights that the matrices named in `sparse` keep, from 0.125 to 1.
         sparse: roles of the matrices that are pruned; the published profile prunes q and k.
         on_chip: in decode, values stay in the buffers between operators.
@@ -84,6 +83,7 @@ class FlightLLMConfig:
     """
 
     bits: int = 4
+    head_bits: int = 8
     keep: float = 0.7
     sparse: tuple[str, ...] = ("q", "k")
     on_chip: bool = True
@@ -99,8 +99,9 @@ class FlightLLMConfig:
             raise UsageError(
                 f"no matrix is called {', '.join(sorted(strange))}", remedy=f"sparse: some of {', '.join(MATRICES)}"
             )
-        if self.bits not in (4, 8):
-            raise UsageError(f"bits={self.bits}", "the compact layout has two widths", "Choose 4 or 8")
+        for bits in (self.bits, self.head_bits):
+            if bits not in (4, 8):
+                raise UsageError(f"weights of {bits} bits", "the compact layout has two widths", "Choose 4 or 8")
         if not 0.125 <= self.keep <= 1:
             raise UsageError(f"keep={self.keep}", "a block keeps 2 to 16 of 16", "Choose 0.125 to 1")
         if self.watts < 0:
@@ -115,7 +116,7 @@ class FlightLLMConfig:
 
         def planned(role: str, layer: int) -> Planned:
             keep = self.keep if role in self.sparse else 1.0
-            return Planned(*network.dims(role), HEAD_BITS if role == "head" else self.bits, keep)
+            return Planned(*network.dims(role), self.head_bits if role == "head" else self.bits, keep)
 
         return planned
 
@@ -189,7 +190,7 @@ def estimated(of: Network, config: FlightLLMConfig, board: Target, prompt: int, 
             f"memory gives {board.same:g} of its bandwidth within a channel and {board.crossing:g} across channels",
             f"{watts:g} W all the time" + ("" if config.watts else ", assumed of the board"),
             f"the prompt runs the program of {step} tokens; decode runs one for every {BLOCK} positions",
-            f"weights of {config.bits} bits, the head's of {HEAD_BITS}; "
+            f"weights of {config.bits} bits, the head's of {config.head_bits}; "
             + (f"{', '.join(config.sparse)} keep {config.keep:g} of theirs" if config.keep < 1 and config.sparse
                else "none is pruned"),
         ],
@@ -225,7 +226,7 @@ def replayed(
     board = target(name)
     capacity = buckets("prefill", len(prompt) + len(tokens) + BLOCK, 1 << 16)
     keeps = dict.fromkeys(config.sparse, config.keep)
-    weights = read(source, bits=config.bits, keeps=keeps, layers=layers, positions=capacity)
+    weights = read(source, bits=config.bits, keeps=keeps, layers=layers, positions=capacity, head_bits=config.head_bits)
     ours = Accelerated(weights, board, layers, capacity, config.schedule, seed)
     plain = Reference(weights, layers)
     yield ours.prefill(np.array(prompt)), plain.prefill(np.array(prompt))
@@ -279,6 +280,9 @@ def storage(of: Network, config: FlightLLMConfig, board: Target, limit: int, mod
 
 
 def _stored(of: Network, board: Target, mode: str, length: int, matrices: Matrices, schedule: Schedule) -> int:
-    """Bytes of a whole model's stream: layers are alike, so two and one are enough."""
-    one, two = (compile_step(of, board, mode, length, matrices, schedule=schedule, layers=n).size for n in (1, 2))
-    return one + (of.layers - 1) * (two - one)
+    """Bytes of a whole model's stream; its layers are alike."""
+
+    def size(layers: int, head: bool) -> int:
+        return compile_step(of, board, mode, length, matrices, schedule=schedule, layers=layers, head=head).size
+
+    return size(0, True) + of.layers * (size(1, False) - size(0, False))

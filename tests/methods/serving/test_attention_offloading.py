@@ -92,6 +92,17 @@ def test_logits_and_bfloat16_pages(model: Path) -> None:
             assert max(abs(x.logprob - y.logprob) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
+@pytest.mark.parametrize("word", ["", ",workers=2", ",batches=2"])
+@pytest.mark.parametrize("cache", ["fp32", "bf16"])
+def test_without_early_q_nothing_differs_at_all(model: Path, word: str, cache: str) -> None:
+    """The same kernel over the same pages: every bit is that of one process."""
+    seen = []
+    for plugs in ([], ["attention_offloading,early=false" + word]):
+        with answering.exact(model, plugs=plugs, cache_dtype=cache) as engine:
+            seen.append([c.logprobs for (c,) in engine.generate(PROMPTS[:4], replace(GREEDY, logprobs=1))])
+    assert seen[0] == seen[1]
+
+
 def test_draft_trees(model: Path) -> None:
     """Accepted branches are moved in the worker's pages."""
     looped = [[5, 9, 4, 7] * 5, [8, 3, 6] * 6]

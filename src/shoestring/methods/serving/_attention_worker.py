@@ -164,10 +164,10 @@ class Worker:
             began = time.perf_counter()
             try:
                 self._answer(lane, message)
-            except (ShoestringError, ValueError) as error:
-                if isinstance(error, Lost):
-                    raise
-                lane.link.send(FAILED, message.layer, message.tag, _text(str(error)))
+            except Lost:
+                raise
+            except Exception as error:  # whatever it is, it is the asker's to know, and others' keys are kept here
+                lane.link.send(FAILED, message.layer, message.tag, _text(str(error) or repr(error)))
             if self.share and self.share.traced and len(self.events) < _EVENTS:
                 number = float(self.lanes.index(lane))
                 self.events.append((number, message.kind, message.layer, began, time.perf_counter()))
@@ -275,13 +275,13 @@ class Worker:
         out, sums = np.empty_like(q), np.empty(q.shape[:2], np.float32)
         if lane.earlier is not None:
             rows, (earlier, log_s) = batch.part("early")[0], lane.earlier
-            # The new token's own term, where it is kept here: A = v, S = exp(q.k / sqrt(d)), rounded as in the pages.
-            here, own = batch.own()
-            group, round_off = share.heads // share.kv_heads, rounded if share.cache == "bf16" else np.asarray
-            keys, values = (np.repeat(round_off(x[own]), group, axis=1) for x in (k, v))
-            score = np.einsum("thd,thd->th", q[rows[here]], keys) * np.float32(share.head_dim**-0.5)
-            earlier[here], log_s[here] = merge(earlier[here], log_s[here], values, score)  # (4)
-            out[rows], sums[rows] = earlier, log_s
+            whole = len(rows) == len(q) == len(k)  # the usual step: every sequence decodes, and all is kept here
+            if whole:
+                out, sums = _added(q, k, v, earlier, log_s, share)
+            else:
+                here, own = batch.own()
+                earlier[here], log_s[here] = _added(q[rows[here]], k[own], v[own], earlier[here], log_s[here], share)
+                out[rows], sums[rows] = earlier, log_s
         if len(batch.rest):
             rows, starts, contexts, tables = batch.part("rest")
             parents = None if batch.parents is None else np.ascontiguousarray(batch.parents[rows])
@@ -318,6 +318,22 @@ class Worker:
         if self.share.page_step > 1:
             raise UsageError("Slots cannot be moved where sequences are split over workers")
         self.pages.move(table, moves)
+
+
+def _added(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, earlier: np.ndarray, log_s: np.ndarray, share: Share
+) -> tuple[np.ndarray, np.ndarray]:
+    """What earlier tokens gave, and log S, with each token's own term added: A = v, S = exp(q.k / sqrt(d)) (4)."""
+    if share.cache == "bf16":
+        k, v = rounded(k), rounded(v)
+    grouped = q.reshape(len(q), share.kv_heads, share.heads // share.kv_heads, share.head_dim)
+    score = (grouped @ k[..., None]) * np.float32(share.head_dim**-0.5)
+    before, attended = log_s.reshape(score.shape), earlier.reshape(grouped.shape)
+    with np.errstate(over="ignore"):  # a term that counts for nothing
+        weight = 1 / (1 + np.exp(before - score))
+    out = (attended + (v[:, :, None] - attended) * weight).reshape(q.shape)
+    sums = np.logaddexp(before, score).reshape(log_s.shape) if share.page_step > 1 else log_s
+    return out, sums
 
 
 def merge(a: np.ndarray, log_a: np.ndarray, b: np.ndarray, log_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

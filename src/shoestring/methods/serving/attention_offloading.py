@@ -74,7 +74,7 @@ METHOD = Method(
 )
 
 SPLITS = ("auto", "heads", "sequence")
-_TRIES = 3  # restarts in a row without one answer between them
+_TRIES, _WHILE = 5, 60.0  # so many restarts in so many seconds are not worth another
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,16 @@ def splits(model: Any, tokens: int = 4) -> list[Any]:
     return split(model, tokens)
 
 
-def plan(shape: Any, **options: Any) -> Any:
-    """Throughput per dollar of every (a, b) devices (9); see `_offload_planner.plan`."""
+def plan(model: Any, **options: Any) -> Any:
+    """Throughput per dollar of every (a, b) devices (9); see `_offload_planner.plan`.
+
+    Args:
+        model: a `core.shape.Shape`, or (parameters, layers, width of all queries, width of all keys of a layer).
+    """
+    from shoestring.methods.serving._offload_planner import Load
     from shoestring.methods.serving._offload_planner import plan as priced
 
-    return priced(shape, **options)
+    return priced(Load(*model) if isinstance(model, tuple) else model, **options)
 
 
 def attach(model: Any, config: AttentionOffloading | None = None, **sizes: int) -> Any:
@@ -220,7 +225,7 @@ class Elsewhere:
         self.blocks = 0
         self.waited, self.restarts, self.events = 0.0, 0, list[tuple[str, int, int, float, float]]()
         self._past: dict[str, int] = {"headers": 0}  # bytes of links that are no more
-        self._here, self._fails = threading.local(), 0
+        self._here, self._mended = threading.local(), list[float]()
         self._session, self._epoch = uuid.uuid4().hex, 0
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * config.count
         self._lanes = [_Lane() for _ in range(config.batches)]
@@ -280,7 +285,6 @@ class Elsewhere:
             if self.config.trace:
                 self.events.append(("wait", self._lanes.index(lane), layer, began, ended))
             lane.tag = (lane.tag + 1) & 0x7FFFFFFF
-        self._fails = 0
         return self._joined([message.array() for message in found], q.shape)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -428,8 +432,9 @@ class Elsewhere:
             raise CacheLost("An attention worker was lost", str(error)) from error
 
     def _mend(self, why: Lost) -> None:
-        self._fails += 1
-        if self._fails > _TRIES:
+        now = time.monotonic()
+        self._mended = [*(at for at in self._mended if at > now - _WHILE), now]
+        if len(self._mended) > _TRIES:
             raise ShoestringError(
                 "The attention workers are lost again and again", str(why), "Look at their memory and at the network"
             ) from why

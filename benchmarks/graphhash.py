@@ -52,9 +52,11 @@ def main() -> None:
         same = [row for row in rows if (row["model"], row["share"], row["rule"]) == key]
         figures = [mean(row[name] for row in same) for name in ("rows", "bytes", "recall@20", "ndcg@20")]
         print("{:10} {:>6} {:18} ".format(*key) + "{:6.0f} {:9.0f} {:10.4f} {:8.4f}".format(*figures), flush=True)
-    words = list(vocabulary(seeds[0], given)) if given.vocabulary else []
-    for row in words:
-        print(f"{row['rule']:18} {row['where']:16} {row['bytes']:12,} bytes  perplexity {row['perplexity']:10.2f}")
+    words = []
+    for row in vocabulary(seeds[0], given) if given.vocabulary else ():
+        words.append(row)
+        figures = f"{row['bytes']:12,} bytes  perplexity {row['perplexity']:10.2f}"
+        print(f"{row['rule']:18} {row['where']:16} {figures}", flush=True)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         about = {"seeds": seeds, "epochs": given.epochs, "decay": given.decay, "threads": given.threads}

@@ -27,11 +27,13 @@ class _Cell:
 class Table:
     """Seconds of work by kind, tokens and context. Between measured numbers of tokens it is linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
+        self._sizes = sizes  # a number of tokens counts as the next of these, whose figure is of its largest members
         self._cells: dict[tuple[str, int], dict[int, _Cell]] = {}
 
     def add(self, kind: str, tokens: int, context: int, seconds: float) -> None:
-        self._cells.setdefault((kind, context // _CONTEXTS), {}).setdefault(_size(tokens), _Cell()).add(seconds)
+        size = self._sizes[min(bisect_left(self._sizes, tokens), len(self._sizes) - 1)]
+        self._cells.setdefault((kind, context // _CONTEXTS), {}).setdefault(size, _Cell()).add(seconds)
 
     def likely(self, kind: str, tokens: int, context: int) -> float | None:
         """Seconds that are seldom exceeded; None when nothing of the kind was measured.
@@ -74,12 +76,6 @@ class Table:
         return self._cells[kind, min(known)[1]] if known else {}
 
 
-def _size(tokens: int) -> int:
-    """The bucket of a number of tokens: the next of SIZES, so that a bucket's figure is of its largest members."""
-    at = bisect_left(SIZES, tokens)
-    return SIZES[min(at, len(SIZES) - 1)]
-
-
 @dataclass
 class Clock:
     """The hybrid token scheduler: inference first, training in what an objective leaves of each iteration.
@@ -99,7 +95,7 @@ class Clock:
     round: float = 0.25
 
     def __post_init__(self) -> None:
-        self.steps, self.units = Table(), Table()
+        self.steps, self.units = Table((1, 2, 4, *SIZES)), Table()
 
     def allowed(self, running: int, context: int, seconds: float) -> float:
         """Seconds that training may take before the next step.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,25 +300,36 @@ class Unit:
 
 @dataclass
 class Bytes:
-    """Activations, counted. `kept` between units, `peak` at most with those of the unit that was computed."""
+    """Activations, counted: `held` at most between units, `peak` at most with those of the unit that was computed."""
 
-    kept: int = 0
+    held: int = 0
     peak: int = 0
-    _unit: dict[int, int] = field(default_factory=dict)
+    kept: int = 0  # now
+    own: set[int] = field(default_factory=set)  # storages of what is kept anyway, and of what is trained
+    within: dict[int, int] = field(default_factory=dict)
+
+    def keep(self, tensors: Iterable[Tensor | None], sign: int = 1) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                self.kept += sign * tensor.nbytes
+                (self.own.add if sign > 0 else self.own.discard)(tensor.untyped_storage().data_ptr())
+        self.held = max(self.held, self.kept)
 
     def unit(self) -> Any:
         """Counts what autograd keeps inside."""
-        self._unit = {}
+        self.within = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            self._unit[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in self.own:
+                self.within[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def note(self, more: int = 0) -> None:
-        self.peak = max(self.peak, self.kept + sum(self._unit.values()) + more)
+        self.peak = max(self.peak, self.kept + sum(self.within.values()) + more)
+        self.within = {}
 
 
 class Pass:
@@ -359,6 +370,8 @@ class Pass:
         self.targets, self.prune, self.rematerialise, self.train = targets, prune, rematerialise, train
         self.seed, self.count = seed, count
         self.totals, self.did = Totals(), 0
+        if count and low_rank:
+            count.own |= {half.untyped_storage().data_ptr() for half in low_rank.parameters()}
         ids: list[int] = []
         wanted: list[int] = []  # the token that follows, at the place that predicts it
         self.starts: list[int] = []  # where the example of each token begins
@@ -408,8 +421,7 @@ class Pass:
             roles = _KEEP if self.train and self.rematerialise == "cheap" else ()
             self.products.append({role: torch.empty(size, model.shape_of(role, layer)[0]) for role in roles})
             if self.count:
-                kept = [self.keys[-1], self.values[-1], self.entered[-1], *self.products[-1].values()]
-                self.count.kept += sum(t.nbytes for t in kept if t is not None)
+                self.count.keep([self.keys[-1], self.values[-1], self.entered[-1], *self.products[-1].values()])
 
     def _forward(self, out: Tensor) -> Iterator[Unit]:
         layers = self.frozen.model.layers
@@ -443,8 +455,8 @@ class Pass:
                 given = self._block(layer, begin, end, leaves, {})
             self.graphs.setdefault(layer, []).append((begin, end, leaves, given))
             if self.count:
-                self.count.kept += sum(self.count._unit.values())
-                self.count._unit = {}
+                self.count.kept += sum(self.count.within.values())
+                self.count.keep(())
                 self.count.note()
         else:
             with torch.no_grad():
@@ -544,9 +556,15 @@ class Pass:
         own = self.low_rank.of(layer) if self.low_rank else []
         before = self.starts[begin]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad(
-            given, [*wanted, *own], (dy[begin:end], grown_k[begin:end], grown_v[begin:end]), allow_unused=True
-        )
+        flowing = [
+            (out, d)
+            for out, d in zip(given, (dy[begin:end], grown_k[begin:end], grown_v[begin:end]))
+            if out.requires_grad
+        ]
+        if not flowing:  # the first layer, and no LoRA in it
+            return
+        outs, grown = zip(*flowing)
+        found = torch.autograd.grad(outs, [*wanted, *own], grown, allow_unused=True)
         for leaf, gradient in zip([*wanted, *own], found):
             if gradient is None:
                 continue
@@ -561,8 +579,8 @@ class Pass:
 
     def _drop(self, layer: int) -> None:
         if self.count:
-            kept = [self.keys[layer], self.values[layer], self.entered[layer], *self.products[layer].values()]
-            self.count.kept -= sum(t.nbytes for t in kept if t is not None)
+            gone = [self.keys[layer], self.values[layer], self.entered[layer], *self.products[layer].values()]
+            self.count.keep(gone, -1)
         self.keys[layer] = self.values[layer] = self.entered[layer] = None
         self.products[layer] = {}
 

@@ -190,6 +190,7 @@ class Trainer:
         self._done = 0.0  # tokens' worth of work, and how much of it the engine was told
         self._told = 0
         self._seconds = 0.0
+        self._writing: list[Training] = []  # that have ended and may still write their last checkpoint
         self._held = 0  # rounds in a row in which nothing fitted
 
     # ---- what the server asks ----
@@ -258,8 +259,11 @@ class Trainer:
         for run in self._runs.values():
             run.work.close()
             run.training.save()
-            run.training.close()
+            self._writing.append(run.training)
+        for training in self._writing:
+            training.close()
         self._runs.clear()
+        self._writing.clear()
 
     # ---- the hybrid token scheduler ----
 
@@ -286,7 +290,10 @@ class Trainer:
         """One piece of work that takes at most so many seconds, as far as is known; what it took, 0 when none fits."""
         began = time.perf_counter()
         try:
-            run.ahead = unit = run.ahead or next(run.work)
+            run.ahead = unit = run.ahead or next(run.work, None)
+            if unit is None:
+                self._leave(run)
+                return 0.0
             self._window = self.clock.units.largest(unit.kind, unit.position, seconds, self.config.window)
             if not self._window:
                 self._held += 1
@@ -312,4 +319,5 @@ class Trainer:
     def _leave(self, run: _Run) -> None:
         """Out of the line; what is being written is still written."""
         self._runs.pop(run.training.job, None)
+        self._writing.append(run.training)
         run.training.close(wait=False)

@@ -52,6 +52,7 @@ class GatedDecoder(Decoder):
             )
         ends = self.gates if self.gates[-1] == layers else [*self.gates, layers]
         self.stages = list(zip([0, *ends], ends))
+        self.streams = getattr(self.exit, "streams", 1)
         self.left = dict.fromkeys(self.gates, 0)
         self.drawn = 0
         self._lines: dict[Answer, _Line] = {}
@@ -96,6 +97,17 @@ class GatedDecoder(Decoder):
         return outcomes
 
     # ---- parts of a pass ----
+
+    def _span(self, batch: Batch, first: int, last: int | None, hidden: Any) -> Any:
+        if self.streams == 1:
+            return super()._span(batch, first, last, hidden)
+        if hidden is None:
+            hidden = self.runner.run(batch, 0, 0)
+        own = hidden[:, 0] if hidden.ndim == 3 else hidden  # what stands behind a gate begins with the first stream
+        if last not in self.gates:
+            return super()._span(batch, first, last, own)
+        made = super()._span(batch, first, last, _join([own] * self.streams))
+        return made.reshape(self.streams, batch.tokens, -1).swapaxes(0, 1)
 
     def _line(self, chunk: Chunk) -> _Line:
         line = self._lines.get(chunk.sequence)

@@ -50,7 +50,11 @@ class Drafter(Protocol):
 
 
 class ExitPolicy(Protocol):
-    """Ends passes early, each answer for itself. The engine asks after each of `layers` (1 is after the first)."""
+    """Ends passes early, each answer for itself. The engine asks after each of `layers` (1 is after the first).
+
+    It may define `streams = 2`: `hidden` is then [answers, 2, hidden]. The second stream starts as the first does, anew
+    behind each gate, reads its keys and values, and is moved by what stands in the model.
+    """
 
     @property
     def layers(self) -> Sequence[int]: ...

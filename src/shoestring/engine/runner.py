@@ -120,7 +120,11 @@ class Runner(Protocol):
         """
 
     def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> Any:
-        """Layers first..last-1 (None: all). Layer 0 starts from `batch.ids` when hidden is None. Fills the slots."""
+        """Layers first..last-1 (None: all). Layer 0 starts from `batch.ids` when hidden is None. Fills the slots.
+
+        `hidden` may hold several streams of the batch's tokens, one after another, [streams * tokens, hidden]: the
+        first fills the slots, and the others see what it sees. Runners that cannot do that raise UsageError.
+        """
 
     def logits(self, hidden: Any, rows: np.ndarray) -> np.ndarray:
         """Final norm and head on some rows of `hidden`: float32 [len(rows), vocab], valid until the next call."""

@@ -231,11 +231,14 @@ class Attention:
             found = self.worker(layer, on_host[0], on_host[1], on_host[2], self.batch_pass.batch)
             return torch.from_numpy(np.ascontiguousarray(found)).to(q)[None], None
         keys, values = self.stores[layer]
-        keys.write(self.batch_pass.slots, k)
-        values.write(self.batch_pass.slots, v)
+        count = self.batch_pass.batch.tokens
+        keys.write(self.batch_pass.slots, k[:count])
+        values.write(self.batch_pass.slots, v[:count])
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        for group in self.batch_pass.groups:
-            self._attend(group, keys, values, q, out, law, scaling, extra, kept)
+        # Further streams of the same tokens see what the first one does.
+        for mine, into in zip(q.split(count), out.split(count)):
+            for group in self.batch_pass.groups:
+                self._attend(group, keys, values, mine, into, law, scaling, extra, kept)
         return out[None], kept
 
     def _with_weights(self, module: torch.nn.Module, layer: int, v: torch.Tensor, kept: Kept) -> torch.Tensor:

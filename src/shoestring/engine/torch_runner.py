@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from shoestring.models.anatomy import attends, inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
 from shoestring.models.seal import fulfil
+from shoestring.models.streams import side_by_side
 
 _CACHE_TYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8,
@@ -157,8 +159,13 @@ class TorchRunner:
         span = _Span(first, last, hidden)
         self._attention.begin(batch, self._device)
         self._adapters.use(batch)
-        ids, positions = (torch.from_numpy(a).to(self._device, torch.long)[None] for a in (batch.ids, batch.positions))
-        self._call(self._body, ids, positions, span)
+        streams = 1 if hidden is None else max(1, len(hidden) // max(1, batch.tokens))
+        ids, positions = (
+            torch.from_numpy(np.tile(a, streams)).to(self._device, torch.long)[None]
+            for a in (batch.ids, batch.positions)
+        )
+        with side_by_side(batch.tokens) if streams > 1 else nullcontext():
+            self._call(self._body, ids, positions, span)
         assert span.left is not None
         return span.left
 
@@ -311,8 +318,12 @@ class TorchRunner:
             raise UsageError(f"Layers {first} to {last} are outside the model's {facts.layers}")
         if hidden is None and first > 0:
             raise UsageError(f"Layer {first} needs the hidden states that enter it")
-        if hidden is not None and tuple(hidden.shape) != (batch.tokens, facts.hidden):
-            raise UsageError(f"hidden is {tuple(hidden.shape)}, the batch needs {(batch.tokens, facts.hidden)}")
+        if hidden is not None:
+            streams = len(hidden) // max(1, batch.tokens)
+            if tuple(hidden.shape) != (max(1, streams) * batch.tokens, facts.hidden):
+                raise UsageError(f"hidden is {tuple(hidden.shape)}, the batch needs {(batch.tokens, facts.hidden)}")
+            if streams > 1 and (self.attention or batch.adapters is not None):
+                raise UsageError("Streams side by side go with neither attention elsewhere nor adapters in a batch")
         _check_batch(batch, self._reserved, facts, self._adapters.numbers)
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:

@@ -66,7 +66,9 @@ def test_the_loss_is_the_divergence_from_the_whole_model_and_so_are_its_gradient
     states, weights, at = [torch.randn(50, 8) for _ in gates], [1.0, 0.5], 1.5
     with torch.no_grad():
         gates[0].log_temperature.fill_(0.3)
-    loss = gates_loss(gates, states, weights, head, final, at)
+    loss, agree = gates_loss(gates, states, weights, head, final, at)
+    for gate, x, said in zip(gates, states, agree):
+        assert torch.equal(said, head(gate(x)).argmax(-1) == head(final).argmax(-1))
     loss.backward()
     found = [p.grad.clone() for gate in gates for p in gate.parameters() if p.grad is not None]
     wanted = torch.zeros(())

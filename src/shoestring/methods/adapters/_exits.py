@@ -126,8 +126,9 @@ def wanted_rows(labels: Tensor) -> Tensor:
 
 def gates_loss(
     gates: Sequence[Any], states: Sequence[Tensor], weights: Sequence[float], head: Any, final: Tensor, at: float
-) -> Tensor:
-    """Mean over rows of sum_k w_k KL(final || gate k), beside the cross-entropies that teach the gates' temperatures.
+) -> tuple[Tensor, Tensor]:
+    """Mean over rows of sum_k w_k KL(final || gate k), beside the cross-entropies that teach the gates' temperatures;
+    and (gates, rows) whether a gate's first choice is the model's.
 
     Args:
         states: what stands behind each gate's block, (rows, width) each.
@@ -137,10 +138,11 @@ def gates_loss(
     """
     read = torch.stack([gate(x).to(final.dtype) for gate, x in zip(gates, states)])
     warmth = torch.cat([gate.log_temperature.float() for gate in gates])
-    divergence, calibration = _Divergence.apply(read, warmth, final, head, at)
+    divergence, calibration, agree = _Divergence.apply(read, warmth, final, head, at)
     weigh = torch.tensor(weights, device=read.device)
     # Of the calibration only the gradient counts: what a gate is sure of is no part of how well it guesses.
-    return ((divergence * weigh).sum() + calibration.sum() - calibration.sum().detach()) / max(1, len(final))
+    loss = ((divergence * weigh).sum() + calibration.sum() - calibration.sum().detach()) / max(1, len(final))
+    return loss, agree
 
 
 class _Divergence(torch.autograd.Function):
@@ -151,10 +153,11 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, read: Tensor, warmth: Tensor, final: Tensor, head: Any, at: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, read: Tensor, warmth: Tensor, final: Tensor, head: Any, at: float) -> Any:
         count = len(read)
         sums, sure, into_warmth = (torch.zeros(count, device=read.device) for _ in range(3))
         into_read = torch.zeros_like(read)
+        agree = torch.zeros(read.shape[:2], dtype=torch.bool, device=read.device)
         rows = max(16, _CHUNK // (4 * head.out_features))
         for start in range(0, len(final), rows):
             here = slice(start, start + rows)
@@ -164,6 +167,7 @@ class _Divergence(torch.autograd.Function):
             chance = said.exp()
             for k in range(count):
                 guess = head(read[k, here]).float()
+                agree[k, here] = guess.argmax(-1) == best[:, 0]
                 scaled = guess / warmth[k].exp()
                 q = scaled.softmax(-1)
                 sure[k] -= scaled.log_softmax(-1).gather(-1, best).sum()
@@ -172,7 +176,8 @@ class _Divergence(torch.autograd.Function):
                 sums[k] += (chance * (said - guess)).sum()
                 into_read[k, here] = ((guess.exp() - chance) / at).to(read.dtype) @ head.weight
         ctx.save_for_backward(into_read, into_warmth)
-        return sums, sure
+        ctx.mark_non_differentiable(agree)
+        return sums, sure, agree
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

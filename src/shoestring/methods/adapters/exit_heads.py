@@ -177,9 +177,8 @@ class ExitHeadsModel(ExitTuner):
         rows = wanted_rows(labels)
         weights: Sequence[float] = config.weights or [1.0] * len(gates)
         states = [seen[gate][rows] for gate in gates]
-        return gates_loss(
-            [layer.gate[name] for layer in gates.values()], states, weights, head, final[rows], config.temperature
-        )  # eq. 3
+        heads = [layer.gate[name] for layer in gates.values()]
+        return gates_loss(heads, states, weights, head, final[rows], config.temperature)[0]  # eq. 3
 
 
 def register() -> None:

@@ -1,0 +1,456 @@
+"""M2R2: a second, faster residual stream inside the same layers says early what the model says at its end.
+
+How it works
+    1. Gates stand behind the blocks e_1 < e_2 < ...; behind each gate the fast stream starts anew as the slow one:
+       p := h.                                                                                                 (eq. 1)
+    2. In each block between gates, n = norm1(p), m = norm2(p):
+       p := p + Attn(q from n; keys and values of the slow stream) + A n,   A n = U phi(V n)                   (eq. 2)
+       p := p + MLP(m) + B m                                                                                   (eq. 3)
+       U = 0 at the start, so that p = h. Keys and values are those of h: the cache does not grow, and one pass computes
+       both streams, so that weights are read once.
+    3. Training freezes the base and minimises sum_k w_k KL(p_L || p_k), p_k = softmax(head(norm_k(p at e_k))), with
+       norm_k a trained copy of the last norm; all positions at once.                                          (eq. 4)
+    4. A router tells from the fast stream whether a token may leave: c = W p, a small attention of the newest token
+       over the latents c of the last few, and a logistic unit on both, trained on whether gate and model agree. (eq. 5)
+    5. Used as an exit, a token leaves where router or calibrated confidence reach the threshold; keys and values above
+       are computed if a later token needs them. Used as a draft (exact=true), the layers below the first gate guess
+       several tokens by p, those above verify all in one pass, and the answer is that of plain decoding.
+
+Where it bends
+    The fast stream starts as a copy of one that says little in the middle of a model: with a few minutes of training it
+    guesses about as well as a plain head behind the same block, and is more reliable where it is sure. Both streams
+    pass through the torch runner; on a CPU a pass over few rows is not free, so drafts pay only where most are right.
+    The narrower MLP that the paper mentions for large models is not here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shoestring.core.errors import UsageError
+from shoestring.core.method import Method, Paper, Price
+from shoestring.core.shape import Shape
+from shoestring.methods.adapters._blocks import SPREAD, Beside, stream, width_of
+from shoestring.methods.adapters._exits import (
+    ExitConfig,
+    ExitTuner,
+    Gate,
+    final_norm,
+    gates_loss,
+    gates_of,
+    wanted_rows,
+    whole_pass,
+)
+from shoestring.methods.adapters._shared import join, whole
+from shoestring.models.anatomy import Block, halves
+from shoestring.models.streams import side_by_side, tokens_of_first
+
+if TYPE_CHECKING:
+    from shoestring.engine.hooks import Draft, Hooks
+    from shoestring.engine.open import Opened
+    from shoestring.engine.sequence import Sequence as Answer
+
+METHOD = Method(
+    paper=Paper("M2R2: Mixture of Multi-Rate Residuals for Efficient Transformer Inference", "2025-02"),
+    provides="M2R2Config",
+    saves=("latency", "compute", "energy"),
+    combines={"quantizers": "the fast stream is trained on the model as it was and stands beside it, not in it"},
+    traits={
+        "family": "additive",
+        "acts_on": "activation",
+        "merges": "no",
+        "parameters": "blocks below the last gate (4 r d) + gates (d + 1 + 2 d c + 2 c + 1)",
+        "plugs": "exit, drafter",
+    },
+    expects={
+        "check_learns": "the loss is a divergence from the model itself, next to nothing for a tiny random one",
+        "check_merge": "a stream of its own is no change of a weight",
+        "check_unmerge_restores_the_base": "a stream of its own is no change of a weight",
+        "check_two_adapters": "the fast stream changes nothing of what the model itself answers",
+        "check_transformers_trainer": "the fast stream changes nothing of what the model itself answers",
+    },
+)
+TRAINING = {"learning_rate": 1e-3}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@dataclass
+class M2R2Config(ExitConfig):
+    """Gates, and what moves the fast stream.
+
+    Args:
+        r: rank of each addition A and B.
+        activation: phi: silu, gelu or relu.
+        latent: c, width of the router's latents.
+        window: newest tokens, the present one among them, that the router attends to.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    TYPE = "m2r2"
+
+    r: int = field(default=48, metadata={"help": "Rank of each addition"})
+    activation: str = field(default="silu", metadata={"help": "silu, gelu or relu"})
+    latent: int = field(default=16, metadata={"help": "Width of the router's latents"})
+    window: int = field(default=16, metadata={"help": "Tokens that the router attends to"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "latent", "window"):
+            whole(name, getattr(self, name))
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not possible; it is one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class M2R2Plug:
+    """How a trained fast stream is used in serving.
+
+    Attributes:
+        streams: the adapter's folder.
+        threshold: of router or confidence, from which a token leaves; 1 is never.
+        by: who decides: router or confidence.
+        exact: draft with the layers below the first gate instead, and verify; the answer is that of plain decoding.
+        length: tokens of a draft.
+        sure: confidence below which a draft goes no further.
+    """
+
+    streams: str = ""
+    threshold: float = 0.9
+    by: str = "confidence"
+    exact: bool = False
+    length: int = 4
+    sure: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.streams:
+            raise UsageError("m2r2 needs streams=FOLDER", remedy="`shoestring train --method m2r2` makes one")
+        for name in ("threshold", "sure"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not a confidence", remedy="Give 0 to 1")
+        if self.by not in ("router", "confidence"):
+            raise UsageError(f"by={self.by} is unknown", remedy="Give router or confidence")
+        if self.length < 1:
+            raise UsageError(f"length={self.length} drafts nothing", remedy="Give at least 1")
+
+
+PLUG = M2R2Plug
+
+
+class Addition(nn.Module):
+    """x -> U phi(V x), with U zero at the start."""
+
+    def __init__(self, width: int, rank: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = nn.Parameter(torch.randn(rank, width) * SPREAD)
+        self.up = nn.Parameter(torch.zeros(width, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (ACTIVATIONS[self.activation](x.to(self.down.dtype) @ self.down.T) @ self.up.T).to(x.dtype)
+
+
+class FastGate(Gate):
+    """A gate with the router that says whether a token may leave."""
+
+    def __init__(self, norm: nn.Module, width: int, latent: int, window: int) -> None:
+        super().__init__(norm)
+        self.window = window
+        self.latent = nn.Parameter(torch.randn(latent, width) * SPREAD)
+        self.query = nn.Parameter(torch.randn(latent, width) * SPREAD)
+        self.decide = nn.Parameter(torch.zeros(2 * latent + 1))
+
+    def latents(self, p: Tensor) -> Tensor:
+        return p.to(self.latent.dtype) @ self.latent.T
+
+    def decision(self, p: Tensor, before: Tensor, mask: Tensor) -> Tensor:
+        """Logits (..., tokens) from states p (..., tokens, width), latents (..., seen, c), mask (tokens, seen)."""
+        query = p.to(self.query.dtype) @ self.query.T
+        scores = (query @ before.transpose(-1, -2)) * query.shape[-1] ** -0.5
+        met = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ before
+        both = torch.cat([met, self.latents(p)], -1)
+        return both @ self.decide[:-1] + self.decide[-1]  # eq. 5
+
+    def whole(self, p: Tensor) -> Tensor:
+        """Logits (batch, length) of texts (batch, length, width)."""
+        place = torch.arange(p.shape[1], device=p.device)
+        back = place[:, None] - place
+        return self.decision(p, self.latents(p), (back >= 0) & (back < self.window))
+
+
+class StreamBlock(Beside):
+    """What one block adds to the fast stream, and the gate behind it if there is one."""
+
+    child = "stream"
+    adapter_layer_names = ("attention", "mlp", "gate")
+
+    def __init__(self, block: Block, model: nn.Module) -> None:
+        parts = {part: model.get_submodule(half.module) for part, half in halves(block).items()}
+        super().__init__(block.module)
+        self.attention, self.mlp, self.gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.seen: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        self.plain = self.takes_over(block.module, self.watched)
+        self.plain_attention = self.takes_over(parts["attention"], self.attends)
+        self.plain_mlp = self.takes_over(parts["mlp"], self.feeds)
+
+    def watched(self, *args: Any, **kwargs: Any) -> Any:
+        if self.seen is not None:
+            self.seen.append((args, kwargs))
+        return self.plain(*args, **kwargs)
+
+    @property
+    def saving(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        block = getattr(self.plain, "__self__", None)
+        return self.training and bool(getattr(block, "gradient_checkpointing", False))
+
+    def both(self, tokens: int, kwargs: dict[str, Any], x: Tensor) -> Tensor:
+        """The block's own forward on two streams of so many tokens each; it may be called again in the backward pass,
+        so the block's own checkpointing, which would not know of the streams, is off inside."""
+        block: Any = getattr(self.plain, "__self__", None)
+        saving = self.saving
+        if saving:
+            block.gradient_checkpointing = False
+        try:
+            with side_by_side(tokens):
+                out = self.plain(x, **kwargs)
+        finally:
+            if saving:
+                block.gradient_checkpointing = True
+        return out[0] if isinstance(out, tuple) else out
+
+    def attends(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.plain_attention(*args, **kwargs)
+        added = self._added(self.attention, stream(args, kwargs), out[0])  # eq. 2
+        return (added, *out[1:])
+
+    def feeds(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.plain_mlp(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self._added(self.mlp, x, out)  # eq. 3
+
+    def _added(self, additions: nn.ModuleDict, x: Tensor, out: Tensor) -> Tensor:
+        slow = tokens_of_first()
+        names = self.acting
+        if slow is None or not names:
+            return out
+        fast = x[..., slow:, :]
+        more = torch.stack([additions[name](fast) for name in names]).sum(0)
+        return torch.cat([out[..., :slow, :], out[..., slow:, :] + more], -2)
+
+
+class M2R2Model(ExitTuner):
+    prefix = "stream_"
+    tuner_layer_cls = StreamBlock
+
+    def reached(self, config: Any) -> Sequence[int]:
+        return range(1, config.gates[-1] + 1)
+
+    def attach(self, name: str, config: Any, block: Block) -> None:
+        layer: Any = getattr(block.module, StreamBlock.child, None) or StreamBlock(block, self.model)
+        width = width_of(self.model, block)
+        for part in ("attention", "mlp"):
+            layer.put(part, name, Addition(width, config.r, config.activation), block.module)
+        if block.index + 1 in config.gates:
+            gate = FastGate(final_norm(self.model), width, config.latent, config.window)
+            layer.put("gate", name, gate, block.module)
+
+    def layers(self, name: str) -> list[StreamBlock]:
+        """Of the blocks below the last gate, in order."""
+        config: Any = self.peft_config[name]
+        by_place = {block.index: block.module for block in self.blocks.values()}
+        return [getattr(by_place[i], StreamBlock.child) for i in range(config.gates[-1])]
+
+    def fast(self, name: str, batch: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor, nn.Module]:
+        """The fast stream (batch, length, width) at each gate, what the head gets at the end, and the head."""
+        config: Any = self.peft_config[name]
+        layers = self.layers(name)
+        for layer in layers:
+            layer.seen = []
+        try:
+            final, head = whole_pass(self.model, {**batch, "use_cache": False})
+            calls = [layer.seen[0] for layer in layers if layer.seen]
+        finally:
+            for layer in layers:
+                layer.seen = None
+        found, start = {}, 0
+        for gate in config.gates:
+            slow = stream(*calls[start])
+            x = torch.cat([slow, slow], 1)  # eq. 1
+            for layer, (args, kwargs) in zip(layers[start:gate], calls[start:gate]):
+                run = partial(layer.both, slow.shape[1], _doubled(slow, args, kwargs))
+                x = checkpoint(run, x, use_reentrant=False) if layer.saving else run(x)
+            found[gate], start = x[:, slow.shape[1] :], gate
+        return found, final, head
+
+    def loss(self, name: str, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        config: Any = self.peft_config[name]
+        found, final, head = self.fast(name, batch)
+        gates: list[Any] = [self.layers(name)[gate - 1].gate[name] for gate in config.gates]
+        rows, weights = wanted_rows(labels), config.weights or [1.0] * len(gates)
+        states = [found[gate][rows] for gate in config.gates]
+        loss, agree = gates_loss(gates, states, weights, head, final[rows], config.temperature)  # eq. 4
+        decided = [gate.whole(found[at].detach())[rows] for gate, at in zip(gates, config.gates)]
+        routed = sum(
+            F.binary_cross_entropy_with_logits(one.float(), right.float()) for one, right in zip(decided, agree)
+        )
+        return loss + routed - routed.detach()  # type: ignore[union-attr]
+
+
+def _doubled(slow: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a block is called with beside its states, for two streams of which the second sees the first's keys."""
+    length = slow.shape[1]
+    if len(args) > 1:
+        raise ValueError("the blocks of this model are not called by name, so a second stream cannot pass")
+    given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    mask = given.get("attention_mask")
+    if mask is None:
+        seen = torch.ones(length, length, dtype=torch.bool, device=slow.device).tril()[None, None]
+    else:
+        seen = mask if mask.dtype == torch.bool else mask >= 0
+    whole = torch.cat([seen, seen], 2)
+    whole = torch.cat([whole, torch.zeros_like(whole)], 3)
+    least = torch.finfo(slow.dtype).min
+    given["attention_mask"] = torch.zeros(whole.shape, dtype=slow.dtype, device=slow.device).masked_fill(~whole, least)
+    if given.get("position_embeddings") is not None:
+        given["position_embeddings"] = tuple(torch.cat([part, part], 1) for part in given["position_embeddings"])
+    if given.get("position_ids") is not None:
+        given["position_ids"] = torch.cat([given["position_ids"]] * 2, -1)
+    return {**given, "past_key_values": None, "use_cache": False}
+
+
+def register() -> None:
+    join("m2r2", M2R2Config, M2R2Model)
+
+
+def example() -> M2R2Config:
+    return M2R2Config(**settings()[0])
+
+
+def settings() -> tuple[dict[str, Any], ...]:
+    """The configurations worth trying, most parameters first."""
+    return ({"r": 48}, {"r": 8})
+
+
+def price(shape: Shape, options: Mapping[str, Any]) -> Price:
+    """4 r d a block below the last gate; norm, temperature and router a gate."""
+    asked = {"latent": 16, **settings()[0], **options}
+    gates, width, latent = asked.get("gates") or gates_of(shape.layers), shape.hidden, asked["latent"]
+    each = width + 1 + 2 * latent * width + 2 * latent + 1
+    return Price(shape, trainable=gates[-1] * 4 * asked["r"] * width + len(gates) * each, train_flops=3.0)
+
+
+# --- at work ------------------------------------------------------------------------------------------------------
+
+
+def load(config: M2R2Plug, folder: Path, **options: Any) -> Any:
+    """The model with the fast stream in it."""
+    from dataclasses import replace
+
+    from peft import PeftModel
+
+    from shoestring import models
+    from shoestring.models.folder import check_adapter
+    from shoestring.models.load import refuse_strays
+
+    register()
+    where = Path(config.streams)
+    if check_adapter(where).get("peft_type") != "M2R2":
+        raise UsageError(f"{where} holds no fast stream", remedy="`shoestring train --method m2r2` makes one")
+    loaded = models.load(str(folder), **options)
+    model = PeftModel.from_pretrained(loaded.model, str(where)).eval()
+    refuse_strays(model, where)
+    return replace(loaded, model=model)
+
+
+def plug(config: M2R2Plug, opened: Opened) -> Hooks:
+    """An exit policy, or drafter and decoder.
+
+    Raises:
+        UsageError: a fast stream that was never trained.
+    """
+    from shoestring.engine.gates import SelfDraftDecoder
+    from shoestring.engine.hooks import Hooks
+
+    model: Any = opened.runner.model  # type: ignore[attr-defined]
+    blocks = [module for module in model.modules() if isinstance(module, StreamBlock)]
+    gates: dict[int, Any] = {i: b.gate["default"] for i, b in enumerate(blocks, 1) if "default" in b.gate}
+    if not any(p.any() for block in blocks for n, p in block.attention.named_parameters() if n.endswith("up")):
+        raise UsageError(f"The fast stream in {config.streams} was never trained", remedy="Train it first")
+    if not config.exact:
+        return Hooks(exit=FastExit(config, opened, gates))
+    first = min(gates)
+    both = FastDraft(config, opened, {first: gates[first]})
+    return Hooks(exit=both, drafter=both, decoder=SelfDraftDecoder)
+
+
+class FastExit:
+    """Leaves by what the fast stream says."""
+
+    streams = 2
+
+    def __init__(self, config: M2R2Plug, opened: Opened, gates: Mapping[int, nn.Module]) -> None:
+        self.config, self.runner = config, opened.runner
+        self.gates: dict[int, Any] = dict(gates)
+        self.layers = tuple(gates)
+        self._past: dict[tuple[Answer, int], deque[tuple[int, Tensor]]] = {}
+
+    @torch.inference_mode()
+    def leave(self, layer: int, hidden: Tensor, answers: Sequence[Answer]) -> list[Any]:
+        if self.config.threshold >= 1:  # a confidence may round to 1
+            return [False] * len(answers)
+        gate, fast = self.gates[layer], hidden[:, 1]
+        logits = self.said(layer, fast)
+        if self.config.by == "router":
+            sure = [self._routed(gate, layer, p, answer) for p, answer in zip(fast, answers)]
+        else:
+            sure = (logits / gate.log_temperature.exp()).softmax(-1).amax(-1).tolist()
+        return [row.numpy() if s >= self.config.threshold else False for row, s in zip(logits, sure)]
+
+    def said(self, layer: int, fast: Tensor) -> Tensor:
+        """Logits (rows, vocab) of the gate."""
+        return torch.from_numpy(self.runner.head(self.gates[layer](fast).float().cpu().numpy()))
+
+    def ended(self, answer: Answer) -> None:
+        for layer in self.layers:
+            self._past.pop((answer, layer), None)
+
+    def _routed(self, gate: Any, layer: int, p: Tensor, answer: Answer) -> float:
+        past = self._past.setdefault((answer, layer), deque(maxlen=gate.window))
+        now = len(answer.tokens)
+        while past and past[-1][0] >= now:  # computed again after a preemption
+            past.pop()
+        past.append((now, gate.latents(p)))
+        before = torch.stack([latent for _, latent in past])
+        seen = torch.ones(1, len(past), dtype=torch.bool)
+        return float(gate.decision(p[None], before, seen).sigmoid())
+
+
+class FastDraft(FastExit):
+    """Guesses by the fast stream at the first gate; how many at most is `length`."""
+
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        from shoestring.engine.gates import unnamed
+
+        return unnamed(min(self.config.length, limit))
+
+    def observe(self, verified: Sequence[Any], tokens: int, seconds: float) -> None:
+        pass
+
+    @torch.inference_mode()
+    def guess(self, hidden: Tensor, answers: Sequence[Answer]) -> tuple[list[int], list[bool]]:
+        (layer,) = self.layers
+        logits = self.said(layer, hidden[:, 1])
+        sure = (logits / self.gates[layer].log_temperature.exp()).softmax(-1).amax(-1)
+        return logits.argmax(-1).tolist(), (sure >= self.config.sure).tolist()

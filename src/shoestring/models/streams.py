@@ -1,0 +1,27 @@
+"""Streams of hidden states that pass a model side by side, one after another along the tokens.
+
+The first is the model's own. The others read the keys and values of the first and leave none behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_tokens: ContextVar[int | None] = ContextVar("tokens", default=None)
+
+
+def tokens_of_first() -> int | None:
+    """How many tokens, along the last but one axis, are the first stream's; None while there is but one."""
+    return _tokens.get()
+
+
+@contextmanager
+def side_by_side(tokens: int) -> Iterator[None]:
+    """What is computed inside has several streams of `tokens` tokens each."""
+    before = _tokens.set(tokens)
+    try:
+        yield
+    finally:
+        _tokens.reset(before)

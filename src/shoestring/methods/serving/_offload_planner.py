@@ -135,7 +135,11 @@ class Plan:
             f"context {self.context:,}",
             f"{'devices':>22}{'batch':>8}{'ms/token':>10}{'GB/s sent':>11}{'tokens/$':>12}",
         ]
-        chosen = [self.best, *(p for p in self.points if not p.b)][:4]
+        alone: dict[str, Point] = {}
+        for p in self.points:
+            if not p.b:
+                alone.setdefault(p.compute, p)
+        chosen = [self.best, *alone.values()]
         for p in sorted(chosen, key=lambda p: -p.per_dollar):
             name = f"{p.a} {p.compute}" + (f" + {p.b} {p.memory}" if p.b else " alone")
             sent = f"{p.link / 1e9:.1f}" if p.b else ""

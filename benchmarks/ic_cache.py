@@ -1,10 +1,11 @@
 """A small model alone, a large one alone, and what stands between them: examples, reuse of answers, chance.
 
-    python benchmarks/ic_cache.py [--requests 150] [--seeds 0,1] [--labels 0.1] [--json FILE]
+    python benchmarks/ic_cache.py [--requests 200] [--seeds 0,1] [--labels 0.1] [--fresh] [--json FILE]
 
-Questions over countries, currencies and languages with one right JSON answer each, popularity by Zipf (`pycountry`).
-Small: SmolLM2-135M-Instruct. Large: Gemma 3 270M behind a fixed header of answered questions. All arms answer the same
-stream, one request after another, greedy; equal prompts are computed once. Arms:
+Questions over countries, currencies and languages with one right JSON answer each, popularity by Zipf (`pycountry`);
+with --fresh no question comes twice. Small: SmolLM2-135M-Instruct. Large: Gemma 3 270M behind a fixed header of answered
+questions. All arms answer the same stream, one request after another, greedy; equal prompts are computed once, and the
+first third of the requests is not counted. Arms:
     small, large      one of them alone
     ic-cache          the router decides; a checker sees the share `--labels` of the answers
     ic-cache, judged  the same, and the checker sees all of them
@@ -72,9 +73,10 @@ class Both:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--labels", type=float, default=0.1)
+    parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     method = catalog.module("ic_cache")
@@ -84,6 +86,8 @@ def main() -> None:
         both.small("hello"), both.large("hello")  # opens them
         for seed in map(int, given.seeds.split(",")):
             stream = asked(given.requests, seed)
+            if given.fresh:
+                stream = list(dict.fromkeys(asked(5000, seed)))[: given.requests]
             alone = {q.text: grade(q, both.large(q.text)[0]) for q in stream}
             arms: dict[str, list[Row]] = {
                 "small": [_row("small", q, both.small(q.text)) for q in stream],
@@ -94,7 +98,8 @@ def main() -> None:
                 "nearest-answer": _reused(both, stream),
             }
             for name, found in arms.items():
-                rows.append({"seed": seed, "arm": name, **_figures(stream, found, alone)})
+                warm = len(stream) // 3
+                rows.append({"seed": seed, "arm": name, **_figures(stream[warm:], found[warm:], alone)})
     names = [name for name in rows[0] if name not in ("seed", "arm")]
     print(f"{'arm':18}" + "".join(f"{name:>12}" for name in names))
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -102,7 +107,7 @@ def main() -> None:
         print(f"{arm:18}" + "".join(f"{mean(row[name] for row in same):12.3f}" for name in names))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {"requests": given.requests, "labels": given.labels}
+        about = {"requests": given.requests, "labels": given.labels, "fresh": given.fresh}
         given.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 

@@ -67,6 +67,7 @@ def test_quantize_in_blocks_is_the_same(monkeypatch):
     weight = torch.randn(10, 64)
     whole = reference.quantize(weight, 4, 32)
     monkeypatch.setattr(reference, "BLOCK", 64 * 3)
+    monkeypatch.setattr(reference, "TOGETHER", 64 * 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, reference.quantize(weight, 4, 32)))
     x = torch.randn(2, 64)
     in_blocks = reference.quantized_linear(x, *whole, 4, 32, 64)
@@ -74,12 +75,21 @@ def test_quantize_in_blocks_is_the_same(monkeypatch):
     assert torch.allclose(in_blocks, reference.quantized_linear(x, *whole, 4, 32, 64), atol=1e-5)
 
 
-@pytest.mark.parametrize("bad,word", ((float("nan"), "NaN"), (float("inf"), "infinite")))
-def test_weights_that_are_not_finite_are_refused(bad, word):
+def test_of_two_extremes_of_one_size_the_first_is_met_exactly():
+    weight = 0.1 * torch.randn(2, 32)
+    weight[0, 4], weight[0, 9] = -1.0, 1.0
+    weight[1, 4], weight[1, 9] = 1.0, -1.0
+    back = reference.dequantize(*reference.quantize(weight, 4, 32), 4, 32, 32)
+    assert back[:, 4].tolist() == [-1.0, 1.0] and back[:, 9].tolist() == [0.875, -0.875]
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("bad,word", ((float("nan"), "1 NaN"), (float("inf"), "1 infinite"), (-float("inf"), "1 inf")))
+def test_weights_that_are_not_finite_are_refused(bad, word, bits):
     weight = torch.randn(4, 64)
     weight[2, 3] = bad
     with pytest.raises(UsageError, match=word):
-        ops.quantize(weight, 8, 32)
+        ops.quantize(weight, bits, 32)
 
 
 @pytest.mark.parametrize("bits,group", ((3, 64), (4, 48), (8, 0)))

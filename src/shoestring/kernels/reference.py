@@ -30,6 +30,8 @@ BITS = (4, 8)
 GROUPS = (32, 64, 128)
 # Largest number of weights that are plain numbers at one time: 16 MB in float32.
 BLOCK = 1 << 22
+# Weights that are rounded together: few enough to stay in a processor's cache.
+TOGETHER = 1 << 17
 # Below this 127 / absmax is no float32: the group counts as zero.
 TINY = 2.0**-120
 
@@ -55,15 +57,16 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty(rows, groups * group * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
     packed = packed.to(weight.device)
     scales = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
-    step = max(1, BLOCK // (groups * group))
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    step = max(1, TOGETHER // (groups * group))
     for start in range(0, rows, step):
         block = weight.detach()[start : start + step].float()
-        refuse_not_finite(block)
         cut = F.pad(block, (0, groups * group - features)).view(len(block), groups, group)
         scale = _scale(cut, bits)
+        if not torch.isfinite(scale).all():  # a group with a number that is not finite has no other scale
+            refuse_not_finite(weight)
         stored = scale.float()
-        low, high = (-8, 7) if bits == 4 else (-127, 127)
-        codes = torch.where(stored == 0, 0, cut / torch.where(stored == 0, 1, stored)).round().clamp(low, high)
+        codes = (cut / stored.masked_fill(stored == 0, torch.inf)).round_().clamp_(low, high)
         packed[start : start + step] = pack(codes.to(torch.int8).flatten(1), bits, group)
         scales[start : start + step] = scale.squeeze(-1)
     return packed, scales
@@ -72,7 +75,13 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 def _scale(cut: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return (cut.abs().amax(-1, keepdim=True) / 127).bfloat16()
-    return (cut.gather(-1, cut.abs().argmax(-1, keepdim=True)) / -8).bfloat16()
+    highest, lowest = cut.amax(-1, keepdim=True), cut.amin(-1, keepdim=True)
+    top = torch.where(highest > -lowest, highest, lowest)
+    ties = (highest == -lowest).squeeze(-1)
+    if ties.any():  # then the first of them counts
+        tied = cut[ties]
+        top[ties] = tied.gather(-1, tied.abs().argmax(-1, keepdim=True))
+    return (top / -8).bfloat16()
 
 
 def check_matrix(weight: Tensor) -> None:

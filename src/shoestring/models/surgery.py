@@ -92,7 +92,7 @@ def unfreeze_structure(model: nn.Module) -> None:
 
 
 def _refuse_if_frozen(model: nn.Module, action: str) -> None:
-    holder = next((getattr(m, _MARK) for m in model.modules() if hasattr(m, _MARK)), None)
+    holder = next((vars(m)[_MARK] for m in model.modules() if _MARK in vars(m)), None)
     if holder:
         raise ShoestringError(
             f"Cannot {action} in {type(model).__name__}: {holder} holds its parameters",

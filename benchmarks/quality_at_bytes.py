@@ -30,6 +30,7 @@ from shoestring.jobs._doors import open_model
 from shoestring.jobs.evaluate import heldout
 from shoestring.models import load, resolve, shape_of
 from shoestring.models.gguf_writing import write_gguf
+from shoestring.models.load import quiet
 from shoestring.planner.plan import room_for_weights
 
 LLAMA = r"""
@@ -91,7 +92,8 @@ def main() -> int:
             limit = room_for_weights(size, shape_of(source))
             step = Step("compress", chooser.name, catalog.module(chooser.name).within(limit))
             work = Work(Ledger(), place, train)
-            catalog.contract(chooser.room).apply(catalog.module(chooser.name), step, source, folder, work)
+            with quiet():
+                catalog.contract(chooser.room).apply(catalog.module(chooser.name), step, source, folder, work)
             seconds = time.process_time() - began
             own = sum(f.stat().st_size for f in folder.iterdir())
             found = {"bytes": size, "own_bytes": own, "llama.cpp": theirs, "ours": loss(open_model(folder).model, ids)}

@@ -13,7 +13,9 @@ How it works
     4. For `devices` it places each layer's experts: the heaviest first, each on the emptiest device, `replicas` more
        copies where the load of a copy is largest. Bytes of the all-to-all are 2 * pairs that leave their device *
        width * 2; with `capacity` a device turns away what exceeds that many times its even share of a pass.
-    5. beta = median of g_2 / g_1 of each layer: what leaves out about half of the second experts.
+    5. With `bits` on average over all experts, each gets 2 to 6: one bit more at a time where it lowers the sum of
+       (gates of the expert) * || W - Q_b(W) ||^2 / || W ||^2 most.
+    6. beta = median of g_2 / g_1 of each layer: what leaves out about half of the second experts.
 
 Where it bends
     A replay takes each token as a pass of its own, as one answer is decoded; several answers at once ask for more
@@ -36,6 +38,7 @@ from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
 from shoestring.core.step import Work
 from shoestring.methods.serving import _placement
+from shoestring.methods.serving._expert_bits import allocate, errors
 from shoestring.methods.serving._expert_guess import ByHistory, ByRouter, Predictor, fit_linear, recalls
 from shoestring.methods.serving._expert_replay import ORACLE, Together, replay
 from shoestring.methods.serving._expert_slots import POLICIES
@@ -85,6 +88,7 @@ class Meter:
         tokens: of the recording.
         slots: shares of all experts to replay caches of.
         compute_ms, load_ms: of one layer, and of one expert.
+        bits: on average, for what each layer's experts would get.
         devices: for the placement; `replicas` more copies of experts in each layer, `capacity` as in step 4.
     """
 
@@ -95,6 +99,7 @@ class Meter:
     devices: int = 4
     replicas: int = 2
     capacity: float = 1.25
+    bits: float = 4.0
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> Meter:
@@ -208,10 +213,12 @@ def measure(source: Path, options: Mapping[str, Any], work: Work) -> dict[str, A
     }  # fmt: skip
     recall = {name: recalls(guesser, second) for name, guesser in guessers.items()}
     betas = median_ratios(whole)
+    bits = allocate(errors(loaded.model, whole), meter.bits)
     layers = [
         {
             "layer": found[n].block, "experts": counts[n], "entropy": whole.entropy()[n], "repeats": whole.repeats()[n],
             **{f"recall by {name}": values[n] for name, values in recall.items()}, "beta": betas[n],
+            "bits": bits[n],
         }
         for n in range(trace.layers)
     ]  # fmt: skip

@@ -55,8 +55,8 @@ def main() -> None:
     words = []
     for row in vocabulary(seeds[0], given) if given.vocabulary else ():
         words.append(row)
-        figures = f"{row['bytes']:12,} bytes  perplexity {row['perplexity']:10.2f}"
-        print(f"{row['rule']:18} {row['where']:16} {figures}", flush=True)
+        said = f"{row['bytes']:12,} bytes  perplexity {row['perplexity']:10.2f}"
+        print(f"{row['rule']:18} {row['where']:16} {said}", flush=True)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         about = {"seeds": seeds, "epochs": given.epochs, "decay": given.decay, "threads": given.threads}

@@ -143,7 +143,7 @@ def run(arms: Arms) -> None:
     method = catalog.module("graphhash")
     split = recommender.split(recommender.movielens(), arms.seed)
     hasher = method.GraphHash(0.25, random_state=arms.seed).fit(split.train, held_out=split.held_out)
-    for suffix, epochs in (("", arms.size(2, 20)), ("-gcn", arms.size(1, 10))):
+    for suffix, epochs in (("", arms.size(1, 20)), ("-gcn", arms.size(1, 10))):
         for arm, rules in ARMS.items():
             if suffix and arm in ("full", "lsh"):
                 continue
@@ -192,12 +192,12 @@ def _tokens(arms: Arms, method: Any) -> None:
     loaded = arms.load(dtype="float32")
     model, tokenizer = loaded.model, loaded.tokenizer
     whole = model.get_input_embeddings()
-    examples = parts[0].examples[: arms.size(200, len(parts[0]))]
+    examples = parts[0].examples[: arms.size(400, len(parts[0]))]
     texts = ["\n".join(message["content"] for message in example.messages) for example in examples]
     ids = tokenizer(texts)["input_ids"]
     encoded = arms.docs(tokenizer, {"test": arms.size(1, 12)}, max_length=128)["test"].rows
     rows = [{**row, "labels": row["input_ids"]} for row in encoded]  # answers alone are too few to tell arms apart
-    size = len(tokenizer) // arms.size(64, 16)
+    size = len(tokenizer) // arms.size(40, 16)
     graph = method.token_graph(ids, len(tokenizer))
     counts = np.bincount(np.concatenate([np.asarray(i, np.int64) for i in ids]), minlength=len(tokenizer))
     clusters = method.GraphHash(size, tables="rows", random_state=arms.seed).fit(graph).table("rows")

@@ -15,8 +15,8 @@ from typing import Any
 from _peers import arguments, circumstances, keep, spread
 from shoestring.core import catalog
 from shoestring.jobs.at_work import at_work
-from shoestring.methods.mapping._compiler import APART, OURS
 from shoestring.methods.mapping._targets import TARGETS
+from shoestring.methods.mapping._templates import APART, OURS
 from shoestring.methods.mapping._timing import modelled
 from shoestring.models import resolve
 

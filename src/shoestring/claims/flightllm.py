@@ -11,9 +11,9 @@ from shoestring.jobs.evaluate import compare
 from shoestring.lab.arms import MODEL, Arms
 from shoestring.lab.rounded import matrices
 from shoestring.methods.mapping import _rtl, _sparse, _timing
-from shoestring.methods.mapping._compiler import APART, OURS, PUBLISHED, Schedule
 from shoestring.methods.mapping._ir import LLAMA2_7B
 from shoestring.methods.mapping._targets import TARGETS
+from shoestring.methods.mapping._templates import APART, OURS, PUBLISHED, Schedule
 from shoestring.models import resolve
 
 _CIRCUIT = (

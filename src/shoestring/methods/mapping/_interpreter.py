@@ -13,12 +13,14 @@ import numpy as np
 from shoestring.core.errors import ShoestringError
 from shoestring.methods.mapping import _isa as isa
 from shoestring.methods.mapping import _numbers as numbers
-from shoestring.methods.mapping._compiler import TILE, UNIT, WIDE, Program
+from shoestring.methods.mapping._compiler import Program
 from shoestring.methods.mapping._isa import Instruction
 from shoestring.methods.mapping._memory import ROW, SET, STRIPS
 from shoestring.methods.mapping._numbers import Array
+from shoestring.methods.mapping._prefill import TILE
 from shoestring.methods.mapping._sparse import from_nibbles, unpack
 from shoestring.methods.mapping._targets import BLOCK
+from shoestring.methods.mapping._templates import UNIT, WIDE
 
 _WIDTHS = {  # bytes that an address of a buffer counts
     "decode": {"A": ROW, "B": 16, "index": 128, "scale": 64, "N": 8},

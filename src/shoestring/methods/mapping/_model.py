@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from shoestring.methods.mapping import _numbers as numbers
-from shoestring.methods.mapping._compiler import OURS, Program, Schedule, buckets, compile_step
+from shoestring.methods.mapping._compiler import Program, buckets, compile_step
 from shoestring.methods.mapping._interpreter import Machine
 from shoestring.methods.mapping._ir import MATRICES, Network, network_of
 from shoestring.methods.mapping._memory import Memory, write
 from shoestring.methods.mapping._numbers import Array
 from shoestring.methods.mapping._sparse import Packed, pack
 from shoestring.methods.mapping._targets import BLOCK, Target
+from shoestring.methods.mapping._templates import OURS, Schedule
 
 
 @dataclass(eq=False)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from shoestring.core.errors import ShoestringError
 from shoestring.methods.mapping import _isa as isa
-from shoestring.methods.mapping._compiler import OURS, Matrices, Schedule, compile_step
+from shoestring.methods.mapping._compiler import compile_step
 from shoestring.methods.mapping._ir import Network
 from shoestring.methods.mapping._isa import Instruction
 from shoestring.methods.mapping._targets import BLOCK, Target
+from shoestring.methods.mapping._templates import OURS, Matrices, Schedule
 
 INSIDE = 128  # bytes a cycle between the global buffer and B or A
 _TWICE = ("softmax", "layernorm", "rmsnorm")  # reduce first, then pass again

@@ -43,12 +43,13 @@ import numpy as np
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
-from shoestring.methods.mapping._compiler import OURS, Matrices, Schedule, buckets, compile_step
+from shoestring.methods.mapping._compiler import buckets, compile_step
 from shoestring.methods.mapping._ir import MATRICES, Network, network_of
 from shoestring.methods.mapping._model import Accelerated, Reference, read
 from shoestring.methods.mapping._numbers import Array
 from shoestring.methods.mapping._sparse import Planned
 from shoestring.methods.mapping._targets import BLOCK, TARGETS, Target, target
+from shoestring.methods.mapping._templates import OURS, Matrices, Schedule
 from shoestring.methods.mapping._timing import Modelled, modelled
 
 METHOD = Method(

@@ -59,10 +59,9 @@ def trained(
     rate: float = 1e-3,
 ) -> Path:  # fmt: skip
     """The folder of an adapter of `method` for the default model, trained on all answers but the last `held`."""
-    source = Path(catalog.get(method).file).read_text(encoding="utf-8")
     recipe = {
         "method": method, "options": dict(options), "steps": steps, "seed": seed, "held": held, "rows": rows,
-        "length": length, "rate": rate, "version": _VERSION, "source": source,
+        "length": length, "rate": rate, "version": _VERSION,
     }  # fmt: skip
 
     def make(folder: Path) -> None:

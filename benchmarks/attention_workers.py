@@ -63,9 +63,9 @@ def local_arms(workers: int) -> dict[str, tuple[Any, ...]]:
         "one process, one core": (nullcontext, (), 1),
         "one process, all cores": (nullcontext, (), len(os.sched_getaffinity(0))),
         "workers": (nullcontext, (plug,), 1),
-        "workers, q with k and v": (nullcontext, (f"{plug},early=false",), 1),
+        "workers, early q": (nullcontext, (f"{plug},early=true",), 1),
         "workers, two batches": (nullcontext, (f"{plug},batches=2",), 1),
-        "workers, two batches, q with k and v": (nullcontext, (f"{plug},batches=2,early=false",), 1),
+        "workers, two batches, early q": (nullcontext, (f"{plug},batches=2,early=true",), 1),
     }
 
 

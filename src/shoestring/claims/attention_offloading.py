@@ -32,7 +32,7 @@ CLAIMS = (
         paper="no figure; the method changes where attention runs, not what it gives",
         here="as in `identical`, with float32 weights and q sent early: sums are merged in another order",
         measure="same",
-        arm="float32, one batch",
+        arm="float32, early",
         against="float32, one process",
         expect=">= 1.0",
     ),
@@ -41,7 +41,7 @@ CLAIMS = (
         paper="no figure; the same operations in another place",
         here=_HERE + "; share of answers that are those of one process, token for token, with q, k and v sent together",
         measure="same",
-        arm="together",
+        arm="one batch",
         against="one process",
         expect=">= 1.0",
     ),
@@ -68,8 +68,8 @@ CLAIMS = (
         paper="no figure alone; q is sent first, so that attention to earlier tokens overlaps with k and v",
         here=_HERE + "; median decoding step with q sent early beside q, k and v together",
         measure="step",
-        arm="one batch",
-        against="together",
+        arm="early",
+        against="one batch",
         expect="<= 1.0",
     ),
     Claim(
@@ -100,10 +100,10 @@ CLAIMS = (
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "one process": ("auto", ()),
     "one batch": ("auto", ("attention_offloading",)),
-    "together": ("auto", ("attention_offloading,early=false",)),
+    "early": ("auto", ("attention_offloading,early=true",)),
     "two batches": ("auto", ("attention_offloading,batches=2",)),
     "float32, one process": ("fp32", ()),
-    "float32, one batch": ("fp32", ("attention_offloading",)),
+    "float32, early": ("fp32", ("attention_offloading,early=true",)),
 }
 
 

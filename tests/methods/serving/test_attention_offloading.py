@@ -39,11 +39,11 @@ GREEDY = Sampling(max_tokens=16, ignore_eos=True)
 DRAWN = Sampling(max_tokens=12, ignore_eos=True, temperature=0.9, top_p=0.9, seed=4)
 ARMS = [
     "attention_offloading",
-    "attention_offloading,early=false",
-    "attention_offloading,workers=2",
-    "attention_offloading,workers=3",
-    "attention_offloading,workers=2,split=sequence,early=false",
-    "attention_offloading,workers=2,batches=2",
+    "attention_offloading,early=true",
+    "attention_offloading,workers=2,early=true",
+    "attention_offloading,workers=3,early=true",
+    "attention_offloading,workers=2,split=sequence",
+    "attention_offloading,workers=2,batches=2,early=true",
 ]
 
 
@@ -84,7 +84,7 @@ def test_logits_and_bfloat16_pages(model: Path) -> None:
     """Logits to 1e-4; bfloat16 pages are rounded as in one process, and may round another last bit the other way."""
     for cache, bound in (("fp32", 1e-4), ("bf16", 2e-3)):
         seen = []
-        for plugs in ([], ["attention_offloading"]):
+        for plugs in ([], ["attention_offloading,early=true"]):
             with answering.exact(model, plugs=plugs, cache_dtype=cache) as engine:
                 asked = replace(GREEDY, logprobs=5)
                 seen.append([c.logprobs for (c,) in engine.generate(PROMPTS[:4], asked)])
@@ -97,7 +97,7 @@ def test_logits_and_bfloat16_pages(model: Path) -> None:
 def test_without_early_q_nothing_differs_at_all(model: Path, word: str, cache: str) -> None:
     """The same kernel over the same pages: every bit is that of one process."""
     seen = []
-    for plugs in ([], ["attention_offloading,early=false" + word]):
+    for plugs in ([], ["attention_offloading" + word]):
         with answering.exact(model, plugs=plugs, cache_dtype=cache) as engine:
             seen.append([c.logprobs for (c,) in engine.generate(PROMPTS[:4], replace(GREEDY, logprobs=1))])
     assert seen[0] == seen[1]
@@ -161,7 +161,7 @@ def test_the_model_keeps_no_keys_and_the_worker_no_weights(model: Path) -> None:
 
 
 def test_bytes_are_those_of_the_formula(model: Path) -> None:
-    for word in ("attention_offloading", "attention_offloading,early=false", "attention_offloading,workers=2"):
+    for word in ("attention_offloading", "attention_offloading,early=true", "attention_offloading,workers=2"):
         with answering.exact(model, plugs=[word]) as engine:
             engine.generate([PROMPTS[20]] * 3, GREEDY)
             counts, facts = engine.counts(), engine.facts
@@ -171,12 +171,10 @@ def test_bytes_are_those_of_the_formula(model: Path) -> None:
             assert payload == bytes_per_step(facts, computed) == counts.plugged["attention_payload_bytes"]
             # (2 + 2 / G) e d B L with G = 2, d = 64
             assert payload == (2 + 2 / 2) * 4 * 64 * computed * facts.layers
-            messages, workers = (
-                (2 if "false" in word else 3) * facts.layers * counts.steps,
-                elsewhere(engine).config.count,
-            )
+            each = (3 if "early" in word else 2) * facts.layers + 1  # one says what the batch is
             greetings = 2 * 2  # HELLO and RESERVE with their answers
-            assert found["headers"] == _link.HEADER_BYTES * workers * (messages + counts.steps + greetings)
+            messages = elsewhere(engine).config.count * (each * counts.steps + greetings)
+            assert found["headers"] == _link.HEADER_BYTES * messages
 
 
 def test_a_worker_has_its_memory(model: Path) -> None:
@@ -237,7 +235,7 @@ def test_the_merge_is_the_softmax_over_both() -> None:
 def test_earlier_tokens_are_attended_to_before_keys_exist(model: Path, tmp_path: Path) -> None:
     with answering.exact(model) as engine:
         facts = engine.facts
-    config = AttentionOffloading(trace=str(tmp_path / "trace.json"), pin=False)
+    config = AttentionOffloading(early=True, trace=str(tmp_path / "trace.json"), pin=False)
     worker = Elsewhere(facts, config)
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((1, heads, facts.head_dim)).astype(np.float32) for heads in (4, 2, 2))

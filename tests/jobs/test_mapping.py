@@ -40,7 +40,7 @@ def test_options_reach_the_method(model: str) -> None:
     ("change", "words"),
     [
         ({"target": "u28"}, "Did you mean u280"), ({"method": "no-such"}, "unknown method no_such"),
-        ({"method": "lora"}, "lora maps nothing"), ({"tokens": 300}, "more than the context"),
+        ({"method": "lora"}, "lora maps nothing"), ({"tokens": 300}, "tokens are more than 256"),
         ({"options": {"colour": 1}}, "no option colour"),
     ],
 )  # fmt: skip

@@ -470,7 +470,7 @@ def test_buffers_that_are_too_small_are_named() -> None:
 def test_bad_requests_are_clear_errors(folder: Path) -> None:
     with pytest.raises(UsageError, match="no accelerator is called u2800. Did you mean u280"):
         target("u2800")
-    with pytest.raises(UsageError, match="more than the context of 256"):
+    with pytest.raises(UsageError, match="200 [+] 100 tokens are more than 256"):
         flightllm.mapped(folder, Config(), "u280", 200, 100)
     with pytest.raises(UsageError, match="at least 1"):
         flightllm.mapped(folder, Config(), "u280", 0, 1)

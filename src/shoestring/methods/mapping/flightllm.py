@@ -43,7 +43,7 @@ import numpy as np
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
-from shoestring.methods.mapping._compiler import buckets, compile_step
+from shoestring.methods.mapping._compiler import MOST, buckets, compile_step
 from shoestring.methods.mapping._ir import MATRICES, Network, network_of
 from shoestring.methods.mapping._model import Accelerated, Reference, read
 from shoestring.methods.mapping._numbers import Array
@@ -156,9 +156,13 @@ def mapped(source: Path, config: FlightLLMConfig, name: str, prompt: int, tokens
 
 def estimated(of: Network, config: FlightLLMConfig, board: Target, prompt: int, tokens: int) -> dict[str, Any]:
     """`mapped` for a network that is known by its numbers alone."""
-    limit = of.context // BLOCK * BLOCK
+    limit = min(of.context, MOST) // BLOCK * BLOCK
     if prompt + tokens > limit:
-        raise UsageError(f"{prompt} + {tokens} tokens are more than the context of {limit}", remedy="Choose fewer")
+        raise UsageError(
+            f"{prompt} + {tokens} tokens are more than {limit}",
+            f"the model's context is {of.context}, and an instruction counts {MOST} positions",
+            "Choose fewer",
+        )
     matrices, watts = config.matrices(of), config.watts or board.watts
     step = buckets("prefill", prompt, limit)
     prefill = modelled(of, board, "prefill", step, matrices, schedule=config.schedule)

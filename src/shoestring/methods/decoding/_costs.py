@@ -36,6 +36,7 @@ class Costs:
         self._base: list[float] = whole.tolist()
         self._slope = max((known[-1] - known[-4]) / (SIZES[-1] - SIZES[-4]), 0.0)
         self._factors = [1.0] * len(SIZES)
+        self._seen = [2] * len(SIZES)  # what was measured first counts like so many passes
         self._first = seconds is None
 
     def of(self, tokens: int) -> float:
@@ -55,7 +56,9 @@ class Costs:
             return
         own = self._place(tokens)
         ratio = min(ratio, 2 * self._factors[own])  # a pass that was held up says little
-        self._factors = [f + (_OWN if i == own else _OTHERS) * (ratio - f) for i, f in enumerate(self._factors)]
+        self._seen[own] += 1
+        rate = max(_OWN, 1 / self._seen[own])
+        self._factors = [f + (rate if i == own else _OTHERS) * (ratio - f) for i, f in enumerate(self._factors)]
 
     @staticmethod
     def _place(tokens: int) -> int:

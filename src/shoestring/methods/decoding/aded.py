@@ -18,8 +18,8 @@ How it works
        tokens, and s the seconds of the search, the draft is the n that maximises                               (eq. 5)
            (1 + A(n)) / (cost(1 + n) + s)
        and nothing where that is not two hundredths better than 1 / cost(1). So it is a chain where branches do not pay,
-       and nothing where guesses do not come true. What is not drafted is still compared with what comes, so that
-       drafting begins again where it pays.
+       and nothing where guesses do not come true. What is not drafted is still compared with what comes, and now and
+       then two nodes are drafted to see what a pass costs by now, so that drafting begins again where it pays.
     6. One pass over all nodes verifies: each sees the past and its own ancestors, at the position of its depth. A token
        is drawn at a node, under all of its request's settings, and where it is one of the node's children the walk goes
        on there. So every token is drawn from the model's own distribution, and as a draw depends on seed, answer and
@@ -71,6 +71,7 @@ METHOD = Method(
 )
 _MARGIN = 1.02  # how much better than no draft a draft must look
 _UNLIKELY = 0.02  # a node that is reached less often is not looked at
+_RARELY, _RAREST, _FEW = 64, 1024, 2  # passes without a draft until some nodes are drafted to see what a pass costs
 _HALF = 512  # guesses of a kind after which old ones count half
 
 
@@ -352,6 +353,10 @@ class AdedDrafter:
         self._answers, self._others, self._luck = 1, 0.0, 0.0  # of the latest pass, for what the next will be like
         self._search = 1e-4  # seconds that a search lately took
         self._drafting = 0.0  # seconds of this step so far
+        self._idle, self._patience = (
+            0,
+            _RARELY,
+        )  # passes since the latest draft, and how many of them until one is tried
         self._total = dict.fromkeys(
             ("passes", "drafts", "nodes", "tokens", "searches", "drafting", "seconds", "plain"), 0.0
         )
@@ -377,6 +382,7 @@ class AdedDrafter:
             if tokens > answers + nodes:
                 return  # prompts were computed as well
             self.costs.observe(tokens, seconds)
+            self._idle = 0 if nodes else self._idle + 1
             rest = (answers - 1) / answers
             self._answers, self._others, self._luck = answers, nodes * rest, accepted * rest
             total["passes"] += 1
@@ -424,7 +430,8 @@ class AdedDrafter:
         view = table.view(owner, tokens[-2], tokens[-1]) if len(tokens) > 1 else None
         if view is None:
             return Draft()
-        if not (config.always or self._may_pay(view, rates.rates)):
+        try_out = self._idle >= self._patience
+        if not (config.always or try_out or self._may_pay(view, rates.rates)):
             # Nothing to verify, but the first guesses are compared with what comes.
             expected.guesses = Guesses(list(view.tokens), [-1] * len(view.tokens), list(view.kinds), [])
             return Draft()
@@ -436,7 +443,8 @@ class AdedDrafter:
             self._total["searches"] += 1
         expected.guesses = guesses
         draft = self._chosen(guesses, rates.rates, limit)
-        self._search += 0.05 * (time.perf_counter() - began - self._search)
+        taken = min(time.perf_counter() - began, 4 * self._search)  # a search that was held up says little
+        self._search += 0.05 * (taken - self._search)
         return draft
 
     def _plain(self) -> tuple[float, int]:
@@ -470,7 +478,12 @@ class AdedDrafter:
             order = self._chain(parents, order)
         order = order[: min(limit, config.nodes)]
         if not config.always:
-            order = order[: self._paying([reach[n] for n in order])]
+            paying = self._paying([reach[n] for n in order])
+            if paying:
+                self._patience = _RARELY
+            elif order and self._idle >= self._patience:  # costs may not be what they were
+                paying, self._patience, self._idle = _FEW, min(2 * self._patience, _RAREST), 0
+            order = order[:paying]
         at = {node: i for i, node in enumerate(order)}
         at[-1] = -1
         return Draft(tuple(guesses.tokens[n] for n in order), tuple(at[parents[n]] for n in order))

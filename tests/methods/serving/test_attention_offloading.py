@@ -30,9 +30,14 @@ from shoestring.methods.serving import _link, attention_offloading
 from shoestring.methods.serving._attention_worker import Share, Worker, kept_tokens, merge
 from shoestring.methods.serving._link import Link, Lost, inherited, pair
 from shoestring.methods.serving._offload_planner import DEVICES, LLAMA3_70B, Load, least_bandwidth, plan
-from shoestring.methods.serving._placeholder_cache import attach
 from shoestring.methods.serving._splitter import split
-from shoestring.methods.serving.attention_offloading import AttentionOffloading, Elsewhere, bytes_per_step, shares
+from shoestring.methods.serving.attention_offloading import (
+    AttentionOffloading,
+    Elsewhere,
+    attach,
+    bytes_per_step,
+    shares,
+)
 
 PROMPTS = [[3 + (i * 7 + j * (3 + i % 5)) % 60 for j in range(3 + i % 37)] for i in range(50)]
 GREEDY = Sampling(max_tokens=16, ignore_eos=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from shoestring.engine.runner import BLOCK, Batch, Facts
 from shoestring.engine.torch_attention import Through
 from shoestring.models import shape_of
 
-if TYPE_CHECKING:
-    from shoestring.methods.serving.attention_offloading import AttentionOffloading, Elsewhere
-
 NAME = "offloaded"  # of this attention in transformers' registries
 _UNKNOWN = {"softcap": "capped scores", "s_aux": "sinks", "position_bias": "biased scores", "alibi": "biased scores"}
 
@@ -28,7 +25,7 @@ _UNKNOWN = {"softcap": "capped scores", "s_aux": "sinks", "position_bias": "bias
 class Placeholder(Through):
     """The cache that `generate` is given: it counts tokens and holds none."""
 
-    def __init__(self, elsewhere: Elsewhere, sequences: int, length: int) -> None:
+    def __init__(self, elsewhere: Any, sequences: int, length: int) -> None:
         super().__init__()
         self.elsewhere, self.sequences, self.most = elsewhere, sequences, length
         self.length = 0  # of every sequence, the pass that is under way included
@@ -73,18 +70,19 @@ class Placeholder(Through):
 
 
 @contextmanager
-def attach(model: Any, config: AttentionOffloading, *, sequences: int = 8, length: int = 1024) -> Iterator[Placeholder]:
+def attach(
+    model: Any, start: Callable[[Facts], Any], *, sequences: int = 8, length: int = 1024
+) -> Iterator[Placeholder]:
     """Inside, the model's attention is computed by workers; give `generate` or a call the cache as `past_key_values`.
 
     Args:
         model: causal, of transformers, whose attention passes through transformers' attention interface.
+        start: makes the attention worker of a model with these facts.
         sequences, length: room in the workers, in answers and tokens of each.
 
     Raises:
         UsageError: another kind of model, or one whose attention a worker does not know.
     """
-    from shoestring.methods.serving.attention_offloading import Elsewhere
-
     shape = shape_of(model)
     facts = Facts(
         family=shape.family, layers=shape.layers, hidden=shape.hidden, vocab=shape.vocab, heads=shape.heads,
@@ -92,7 +90,7 @@ def attach(model: Any, config: AttentionOffloading, *, sequences: int = 8, lengt
         block_bytes=shape.kv_bytes(BLOCK, 4), precision="", backend="torch",
     )  # fmt: skip
     before, training = model.config._attn_implementation, model.training
-    elsewhere = Elsewhere(facts, config)
+    elsewhere = start(facts)
     model.eval()
     model.set_attn_implementation(NAME)
     cache = Placeholder(elsewhere, sequences, length)

@@ -196,7 +196,7 @@ def attach(model: Any, config: AttentionOffloading | None = None, **sizes: int) 
     """A transformers model's attention elsewhere; see `_placeholder_cache.attach`."""
     from shoestring.methods.serving._placeholder_cache import attach as attached
 
-    return attached(model, config or example(), **sizes)
+    return attached(model, lambda facts: Elsewhere(facts, config or example()), **sizes)
 
 
 # ---- the attention of an engine ----

@@ -253,7 +253,7 @@ def mixtures(model: nn.Module) -> tuple[Mixture, ...]:
             config = getattr(model, "config", None)
             chosen = next((n for n in (getattr(config, word, 0) for word in EXPERTS_CHOSEN) if n), 0)
         tensors = tuple(n for n, p in experts.named_parameters(recurse=False) if len(p) == count)
-        if not isinstance(chosen, int) or not 0 < chosen <= count:
+        if not isinstance(chosen, int) or chosen < 1:
             _unknown_mixture(model, f"{type(router).__name__} does not say how many experts a token meets")
         router_name = next(n for n, module in model.named_modules() if module is router)
         found.append(Mixture(place, router_name, name, int(count), int(chosen), tensors))

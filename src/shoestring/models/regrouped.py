@@ -135,6 +135,8 @@ def _build(model: Any, config: Any) -> None:
             if mapped:
                 made.__class__ = _mapped(kind)
                 made.targets = list(to)
+            else:
+                made.stacked_experts = True  # for `models.anatomy`, which would not take a single one for a stack
             if getattr(made, "config", None) is own:
                 made.config = config  # what is switched for the whole model, such as how experts are computed
             surgery.replace_module(model, name, made)

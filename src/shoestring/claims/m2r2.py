@@ -1,4 +1,4 @@
-"""M2R2: a fast stream trained on the model's own answers, against the slow stream, a plain exit head and fewer steps."""
+"""M2R2: a fast stream trained on the model's own answers, against a plain exit head, fewer steps and plain decoding."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-_KEPT, _SHARE = 32, 0.9  # measurements that count, and how many of them an estimate must cover
+_KEPT, _SHARE = 64, 0.97  # measurements that count, and how many of them an estimate must cover
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _CONTEXTS = 512  # tokens of a context bucket
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoestring.core.errors import UsageError
+from shoestring.engine.gates import unnamed
 from shoestring.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from shoestring.models.tensors import floats, open_safetensors
 
 if TYPE_CHECKING:
+    from shoestring.engine.hooks import Draft, Verified
     from shoestring.engine.runner import Runner
     from shoestring.engine.sequence import Sequence as Answer
 
@@ -78,6 +80,27 @@ class ConfidentExit:
         logits = self.heads.logits(layer, hidden)
         sure = self.heads.confidence(layer, logits) >= self.threshold
         return [row if leaves else False for row, leaves in zip(logits, sure)]
+
+
+class HeadDraft(ConfidentExit):
+    """Guesses by the first head at most `length` tokens, while it is as sure as `threshold`; whole passes verify."""
+
+    def __init__(self, heads: ExitHeads, length: int, threshold: float) -> None:
+        first = heads.layers[0]
+        super().__init__(ExitHeads({first: heads.heads[first]}, heads.runner), threshold)
+        self.length = length
+
+    def propose(self, answer: Answer, limit: int) -> Draft:
+        return unnamed(min(self.length, limit))
+
+    def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
+        pass
+
+    def guess(self, hidden: Any, answers: Sequence[Answer]) -> tuple[list[int], list[bool]]:
+        (layer,) = self.layers
+        logits = self.heads.logits(layer, hidden)
+        sure = self.heads.confidence(layer, logits) >= self.threshold
+        return [int(token) for token in logits.argmax(-1)], [bool(one) for one in sure]
 
 
 def gates_in(folder: Path) -> tuple[int, ...]:

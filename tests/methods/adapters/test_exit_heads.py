@@ -144,6 +144,15 @@ def test_serving_leaves_early_below_a_threshold_and_never_at_one(trained: tuple[
     assert left == sorted(left) and left[-1] > left[0]
 
 
+@pytest.mark.parametrize("sampling", [answering.GREEDY, answering.DRAWN], ids=["greedy", "drawn"])
+def test_drafts_below_the_gate_change_nothing(trained: tuple[Any, Path, Path], sampling: Any) -> None:
+    _, folder, base = trained
+    with exact(base) as plain, exact(base, plugs=[f"exit_heads,heads={folder},exact=true,sure=0"]) as engine:
+        assert answers(engine, sampling) == answers(plain, sampling)
+        counts = engine.counts()
+        assert 0 < counts.accepted_draft_tokens < counts.draft_tokens
+
+
 def test_an_untrained_gate_is_refused(tmp_path: Path, trained: tuple[Any, Path, Path]) -> None:
     wrapped().save_pretrained(str(tmp_path))
     with pytest.raises(UsageError, match="never trained"):

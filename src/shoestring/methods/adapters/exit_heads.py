@@ -62,7 +62,7 @@ METHOD = Method(
         "acts_on": "activation",
         "merges": "no",
         "parameters": "gates (2 r d + d + 1)",
-        "plugs": "exit",
+        "plugs": "exit, drafter",
     },
     expects={
         "check_learns": "the loss is a divergence from the model itself, next to nothing for a tiny random one",
@@ -102,16 +102,25 @@ class ExitHeadsPlug:
     Attributes:
         heads: the adapter's folder.
         threshold: calibrated confidence from which a token leaves; 1 is never.
+        exact: draft with the layers below the first gate instead, and verify; the answer is that of plain decoding.
+        length: most tokens of a draft.
+        sure: confidence below which a draft goes no further.
     """
 
     heads: str = ""
     threshold: float = 0.9
+    exact: bool = False
+    length: int = 4
+    sure: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.heads:
             raise UsageError("exit_heads needs heads=FOLDER", remedy="`shoestring train --method exit_heads` makes one")
-        if not 0 <= self.threshold <= 1:
-            raise UsageError(f"threshold={self.threshold} is not a confidence", remedy="Give 0 to 1; 1 is never")
+        for name in ("threshold", "sure"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not a confidence", remedy="Give 0 to 1")
+        if self.length < 1:
+            raise UsageError(f"length={self.length} drafts nothing", remedy="Give at least 1")
 
 
 PLUG = ExitHeadsPlug
@@ -202,12 +211,17 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
 
 
 def plug(config: ExitHeadsPlug, opened: Opened) -> Hooks:
-    """Tokens leave at the first gate that is sure enough.
+    """Tokens leave at the first gate that is sure enough, or are drafted below it.
 
     Raises:
         UsageError: gates of another model, or a folder without any.
     """
-    from shoestring.engine.exits import ConfidentExit, read_exits
+    from shoestring.engine.exits import ConfidentExit, HeadDraft, read_exits
+    from shoestring.engine.gates import SelfDraftDecoder
     from shoestring.engine.hooks import Hooks
 
-    return Hooks(exit=ConfidentExit(read_exits(Path(config.heads), opened.runner), config.threshold))
+    heads = read_exits(Path(config.heads), opened.runner)
+    if not config.exact:
+        return Hooks(exit=ConfidentExit(heads, config.threshold))
+    both = HeadDraft(heads, config.length, config.sure)
+    return Hooks(exit=both, drafter=both, decoder=SelfDraftDecoder)

@@ -1,13 +1,16 @@
 // Attention over pages of keys and values. A register holds the same dimension of many keys, so that scores need no sums
 // across lanes. Keys are taken in spans of SPAN slots counted from slot 0, softmax is exact inside a span, and spans are
-// merged in order: a token's result does not depend on what is computed beside it.
+// merged in order: a token's result does not depend on what is computed beside it. A node of a token tree counts as
+// standing in the slot of its depth, where it comes to stand when it is accepted, so that it gets the bits of plain decoding.
 #include "kernels.h"
 #include "lanes.h"
 #include "number.h"
 
 namespace {
 
-constexpr int64_t SPAN = 256, SPAN_PAGES = SPAN / SK_PAGE;
+constexpr int64_t SPAN = 256;
+// Slots after a span that nodes of a tree, whose depth is less than their number, may fill and yet count as inside.
+constexpr int64_t BEYOND = 96, WIDTH = SPAN + BEYOND;
 constexpr int ROWS = LANES == 16 ? 12 : 4;  // queries together: keys and values are widened once for all of them
 constexpr int KEYS = 2;                     // registers of keys together
 constexpr int FETCHED = ROWS - 1;           // so few queries wait for memory; more of them find it in a cache
@@ -16,8 +19,8 @@ constexpr int64_t MOST_DIM = 512;
 
 struct Rows {  // some queries while they pass over the spans
   alignas(64) float q[ROWS][MOST_DIM + 16];  // times scale and log2(e)
-  alignas(64) float score[ROWS][SPAN];     // then the weight of each value
-  alignas(64) int32_t seen[ROWS][SPAN];    // -1 where a key is visible, else 0; filled where slots alone do not tell
+  alignas(64) float score[ROWS][WIDTH];    // then the weight of each value
+  alignas(64) int32_t seen[ROWS][WIDTH];   // -1 where a key is visible, else 0; filled where slots alone do not tell
   alignas(64) float sum[ROWS][MOST_DIM];   // of weighted values
   float highest[ROWS], total[ROWS];
   int64_t limit[ROWS];  // slots before this one may be visible
@@ -26,7 +29,7 @@ struct Rows {  // some queries while they pass over the spans
 constexpr int64_t AHEAD = 4;  // pages whose keys are fetched in advance: pages are too short for the hardware to see a stream
 
 struct Span {
-  const uint8_t* heads[SPAN_PAGES + AHEAD];
+  const uint8_t* heads[WIDTH / SK_PAGE + AHEAD];
   int64_t first, keys;  // slots
 };
 
@@ -106,11 +109,31 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
   }
 }
 
+// How deep a token of a tree stands: how many of its chunk it descends from.
+int64_t depth_of(const SkAttention& a, int64_t token) {
+  int64_t depth = 0;
+  for (int64_t at = a.parents[token]; at >= 0; at = a.parents[at]) ++depth;
+  return depth;
+}
+
+// Adds the weights of a token and of its ancestors in the chunk to the lanes of the slots that they count as standing in.
+void add_line(const SkAttention& a, const Span& span, int64_t token, const float* score, float* lanes) {
+  int64_t depth = depth_of(a, token);
+  for (int64_t at = token; at >= 0; at = a.parents[at], --depth) {
+    const int64_t slot = a.context + depth - span.first, key = a.context + at - span.first;
+    if (slot < 0 || slot >= SPAN || key >= span.keys) continue;
+    lanes[slot % 16] += score[key];
+  }
+}
+
 // Scores of one query become weights relative to the span's highest score; the span joins the running maximum and total.
 // Gives what the earlier sum and this span's values are multiplied with.
-void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool masked, float& before, float& now) {
+void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t token, float& before, float& now) {
+  const SkPageLayout& layout = *a.layout;
+  const bool masked = a.parents || a.window > 0;
   float* score = rows.score[r];
-  const int32_t left = int32_t(rows.limit[r] - span.first < SPAN ? rows.limit[r] - span.first : SPAN);
+  const int32_t left = int32_t(rows.limit[r] - span.first < span.keys ? rows.limit[r] - span.first : span.keys);
+  const int32_t own = a.parents ? int32_t(a.context - span.first < span.keys ? a.context - span.first : span.keys) : left;
   Ints lane;
   for (int64_t i = 0; i < LANES; ++i) lane[i] = int32_t(i);
   Floats highest = Floats{} + LOWEST;
@@ -135,16 +158,19 @@ void weigh(const SkPageLayout& layout, const Span& span, Rows& rows, int r, bool
     Floats weight = s - top;
     power_of_two(weight);
     weight = s == -__builtin_inff() ? Floats{} : weight;
-    total[key / LANES % (16 / LANES)] += weight;
-    if (layout.type == SK_CACHE_INT8) {
-      Floats scale;
-      read(span.heads[key / SK_PAGE] + layout.scales + SK_PAGE * 4 + key % SK_PAGE * 4, scale);
-      weight *= scale;
-    }
+    total[key / LANES % (16 / LANES)] += lane + int32_t(key) < own ? weight : Floats{};
     write(score + key, weight);
   }
   float lanes[16], sum = 0;
   for (int64_t i = 0; i < 16 / LANES; ++i) write(lanes + i * LANES, total[i]);
+  if (a.parents && span.keys > own) add_line(a, span, token, score, lanes);
+  if (layout.type == SK_CACHE_INT8)
+    for (int64_t key = 0; key < span.keys; key += LANES) {
+      Floats weight, scale;
+      read(score + key, weight);
+      read(span.heads[key / SK_PAGE] + layout.scales + SK_PAGE * 4 + key % SK_PAGE * 4, scale);
+      write(score + key, weight * scale);
+    }
   for (int i = 0; i < 16; ++i) sum += lanes[i];
   const float old = rows.highest[r], joint = top > old ? top : old;
   Floats both{};
@@ -186,7 +212,7 @@ void values(const SkPageLayout& layout, const Span& span, Rows& rows, int64_t di
         }
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
-          for (int d = 0; d < D; ++d) sum[r][d] += x[d] * weight[r * SPAN + i];
+          for (int d = 0; d < D; ++d) sum[r][d] += x[d] * weight[r * WIDTH + i];
       }
     }
   }
@@ -204,11 +230,13 @@ bool look(const SkAttention& a, const Span& span, int64_t token, int32_t* seen) 
   const int64_t end = span.first + span.keys, rounded = (span.keys + KEYS * LANES - 1) / (KEYS * LANES) * (KEYS * LANES);
   for (int64_t key = 0; key < rounded; ++key)
     seen[key] = span.first + key < (a.parents ? a.context : a.context + token + 1) ? -1 : 0;
-  if (a.parents)
-    for (int64_t at = token; at >= 0; at = a.parents[at]) {
-      const int64_t slot = a.context + at;
-      if (slot >= span.first && slot < end) seen[slot - span.first] = -1;
+  if (a.parents) {
+    int64_t depth = depth_of(a, token);
+    for (int64_t at = token; at >= 0; at = a.parents[at], --depth) {
+      const int64_t slot = a.context + depth - span.first, key = a.context + at;
+      if (slot >= 0 && slot < SPAN && key < end) seen[key - span.first] = -1;
     }
+  }
   if (a.window > 0)
     for (int64_t key = 0; key < span.keys; ++key) {
       // Another thread may be writing the chunk's own positions into the page.
@@ -243,8 +271,9 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
   for (int64_t first = 0; first < most; first += SPAN) {
     Span span;
     span.first = first;
-    span.keys = most - first < SPAN ? most - first : SPAN;
-    for (int64_t p = 0; p < SPAN_PAGES + AHEAD; ++p) {
+    const int64_t reach = a.parents && a.context < first + SPAN ? WIDTH : SPAN;  // what lies beyond is then the chunk's own
+    span.keys = most - first < reach ? most - first : reach;
+    for (int64_t p = 0; p < (span.keys + 2 * SK_PAGE - 1) / (2 * SK_PAGE) * 2 + AHEAD; ++p) {
       const int64_t page = first / SK_PAGE + p, last = (most - 1) / SK_PAGE;
       span.heads[p] = a.head + int64_t(a.table[page < last ? page : last]) * layout.bytes;
     }
@@ -255,7 +284,7 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
     }
     scores<R, TYPE>(layout, span, rows);
     float before[R], now[R];
-    for (int r = 0; r < R; ++r) weigh(layout, span, rows, r, masked, before[r], now[r]);
+    for (int r = 0; r < R; ++r) weigh(a, span, rows, r, a.first + (row + r) / group, before[r], now[r]);
     constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
     int64_t dim = 0;
     for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, TYPE>(layout, span, rows, dim, before, now);

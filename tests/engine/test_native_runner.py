@@ -417,3 +417,31 @@ def test_the_gguf_file_is_near_its_conversion() -> None:
 
 
 assert VOCAB == 96
+
+
+@pytest.mark.parametrize("cache", ["bf16", "int8", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_nodes_of_a_tree_get_the_bits_of_plain_decoding(saved: Callable[..., Path], family: str, cache: str) -> None:
+    """Whatever stands between a node and its ancestors, also where the tree crosses the end of a span of 256 slots."""
+    runner = opened(saved(family, max_position_embeddings=1024), cache_dtype=cache)
+    runner.reserve(128)
+    rng = np.random.default_rng(3)
+    for held in (5, 31, 200, 245, 250, 255, 256, 500, 511):
+        prompt, size = text(held, seed=held), 24
+        tokens = text(size, seed=1)
+        parents = [-1, *(int(rng.integers(max(i - 4, 0), i)) for i in range(1, size))]
+        depths = [0] * size
+        for i, parent in enumerate(parents):
+            depths[i] = depths[parent] + 1 if parent >= 0 else 0
+        table, other = pages(held + size), pages(held + size, 64)
+        logits(runner, Part(prompt, table))
+        tree = logits(runner, Part(tokens, table, held, parents, [held + d for d in depths]))
+        for node in (size - 1, size - 2, size // 2):
+            line = [node]
+            while parents[line[0]] >= 0:
+                line.insert(0, parents[line[0]])
+            logits(runner, Part(prompt, other))
+            alone = [logits(runner, Part([tokens[n]], other, held + d))[0] for d, n in enumerate(line)]
+            for n, row in zip(line, alone):
+                assert np.array_equal(tree[n], row), (held, n, line)
+    runner.close()

@@ -31,9 +31,10 @@ Where it bends
     than 24 nodes. The authors learn from the last 16 tokens of a prompt, as `prompts=false` does; otherwise the window
     passes over the whole prompt once. Their sampling draws anew for each leaf and keeps the luckiest path, which
     over-represents what is drafted; step 6 does not. Tables are separate between clients whose cached prompts are: how
-    fast an answer comes must not tell what others wrote. In bfloat16 a pass over a tree rounds otherwise than a pass
-    over one token, so that near ties may fall otherwise; in float32, and for chains on the native runner, they do not.
-    Under transformers' `generate`, neither batches nor models with sliding windows or recurrent layers.
+    fast an answer comes must not tell what others wrote. On the native runner a node gets the bits of plain decoding,
+    in every number format; elsewhere a pass over several tokens rounds otherwise than one over one, and in bfloat16
+    near ties may fall otherwise. Under transformers' `generate`, neither batches nor models with sliding windows or
+    recurrent layers.
 """
 
 from __future__ import annotations

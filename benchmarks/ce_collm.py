@@ -1,11 +1,12 @@
 """An edge and a cloud beside the cloud alone: tokens asked for, bytes up, the cloud's passes, agreement, time a token.
 
-    python benchmarks/ce_collm.py --heads FOLDER [--rate 10e6] [--delay 0.04] [--prompts 8] [--rounds 3] [--json FILE]
+    python benchmarks/ce_collm.py [--heads FOLDER] [--rate 10e6] [--delay 0.04] [--prompts 8] [--rounds 3] [--json FILE]
 
-FOLDER holds two trained exit heads (`shoestring train smollm2 --method exit_heads --data ... --out ...`). Edge and
-cloud are one process each way over a cable of this many bits a second and this delay each way. Every threshold is an
-arm; that of 1 is the cloud alone, "again" what sending all states for each token would cost, "edge alone" has no cloud.
-Agreement is with what the whole model says after the same text.
+FOLDER holds two trained exit heads (`shoestring train smollm2 --method exit_heads --data ... --out ...`); without one
+they are trained now, on the default model's own answers, and kept. Edge and cloud are one process each way over a cable
+of this many bits a second and this delay each way. Every threshold is an arm; that of 1 is the cloud alone, "again"
+what sending all states for each token would cost, "edge alone" has no cloud. Agreement is with what the whole model
+says after the same text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shoestring.core import catalog
 from shoestring.engine.engine import Engine
 from shoestring.engine.exits import gates_in
 from shoestring.engine.request import Sampling
+from shoestring.lab.exits import trained
 from shoestring.lab.split import SlowLink, cloud
 
 METHOD = catalog.module("ce_collm")
@@ -31,7 +33,7 @@ ASKED = (
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--heads", required=True)
+    parser.add_argument("--heads")
     parser.add_argument("--rate", type=float, default=10e6)
     parser.add_argument("--delay", type=float, default=0.04)
     parser.add_argument("--prompts", type=int, default=len(ASKED))
@@ -39,6 +41,7 @@ def main() -> int:
     parser.add_argument("--thresholds", default="1,0.9,0.8,0.6,0.5,0.3")
     parser.add_argument("--transfer", default="fp16")
     given = parser.parse_args()
+    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 150, 0)
     arms = [*map(float, given.thresholds.split(",")), "edge alone"]
     report: dict[str, Any] = {"circumstances": circumstances(given.threads), "arms": {}}
     found: dict[str, list[dict[str, float]]] = {str(arm): [] for arm in arms}

@@ -1,10 +1,11 @@
 """Drafts by a model's own lower layers: a fast stream and a plain head behind the same layer, beside plain decoding.
 
-    python benchmarks/self_speculation.py --streams FOLDER --heads FOLDER [--prompts 6] [--rounds 3] [--json FILE]
+    python benchmarks/self_speculation.py [--streams FOLDER] [--heads FOLDER] [--prompts 6] [--rounds 3] [--json FILE]
 
-The folders are those that `shoestring train` makes with --method m2r2 and --method exit_heads, trained alike, with the
-same first gate. Accepted tokens are counted on the same prompts and the torch runner; times are of whole answers, one
-at a time. The head is also run on the native runner, beside plain decoding there.
+Without folders both are trained now, on the default model's own answers, and kept. Given ones are those that
+`shoestring train` makes with --method m2r2 and --method exit_heads, trained alike, with the same first gate. Accepted
+tokens are counted on the same prompts and the torch runner; times are of whole answers, one at a time. The head is also
+run on the native runner, beside plain decoding there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from _peers import arguments, circumstances, keep, ratios, shown, spread, turns
 from shoestring.engine.engine import Engine
 from shoestring.engine.request import Sampling
+from shoestring.lab.exits import trained
 
 ASKED = (
     "Write a short story about a lighthouse.", "Explain rain to a child.", "Give three facts about bees.",
@@ -25,13 +27,15 @@ ASKED = (
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--streams", required=True)
-    parser.add_argument("--heads", required=True)
+    parser.add_argument("--streams")
+    parser.add_argument("--heads")
     parser.add_argument("--prompts", type=int, default=len(ASKED))
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--sure", type=float, default=0.3)
     given = parser.parse_args()
+    given.streams = given.streams or trained("m2r2", {"gates": [10], "r": 48}, 200, 0)
+    given.heads = given.heads or trained("exit_heads", {"gates": [10], "r": 256}, 200, 0)
     more = f"exact=true,length={given.length},sure={given.sure}"
     arms: dict[str, tuple[str, list[str]]] = {
         "torch, plain": ("torch", []),

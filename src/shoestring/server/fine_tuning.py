@@ -45,6 +45,7 @@ class FineTuning:
         self._jobs: dict[str, _Job] = {}
         self._tuner: Tuner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # what is told is acted upon in the order in which it was told
         for about in (folder / "jobs").glob("*/job.json"):
             job = _Job.read(about.parent)
             self._jobs[job.id] = job
@@ -231,6 +232,10 @@ class FineTuning:
 
     async def _checkpoint(self, job: _Job, told: Told, path: Path) -> None:
         name = f"{job.name}:ckpt-step-{told.step}"
+        async with self._turn:
+            await self._keep(job, told, name, path)
+
+    async def _keep(self, job: _Job, told: Told, name: str, path: Path) -> None:
         for old, folder in list(job.served.items()):
             if not (job.folder / folder).is_dir():
                 job.served.pop(old)
@@ -240,6 +245,12 @@ class FineTuning:
         job.checkpoint(told, name)
 
     async def _finish(self, job: _Job, told: Told, path: Path) -> None:
+        async with self._turn:
+            await self._succeed(job, told, path)
+
+    async def _succeed(self, job: _Job, told: Told, path: Path) -> None:
+        if job.shown["status"] not in _OPEN:  # it was cancelled while its last checkpoint was loaded
+            return
         if not await self._serve(job, job.name, path):
             self._fail(job, "The adapter could not be loaded", None)
             return

@@ -488,12 +488,10 @@ class Pass:
                 normed = rms(x, norm, frozen.model.epsilon)
             h = normed.detach()
             peak = torch.full((len(rows),), -math.inf)
-            total, chosen, best = (
-                torch.zeros(len(rows)),
-                torch.zeros(len(rows)),
-                torch.zeros(len(rows), dtype=torch.int64),
-            )
-            mean = torch.zeros_like(h)  # of the head's rows, by their probabilities
+            # Of all tokens but the wanted one: added later and taken away again, it would leave nothing but rounding
+            # where the model is nearly sure of it.
+            others, mean = torch.zeros(len(rows)), torch.zeros_like(h)
+            chosen, best = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
             first = 0
             while first < vocab:
                 yield Unit("loss")
@@ -511,19 +509,21 @@ class Pass:
                 new = torch.maximum(peak, high)
                 shrink = (peak - new).exp()
                 parts = logits.sub_(new[:, None]).exp_()
-                total = total * shrink + parts.sum(1)
+                parts[inside, own[inside]] = 0
+                others = others * shrink + parts.sum(1)
                 if self.train:
                     mean.mul_(shrink[:, None]).addmm_(parts, head)
                     if self.count:
                         self.count.note(logits.nbytes + head.nbytes)
                 peak, first = new, last
                 self.did = most
+            total = others + (chosen - peak).exp()
             self.totals.loss += float((peak + total.log() - chosen).sum(dtype=torch.float64))
             self.totals.right += int((best == wanted).sum())
             self.totals.targets += len(rows)
             if grown is not None:
                 target = torch.from_numpy(weights.head.rows_of(wanted.numpy()))
-                dh = (mean / total[:, None] - target) * (scale / self.targets)
+                dh = (mean - others[:, None] * target) / total[:, None] * (scale / self.targets)
                 (dx,) = torch.autograd.grad(normed, x, dh)
                 grown[rows] = dx
             begin += len(rows)

@@ -337,7 +337,8 @@ def test_settings_that_cannot_be(model: Path, heads: Path, change: dict[str, Any
 
 @pytest.mark.parametrize("after", [0, 6, 9])
 def test_a_cloud_without_layers(model: Path, after: int) -> None:
-    with pytest.raises(UsageError, match="after=|There are no layers"), cloud(model, front, replace(CeCollmConfig(), after=after)):
+    missing = pytest.raises(UsageError, match="after=|There are no layers")
+    with missing, cloud(model, front, replace(CeCollmConfig(), after=after)):
         pass
 
 

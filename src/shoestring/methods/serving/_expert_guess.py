@@ -93,7 +93,8 @@ class ByLinear:
         except Exception as error:  # what safetensors raises has no common base
             raise UsageError(f"{file} is no trained predictor", str(error)) from None
         wanted = [(width + 1, counts[(layer + 1) % len(counts)]) for layer in range(len(counts))]
-        if len(found) != len(counts) or [tuple(found.get(str(layer), torch.empty(0)).shape) for layer in range(len(counts))] != wanted:
+        shapes = [tuple(found.get(str(layer), torch.empty(0)).shape) for layer in range(len(counts))]
+        if len(found) != len(counts) or shapes != wanted:
             raise UsageError(f"{file} was trained for another model", remedy="Train one on a recording of this model")
         return cls([found[str(layer)] for layer in range(len(counts))], guesses, confidence)
 

@@ -34,8 +34,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--sure", type=float, default=0.3)
     given = parser.parse_args()
-    given.streams = given.streams or trained("m2r2", {"gates": [10], "r": 48}, 200, 0)
-    given.heads = given.heads or trained("exit_heads", {"gates": [10], "r": 256}, 200, 0)
+    given.streams = given.streams or trained("m2r2", {"gates": [10], "r": 48}, 150, 0)
+    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 150, 0)
     more = f"exact=true,length={given.length},sure={given.sure}"
     arms: dict[str, tuple[str, list[str]]] = {
         "torch, plain": ("torch", []),

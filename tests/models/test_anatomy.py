@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import PROJECTIONS
 from shoestring.models import inspect
-from shoestring.models.anatomy import closing_norms, features, is_projection
+from shoestring.models.anatomy import closing_norms, features, halves, is_projection
 
 _SPLIT, _FUSED = {"q", "k", "v", "o"}, {"qkv", "o"}
 ROLES = {
@@ -40,6 +40,20 @@ def test_causal(family: str) -> None:
     assert model.get_submodule(anatomy.head) is model.get_output_embeddings()
     assert anatomy.final_norm and not any(anatomy.final_norm.startswith(b.name) for b in anatomy.blocks)
     assert anatomy.embeddings_tied == bool(model.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_a_block_has_two_halves_be_the_second_plain_or_a_mixture(family: str) -> None:
+    for block in inspect(tiny(family)).blocks:
+        found = halves(block)
+        assert found["attention"].module == f"{block.name}.self_attn"
+        assert found["mlp"].module == f"{block.name}.mlp"
+        assert [half.norm for half in found.values()] == [n for n in block.norms if n.count(".") == 3]
+
+
+def test_a_block_with_more_norms_has_no_halves() -> None:
+    with pytest.raises(UsageError, match="with a norm before each"):
+        halves(inspect(tiny("gemma2")).blocks[0])
 
 
 @pytest.mark.parametrize("family", sorted({**CAUSAL, **MASKED, **SEQ2SEQ}))

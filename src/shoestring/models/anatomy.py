@@ -159,7 +159,8 @@ class Absent(nn.Module):
 
 @dataclass(frozen=True)
 class Half:
-    """The attention or the MLP of a block that normalises before each: full names of the module and of its norm."""
+    """The attention or the MLP, plain or of experts, of a block that normalises before each: full names of the module
+    and of its norm."""
 
     module: str
     norm: str
@@ -174,8 +175,9 @@ def halves(block: Block) -> dict[str, Half]:
     children = dict(block.module.named_children())
     norms = [name for name, child in children.items() if is_norm(child) or isinstance(child, nn.Identity)]
     found: dict[str, str] = {}
-    for part, role in (("attention", "o"), ("mlp", "down")):
-        inside = block.projections.get(role, "").removeprefix(block.name + ".").partition(".")[0]
+    own = {"mlp" if key == "down" or key.startswith("expert") else key: n for key, n in block.projections.items()}
+    for part, role in (("attention", "o"), ("mlp", "mlp")):
+        inside = own.get(role, "").removeprefix(block.name + ".").partition(".")[0]
         gone = [name for name, child in children.items() if isinstance(child, Absent) and child.part == part]
         found[part] = inside or (gone[0] if gone else "")
     if len(norms) != 2 or len(children) != 4 or not all(found.values()):

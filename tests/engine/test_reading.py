@@ -42,21 +42,29 @@ def load(config: Settings, folder: Path, *, dtype: str, trust_remote_code: bool)
     return found
 
 
+def load_more(config: Settings, folder: Path, *, read: Any = models.load, **options: Any) -> models.Loaded:
+    found: models.Loaded = read(folder, **options)
+    found.model.more = getattr(found.model, "scaled", 0) + config.shift
+    return found
+
+
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = ModuleType("reading")
     module.__dict__.update(
         {"example": Settings, "load": load, "plug": lambda config, opened: Hooks(weights=Beside(opened.runner.model))}
     )
+    adding = ModuleType("adding")
+    adding.__dict__.update({"example": Settings, "load": load_more, "plug": lambda config, opened: Hooks()})
     methods = {
         name: Method(
             Paper("A paper", "2024-01"), "Settings", ("memory",), traits={"plugs": "weights"}, room="serving",
             name=name, words=("plug", "load"),
         )
-        for name in ("reading", "again")
+        for name in ("reading", "again", "adding")
     }  # fmt: skip
     monkeypatch.setattr(catalog, "methods", lambda: methods)
-    monkeypatch.setattr(catalog, "module", lambda name: module)
+    monkeypatch.setattr(catalog, "module", lambda name: adding if name == "adding" else module)
     yield
 
 
@@ -75,3 +83,11 @@ def test_one_method_at_most_reads_it(tmp_path: Path) -> None:
         answering.exact(folder, plugs=["reading", "again"])
     with pytest.raises(UsageError, match="Use the torch runner"):
         answering.exact(folder, plugs=["reading"], runner="native")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_that_adds_is_given_what_another_reads(tmp_path: Path, order: int) -> None:
+    folder = answering.folder(tmp_path)
+    for words, more in ((["reading,shift=3", "adding,shift=4"], 7), (["adding,shift=4"], 4)):
+        with answering.exact(folder, plugs=words[::order]) as engine:
+            assert engine.runner.model.more == more  # type: ignore[attr-defined]

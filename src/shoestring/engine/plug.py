@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core import catalog
@@ -81,18 +82,28 @@ def configured(name: str, options: dict[str, Any]) -> Any:
 def loader(words: Sequence[str]) -> Callable[..., Any] | None:
     """How the one of the methods named by `words` that defines `load` reads a model; None where none does.
 
+    A `load` with a parameter `read` adds to a model: it is given how the other one reads it.
+
     Raises:
         UsageError: an unknown method or option, or two that would read the model.
     """
     found: dict[str, Callable[..., Any]] = {}
+    adding: list[Callable[..., Any]] = []
     for word in words:
         name, options = spelled(word)
         method = method_for(name)
         if "load" in method.words:
-            found[name] = partial(catalog.module(method.name).load, configured(method.name, options))
+            load = partial(catalog.module(method.name).load, configured(method.name, options))
+            if "read" in signature(load).parameters:
+                adding.append(load)
+            else:
+                found[name] = load
     if len(found) > 1:
         raise UsageError(f"{' and '.join(found)} cannot be plugged in together", "each reads the model in its own way")
-    return next(iter(found.values()), None)
+    read = next(iter(found.values()), None)
+    for load in adding:
+        read = partial(load, read=read) if read else load
+    return read
 
 
 def span(words: Sequence[str]) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from shoestring.server.door import Door
 from shoestring.server.errors import bad, body, on_http_error, on_invalid, on_refused
 from shoestring.server.keys import Client
 from shoestring.server.metrics import CONTENT_TYPE
+from shoestring.server.report import Report, together
 from shoestring.server.sampling import check
 from shoestring.server.service import Service
 from shoestring.server.settings import names
@@ -37,10 +38,16 @@ _NOTHING_LEAVES: Any = {"tracing": False, "metrics": False, "logs": False, "oper
 
 def build(service: Service) -> ASGIApp:
     """The application: routes behind the door."""
+    return _behind_door(routes(service), service)
+
+
+def routes(service: Service) -> FastAPI:
+    """The routes alone, for requests that have passed a door."""
     app = FastAPI(
         title="shoestring",
         version=__version__,
         docs_url=None,  # that page loads scripts from elsewhere
+        openapi_url=None if service.settings.replicas > 1 else "/openapi.json",  # theirs describes all routes
         redoc_url=None,
         redirect_slashes=False,
         responses=_ERRORS,
@@ -53,7 +60,7 @@ def build(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.router.route_class = JsonRoute
-    if not service.settings.fronted:
+    if not service.settings.forwards:
         _answers(app, service)
         _tokens(app, service)
         _adapters(app, service)
@@ -61,10 +68,14 @@ def build(service: Service) -> ASGIApp:
         files.add_routes(app, service, _answer)
         fine_tuning.add_routes(app, service, _answer)
     _about(app, service)
-    if service.settings.fronted:
+    if service.settings.forwards:
         from shoestring.server.front import Guard
 
         app.mount("/", Guard(service))  # every other address is the front's
+    return app
+
+
+def _behind_door(app: FastAPI, service: Service) -> ASGIApp:
     health = next(route for route in app.routes if getattr(route, "path", "") == "/health")
     guarded: ASGIApp = Door(app, service, health)
     if service.settings.allowed_origins:
@@ -219,15 +230,20 @@ def _about(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(service.metrics.text(await _reports(service)), media_type=CONTENT_TYPE)
 
     @app.get("/v1/ledger")
     async def ledger() -> Response:
-        return _json(status(service))
+        return _json(together(status(service), await _reports(service)))
 
     @app.get("/", response_class=Response)
     async def status_page() -> Response:
         return Response(page.html(), media_type="text/html", headers=page.HEADERS)
+
+
+async def _reports(service: Service) -> list[Report] | None:
+    """How those stand that answer for this process; None where it answers itself."""
+    return await service.front.reports() if hasattr(service.front, "reports") else None
 
 
 def _models(service: Service) -> list[dict[str, Any]]:

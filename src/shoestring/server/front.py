@@ -24,7 +24,9 @@ _POINT = "front"
 def opened(settings: Settings) -> ASGIApp:
     """The application that `--front` names, or that plays `--role`.
 
-    It may have `stats() -> dict[str, float]`, shown at /metrics, and a coroutine `close()`, awaited at the end.
+    It may have `stats() -> dict[str, float]`, shown at /metrics; `health() -> str`, "ready" or another word of
+    Service.health; a coroutine `reports()`, how processes stand that answer for this one, as `report.Report`; and a
+    coroutine `close()`, awaited at the end.
 
     Raises:
         UsageError: an unknown method or option, or what the method refuses.

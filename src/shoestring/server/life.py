@@ -100,9 +100,36 @@ def http_server(service: Service) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
+def open_engine(s: Settings) -> AsyncEngine:
+    """The engine that the settings ask for, beside an event loop.
+
+    Raises:
+        UsageError: a model that cannot be opened, or what cannot be plugged in.
+    """
+    from shoestring.engine.aio import AsyncEngine
+    from shoestring.engine.engine import Engine
+
+    engine = Engine(
+        s.model,
+        runner=s.runner,
+        dtype=s.dtype,
+        cache_dtype=s.kv_dtype,
+        memory=s.cache_bytes,
+        max_sequences=s.max_num_seqs,
+        max_step_tokens=s.max_step_tokens,
+        context=s.max_model_len,
+        threads=s.threads,
+        adapters=s.adapters,
+        plugs=s.plugs,
+        prefix_cache=not s.no_prefix_cache,
+        trust_remote_code=s.trust_remote_code,
+    )
+    return AsyncEngine(engine)
+
+
 @dataclass
 class _Loading:
-    """Opens the engine in a thread of its own."""
+    """Opens the engine, or what answers in its place, in a thread of its own."""
 
     settings: Settings
     engine: AsyncEngine | None = None
@@ -119,27 +146,12 @@ class _Loading:
                 from shoestring.server.front import opened
 
                 self.front = opened(self.settings)
-                return
-            from shoestring.engine.aio import AsyncEngine
-            from shoestring.engine.engine import Engine
+            elif self.settings.replicas > 1:
+                from shoestring.server.replicas import started
 
-            s = self.settings
-            engine = Engine(
-                s.model,
-                runner=s.runner,
-                dtype=s.dtype,
-                cache_dtype=s.kv_dtype,
-                memory=s.cache_bytes,
-                max_sequences=s.max_num_seqs,
-                max_step_tokens=s.max_step_tokens,
-                context=s.max_model_len,
-                threads=s.threads,
-                adapters=s.adapters,
-                plugs=s.plugs,
-                prefix_cache=not s.no_prefix_cache,
-                trust_remote_code=s.trust_remote_code,
-            )
-            self.engine = AsyncEngine(engine)
+                self.front = started(self.settings)
+            else:
+                self.engine = open_engine(self.settings)
         except BaseException as error:
             self.error = error
         finally:
@@ -184,6 +196,7 @@ class _Life:
         if self.loading.error is not None:
             raise self.loading.error
         if self.loading.front is not None:
+            self._hear_signals()  # again: what it has started may have taken them
             self.service.open_front(self.loading.front)
             return
         assert self.loading.engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -11,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 
 from shoestring.core import probes
 from shoestring.server.histogram import REQUEST, TOKEN, TOKENS, WAIT, Histogram
+from shoestring.server.report import Report, labelled
 
 if TYPE_CHECKING:
     from shoestring.engine.request import Usage
@@ -64,9 +65,12 @@ class Metrics:
                 each = (usage.last_token - usage.first_token) / (usage.completion_tokens - 1)
                 add("request_time_per_output_token_seconds", each)
 
-    def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
-        return bytes(generate_latest(self))  # type: ignore[arg-type]
+    def text(self, reports: Sequence[Report] | None = None) -> bytes:
+        """Everything in Prometheus' text format, with what those report that answer for this process."""
+        found: Iterable[Metric] = self.collect()
+        if reports is not None:
+            found = labelled(found, reports, f"{self._service.settings.metrics_prefix}:")
+        return bytes(generate_latest(_Collected(found)))  # type: ignore[arg-type]
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus' client asks a collector for."""
@@ -124,6 +128,16 @@ class Metrics:
         yield joules
         yield _gauge("resident_memory_bytes", "Memory of this process", probes.resident() or 0)
         yield _gauge("peak_rss_bytes", "Memory of this process at its highest", probes.high_water() or 0)
+
+
+class _Collected:
+    """What `generate_latest` takes for a registry."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 def _gauge(name: str, about: str, value: float) -> Metric:

@@ -43,7 +43,9 @@ class Service:
         self.state = "loading"
         self.names = names(settings.served_model_name)
         self.gate = Gate(
-            settings.max_num_seqs + settings.queue, settings.key_concurrency, settings.key_requests_per_minute
+            settings.replicas * (settings.max_num_seqs + settings.queue),
+            settings.key_concurrency,
+            settings.key_requests_per_minute,
         )
         self.meter = Meter()
         self.metrics = Metrics(self)
@@ -57,7 +59,7 @@ class Service:
     def open_front(self, front: Any) -> None:
         """From now on requests are answered, by others."""
         self.front = front
-        self.names = self.names or [self.settings.title]
+        self.names = self.names or list(getattr(front, "names", ())) or [self.settings.title]
         if self.state == "loading":
             self.state = "ready"
 
@@ -103,6 +105,8 @@ class Service:
             return "failing"
         if engine is not None and engine.busy and time.monotonic() - engine.last_step > self.settings.stall_seconds:
             return "stalled"
+        if self.state == "ready" and hasattr(self.front, "health"):
+            return str(self.front.health())
         return self.state
 
     def pick(self, model: str) -> str:

@@ -47,6 +47,7 @@ class Settings:
         plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
         role: this server's part of a model that several serve, as edge or cloud, with ROLE,OPTION=VALUE,...
         cloud: where an edge finds its cloud, as http://HOST:PORT.
+        replicas: engines in processes of their own behind this address; needs Ray Serve.
         front: a method that answers in front of other servers, with no MODEL of its own, as NAME,OPTION=VALUE,...
         fine_tune: folder for uploaded files, fine-tuning jobs and their checkpoints; off by default.
         ttft: milliseconds that a request may wait for its first token because of fine-tuning.
@@ -102,6 +103,7 @@ class Settings:
     plug: tuple[str, ...] = ()
     role: str = ""
     cloud: str = ""
+    replicas: int = 1
     front: str = ""
     fine_tune: str = ""
     ttft: float = 1000.0
@@ -157,6 +159,13 @@ class Settings:
             if engine or self.model != type(self).model:
                 asked = f"--{engine[0]}" if engine else self.model
                 raise UsageError(f"{asked} needs an engine, and --front has none", remedy="Give one of the two")
+        if self.replicas > 1:
+            alone = [name for name in ("front", "role", "fine_tune") if getattr(self, name)]
+            if alone:
+                raise UsageError(
+                    f"--{_flag(alone[0])} is for one process, and --replicas {self.replicas} are several",
+                    remedy="Give one of the two",
+                )
         for name in (*names(self.served_model_name), *self.adapters):
             if not name.isprintable() or len(name) > 200:
                 raise UsageError(f"{name!r} cannot name a model", remedy="Use at most 200 printable characters")
@@ -186,6 +195,11 @@ class Settings:
         """The method that answers in place of an engine, as NAME,OPTION=VALUE,...; empty for an engine."""
         kind, word = self._part()
         return word if kind == "front" else self.front
+
+    @property
+    def forwards(self) -> bool:
+        """Whether answers come from elsewhere than an engine in this process."""
+        return bool(self.fronted) or self.replicas > 1
 
     def _part(self) -> tuple[str, str]:
         """How `--role` is played, "plug" or "front", and by what method with what options; empty without one."""

@@ -19,8 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import save_file
-from serving import Process, command, error_of, events
-from toy import TEMPLATE, tokenizer
+from serving import Process, command, error_of, events, tiny_llama
 
 from shoestring import cli
 
@@ -28,31 +27,7 @@ from shoestring import cli
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a few thousand weights with the toy's tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    folder.mkdir()
-    config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=258, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=True, eos_token_id=257,
-        bos_token_id=256, torch_dtype="float32",
-    )  # fmt: skip
-    draw = np.random.default_rng(0)
-    weight = lambda rows, cols: draw.normal(0, 0.1, (rows, cols)).astype(np.float32)
-    tensors = {"model.embed_tokens.weight": weight(258, 64), "model.norm.weight": np.ones(64, np.float32)}
-    for layer in range(2):
-        name = f"model.layers.{layer}"
-        for part, rows, cols in (
-            ("self_attn.q", 64, 64), ("self_attn.k", 32, 64), ("self_attn.v", 32, 64), ("self_attn.o", 64, 64),
-            ("mlp.gate", 96, 64), ("mlp.up", 96, 64), ("mlp.down", 64, 96),
-        ):  # fmt: skip
-            tensors[f"{name}.{part}_proj.weight"] = weight(rows, cols)
-        for part in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{name}.{part}.weight"] = np.ones(64, np.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(tokenizer().json)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
-    return folder
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def ask(process: Process, **fields: Any) -> Any:

@@ -125,13 +125,12 @@ class Replica:
         return [message async for messages in self.answer(sent) for message in messages]
 
     async def report(self) -> Report:
+        if self._error:
+            raise self._error
         from ray import serve
 
         from shoestring.server.report import report
 
-        if self._error:
-            error = self._error
-            raise type(error)(error.what, error.why, error.remedy)
         return report(self._service, str(serve.get_replica_context().rank.rank))
 
     async def check_health(self) -> None:

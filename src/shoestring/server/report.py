@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ _OWN = ("energy_joules", "resident_memory_bytes", "peak_rss_bytes")  # of every 
 
 @dataclass(frozen=True)
 class Report:
-    """One process: its number, what it has at /v1/ledger, its metrics, and the tokens that its cache holds."""
+    """One process: its number, its id, what it has at /v1/ledger, its metrics, the tokens that its cache holds."""
 
     name: str
+    pid: int
     ledger: dict[str, Any]
     metrics: list[Metric]
     cache_tokens: int
@@ -32,7 +34,8 @@ def report(service: Service, name: str) -> Report:
 
     engine = service.loaded
     assert engine
-    return Report(name, status(service), list(service.metrics.collect()), engine.counts().blocks_total * BLOCK)
+    cache = engine.counts().blocks_total * BLOCK
+    return Report(name, os.getpid(), status(service), list(service.metrics.collect()), cache)
 
 
 def together(own: dict[str, Any], reports: Sequence[Report] | None) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def together(own: dict[str, Any], reports: Sequence[Report] | None) -> dict[str,
         "adapters": first["adapters"],
         "model": first["model"],
         "tokens": _sum(ledger["tokens"] for ledger in ledgers),
-        "replicas": [{"replica": report.name, **report.ledger} for report in reports],
+        "replicas": [{"replica": report.name, "pid": report.pid, **report.ledger} for report in reports],
     }
 
 

@@ -45,10 +45,12 @@ def asked(path: str, client: str, body: bytes) -> Ask:
     """
     try:
         given = json.loads(body)
+        return _asked(path, client, given) if isinstance(given, dict) else Ask()
     except (ValueError, RecursionError):
         return Ask()
-    if not isinstance(given, dict):
-        return Ask()
+
+
+def _asked(path: str, client: str, given: dict[str, Any]) -> Ask:
     if path.endswith("/embeddings"):
         return Ask(prompt=len(_text(given.get("input"))))
     if path.endswith("/chat/completions"):

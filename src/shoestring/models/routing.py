@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shoestring.core.errors import UsageError
 from shoestring.models.anatomy import mixtures
+from shoestring.models.streams import rows_of
 
 _KIND = "shoestring-routing"
 
@@ -174,7 +175,7 @@ def attach(model: nn.Module, *, hidden: bool = False, most: int | None = None) -
 
         def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], layer: int = layer) -> None:
             x, choices, gates = (*args, *named.values())[:3]
-            recorder.see(layer, x, choices, gates)
+            recorder.see(layer, *(rows_of(part, 0) for part in (x, choices, gates)))
 
         handles.append(model.get_submodule(mixture.experts).register_forward_pre_hook(look, with_kwargs=True))
     return recorder, handles

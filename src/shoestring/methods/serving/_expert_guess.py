@@ -14,6 +14,7 @@ from shoestring.core.errors import UsageError
 from shoestring.methods.serving._expert_replay import Together
 from shoestring.models.anatomy import route
 from shoestring.models.routing import Recorder
+from shoestring.models.streams import rows_of
 
 # (layer, what its router read [tokens, width], the experts it chose [tokens, k]) -> (later layer, expert, how sure),
 # the surest first. Layers are counted among those with experts; the one after the last is the first of the next token.
@@ -34,7 +35,7 @@ class ByHistory:
         self._choices: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, hidden: Tensor, choices: Tensor) -> list[tuple[int, int, float]]:
-        layers = len(self.together.counts)
+        layers, choices = len(self.together.counts), rows_of(choices, 0)
         earlier = self._choices.get((layer - self.together.ahead) % layers)
         if earlier is not None and len(earlier) == len(choices) and (layer >= self.together.ahead or len(choices) == 1):
             for before, now in zip(earlier.tolist(), choices.tolist()):
@@ -47,8 +48,8 @@ class ByHistory:
 class ByRouter:
     """What the routers of the next layers say of the present hidden state.
 
-    The stream changes little from one layer to the next. Behind the last layer comes the next token, of which a router
-    knows nothing: there `after` guesses.
+    The stream changes little from one layer to the next; of several side by side the one furthest ahead is asked.
+    Behind the last layer comes the next token, of which a router knows nothing: there `after` guesses.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ByRouter:
 
     @torch.no_grad()
     def __call__(self, layer: int, hidden: Tensor, choices: Tensor) -> list[tuple[int, int, float]]:
-        behind = list(self.after(layer, hidden, choices))
+        behind, hidden = list(self.after(layer, hidden, choices)), rows_of(hidden, -1)
         found: list[tuple[int, int, float]] = []
         for later in range(layer + 1, min(layer + 1 + self.ahead, len(self.routers))):
             sure = route(self.routers[later], hidden)[0].float().softmax(-1).amax(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,23 +75,32 @@ def fit(
     method: str, options: Mapping[str, Any], steps: int, seed: int, *, held: int = 16, rows: int = 4, length: int = 96,
     rate: float = 1e-3,
 ) -> PeftModel:  # fmt: skip
-    """AdamW on stretches of `length` tokens that the seed chooses, a tenth of the steps to warm up, then to zero."""
+    """A new adapter after `learn` on stretches of `length` tokens that the seed chooses."""
     torch.manual_seed(seed)
     loaded = models.load(MODEL)
     model: Any = catalog.contract("adapters").wrap(catalog.module(method), loaded.model, dict(options)).train()
     texts = [prompt + answer for prompt, answer in own_answers()[: -held or None]]
-    draw = random.Random(seed)
+    draw, pad = random.Random(seed), loaded.tokenizer.pad_token_id or 0
+
+    def batch() -> tuple[Tensor, Tensor]:
+        ids = stretches(draw.sample(texts, rows), length, draw, pad)
+        return ids, ids.masked_fill(ids == pad, -100)
+
+    return learn(model, batch, steps, rate)
+
+
+def learn(model: Any, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float = 1e-3) -> Any:
+    """AdamW on what is still free, a tenth of the steps to warm up, then to zero; `batch` gives ids and labels."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     warm = max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        ids = stretches(draw.sample(texts, rows), length, draw, loaded.tokenizer.pad_token_id or 0)
-        labels = ids.masked_fill(ids == (loaded.tokenizer.pad_token_id or 0), -100)
+        ids, labels = batch()
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def stretches(texts: list[list[int]], length: int, draw: random.Random, pad: int) -> Tensor:

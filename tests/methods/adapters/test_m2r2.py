@@ -16,6 +16,8 @@ from shoestring.lab import answering, tiny
 from shoestring.lab.answering import DRAWN, GREEDY, PROMPTS, answers, exact
 from shoestring.methods.adapters._exits import whole_pass
 from shoestring.methods.adapters.m2r2 import StreamBlock
+from shoestring.models.anatomy import mixtures, route
+from shoestring.models.streams import side_by_side
 
 WIDE: dict[str, Any] = {"num_hidden_layers": 4, "initializer_range": 0.2}
 
@@ -236,6 +238,137 @@ def test_two_streams_cost_less_than_two_passes() -> None:
 
     assert seconds(both) < 1.6 * seconds(start)
     runner.close()
+
+
+# ---- through mixtures of experts ----
+
+
+def spread(**options: Any) -> Any:
+    """A tiny mixture of 4 layers with 8 experts, two of which a token meets, with a fast stream."""
+    base = catalog.module("expert_offloading").base(initializer_range=0.2)
+    torch.manual_seed(0)
+    return catalog.contract("adapters").wrap(catalog.module("m2r2"), base, {"gates": [2, 3], "r": 16, **options})
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """As `trained`, of a mixture."""
+    model = spread()
+    train(model, 30)
+    folder = tmp_path_factory.mktemp("fast")
+    model.save_pretrained(str(folder))
+    make = catalog.module("expert_offloading").base
+    return model.eval(), folder, answering.folder(tmp_path_factory.mktemp("mixture"), make)
+
+
+def met(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """What the experts are called with while both streams pass, one call a block below the last gate."""
+    calls: list[Any] = []
+    parts = [model.get_submodule(found.experts) for found in mixtures(model)]
+    handles = [part.register_forward_pre_hook(lambda _, given: calls.append(given)) for part in parts]
+    with torch.no_grad():
+        model.base_model.fast("default", {"input_ids": ids})
+    for handle in handles:
+        handle.remove()
+    return calls[len(parts) :]
+
+
+def test_through_a_mixture_it_starts_as_the_slow_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, passed = spread().eval(), tiny.batch(2, 20), []
+    both = StreamBlock.both
+    monkeypatch.setattr(StreamBlock, "both", lambda self, *given: passed.append(both(self, *given)) or passed[-1])
+    found, *_ = model.base_model.fast("default", {"input_ids": ids})
+    assert len(passed) == 3 and all(torch.equal(x[:, :20], x[:, 20:]) for x in passed)
+    for gate, fast in found.items():
+        assert torch.allclose(fast, slow(model, ids)[gate], atol=1e-5)
+
+
+def test_through_a_mixture_it_learns_and_the_model_stays(mixed: tuple[Any, Path, Path]) -> None:
+    model = spread()
+    before = tiny.logits(model.eval())
+    losses = train(model.train(), 30)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert not any(p.requires_grad for m in mixtures(model) for p in model.get_submodule(m.router).parameters())
+    assert torch.equal(before, tiny.logits(model.eval()))
+
+
+def test_both_streams_meet_the_same_experts(mixed: tuple[Any, Path, Path]) -> None:
+    """In plain torch: p + experts(m; choices and gates of the slow stream) + B m."""
+    model, ids = mixed[0], tiny.batch(2, 9)
+    block, layer = model.base_model.model.model.layers[0], model.base_model.layers("default")[0]
+    out: list[Any] = []
+    handle = block.mlp.experts.register_forward_hook(lambda *given: out.append(given[-1]))
+    calls = met(model, ids)
+    handle.remove()
+    for x, choices, gates in calls:
+        x, choices, gates = (part.unflatten(0, (2, 2, 9)) for part in (x, choices, gates))
+        assert torch.equal(choices[:, 0], choices[:, 1]) and torch.equal(gates[:, 0], gates[:, 1])
+        assert not torch.allclose(x[:, 0], x[:, 1], atol=1e-2)
+    m, slow_m = (calls[0][0].unflatten(0, (2, 2, 9))[:, i] for i in (1, 0))
+    with torch.no_grad():
+        _, gates, choices = route(block.mlp.gate, slow_m.flatten(0, 1))
+        wanted = block.mlp.experts(m.flatten(0, 1), choices, gates).unflatten(0, (2, 9))
+        assert torch.allclose(out[1].unflatten(0, (2, 2, 9))[:, 1], wanted, atol=1e-5)
+        with side_by_side(9):
+            both = layer.feeds(torch.cat([slow_m, m], 1))
+        assert torch.allclose(both[:, 9:], wanted + layer.mlp["default"](m), atol=1e-5)
+
+
+def test_an_mlp_may_answer_with_more_than_states(trained: tuple[Any, Path, Path], monkeypatch: Any) -> None:
+    layer, x = trained[0].base_model.layers("default")[0], torch.randn(1, 6, 64)
+    with torch.no_grad(), side_by_side(3):
+        wanted, plain = layer.feeds(x), layer.plain_mlp
+        monkeypatch.setattr(layer, "plain_mlp", lambda x: (plain(x), "logits"))
+        found, more = layer.feeds(x)
+    assert torch.equal(found, wanted) and more == "logits"
+
+
+def both_plugs(mixed: tuple[Any, Path, Path], **options: Any) -> Engine:
+    word = ",".join([f"m2r2,streams={mixed[1]}", *(f"{k}={v}" for k, v in options.items())])
+    return exact(mixed[2], plugs=["expert_offloading,slots=6,confidence=0", word])
+
+
+def test_experts_come_and_go_and_answers_stay(mixed: tuple[Any, Path, Path]) -> None:
+    with exact(mixed[2]) as plain:
+        wanted, drawn = answers(plain), answers(plain, DRAWN)
+    with both_plugs(mixed, threshold=1) as engine:
+        assert answers(engine) == wanted and answers(engine, DRAWN) == drawn
+        counts = engine.counts().plugged
+        assert counts["expert_slots"] == 6 and counts["expert_misses"] > 0
+    with both_plugs(mixed, exact="true", sure=0) as engine:
+        assert answers(engine) == wanted
+        assert engine.counts().draft_tokens > 0
+
+
+def test_the_fast_stream_is_asked_for_the_experts_to_come(mixed: tuple[Any, Path, Path]) -> None:
+    model, _, _ = mixed
+    with both_plugs(mixed, threshold=1) as engine:
+        owner, seen = engine.hooks.weights, []
+        plain = owner.predictor  # type: ignore[union-attr]
+        owner.predictor = lambda *given: seen.append((given[0], given[1], list(plain(*given)))) or seen[-1][2]  # type: ignore[union-attr]
+        (text,) = answers(engine, GREEDY, PROMPTS[:1])
+    told = met(model, torch.tensor([[*PROMPTS[0], *text]]))
+    rows = len(PROMPTS[0]) + len(text)
+    routers = [model.get_submodule(found.router) for found in mixtures(model)]
+    decoding = [entry for entry in seen if len(entry[1]) == (1 if entry[0] == 3 else 2)]
+    assert len(decoding) == 4 * (len(text) - 1)
+    for number, (layer, x, guesses) in enumerate(decoding):
+        if layer < 3:
+            at = len(PROMPTS[0]) + number // 4
+            assert torch.allclose(x[1], told[layer][0][rows + at], atol=1e-3)
+            likely = route(routers[layer + 1], x[1:])[2][0].tolist()
+            assert [(later, e) for later, e, _ in guesses if later > layer] == [(layer + 1, e) for e in likely]
+
+
+def test_a_record_of_routes_is_of_the_model_alone(mixed: tuple[Any, Path, Path]) -> None:
+    def routes(*words: str) -> Any:
+        with exact(mixed[2], plugs=["expert_routing", *words]) as engine:
+            answers(engine, GREEDY, PROMPTS[:1])
+            return engine.hooks.watch.recorder.trace()  # type: ignore[union-attr]
+
+    one, other = routes(), routes(f"m2r2,streams={mixed[1]},threshold=1")
+    assert len(one.steps) == len(PROMPTS[0]) + 15
+    assert np.array_equal(one.experts, other.experts) and np.array_equal(one.steps, other.steps)
 
 
 # ---- what is refused ----

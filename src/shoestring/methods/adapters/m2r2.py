@@ -15,6 +15,8 @@ How it works
     5. Used as an exit, a token leaves where router or calibrated confidence reach the threshold; keys and values above
        are computed if a later token needs them. Used as a draft (exact=true), the layers below the first gate guess
        several tokens by p, those above verify all in one pass, and the answer is that of plain decoding.
+    6. In a mixture of experts p meets those that h meets, with the same gates, so that each is read once. Where experts
+       come from slow memory, those to read ahead while l computes are top-k(router_(l+j)(m)), m = norm2(p).    (eq. 6)
 
 Where it bends
     The fast stream starts as a copy of one that says little in the middle of a model: with a few minutes of training it
@@ -37,10 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shoestring import models
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
-from shoestring.methods.adapters._blocks import SPREAD, Beside, stream, width_of
+from shoestring.methods.adapters._blocks import SPREAD, Beside, changed, stream, width_of
 from shoestring.methods.adapters._exits import (
     ExitConfig,
     ExitTuner,
@@ -203,6 +206,9 @@ class StreamBlock(Beside):
         self.plain = self.takes_over(block.module, self.watched)
         self.plain_attention = self.takes_over(parts["attention"], self.attends)
         self.plain_mlp = self.takes_over(parts["mlp"], self.feeds)
+        self.feeding = False
+        if "router" in block.projections:
+            self.plain_router = self.takes_over(model.get_submodule(block.projections["router"]), self.chooses)
 
     def watched(self, *args: Any, **kwargs: Any) -> Any:
         if self.seen is not None:
@@ -236,9 +242,25 @@ class StreamBlock(Beside):
         return (added, *out[1:])
 
     def feeds(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.plain_mlp(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        return self._added(self.mlp, x, out)  # eq. 3
+        self.feeding = True
+        try:
+            out = self.plain_mlp(*args, **kwargs)
+        finally:
+            self.feeding = False
+        return changed(out, lambda made: self._added(self.mlp, x, made))  # eq. 3
+
+    def chooses(self, *args: Any, **kwargs: Any) -> Any:
+        """What the router says, to both streams what it says of the first; others may ask it too, of any rows."""
+        out, tokens = self.plain_router(*args, **kwargs), tokens_of_first()
+        if tokens is None or not self.feeding:
+            return out
+
+        def as_first(rows: Tensor) -> Tensor:
+            both = rows.reshape(-1, 2, tokens, rows.shape[-1])
+            return both[:, :1].expand_as(both).reshape(rows.shape)
+
+        return as_first(out) if isinstance(out, Tensor) else tuple(map(as_first, out))
 
     def _added(self, additions: nn.ModuleDict, x: Tensor, out: Tensor) -> Tensor:
         slow = tokens_of_first()
@@ -354,13 +376,12 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
 # --- at work ------------------------------------------------------------------------------------------------------
 
 
-def load(config: M2R2Plug, folder: Path, **options: Any) -> Any:
-    """The model with the fast stream in it."""
+def load(config: M2R2Plug, folder: Path, *, read: Callable[..., Any] = models.load, **options: Any) -> Any:
+    """The model, however it is read, with the fast stream in it."""
     from dataclasses import replace
 
     from peft import PeftModel
 
-    from shoestring import models
     from shoestring.models.folder import check_adapter
     from shoestring.models.load import refuse_strays
 
@@ -368,7 +389,7 @@ def load(config: M2R2Plug, folder: Path, **options: Any) -> Any:
     where = Path(config.streams)
     if check_adapter(where).get("peft_type") != "M2R2":
         raise UsageError(f"{where} holds no fast stream", remedy="`shoestring train --method m2r2` makes one")
-    loaded = models.load(str(folder), **options)
+    loaded = read(folder, **options)
     model = PeftModel.from_pretrained(loaded.model, str(where)).eval()
     refuse_strays(model, where)
     return replace(loaded, model=model)

@@ -35,22 +35,7 @@ from _peers import arguments, circumstances, free_port, keep, ratios, served, sh
 from shoestring.jobs.bench import ServeRequest, bench_serve
 
 ONE, TWO, TURNS = "one", "two replicas", "in turns"
-WORDS = [
-    "river",
-    "bank",
-    "ferry",
-    "stone",
-    "winter",
-    "market",
-    "letter",
-    "harbour",
-    "mountain",
-    "lamp",
-    "copper",
-    "garden",
-    "bridge",
-    "paper",
-]
+WORDS = ("river", "bank", "ferry", "stone", "winter", "market", "letter", "harbour", "mountain", "lamp", "copper")
 
 
 def main() -> int:

@@ -188,6 +188,9 @@ def started(settings: Settings) -> Replicas:
     Raises:
         UsageError: Ray is not installed, or what the engine refuses.
     """
+    from shoestring.models.load import locate
+
+    locate(settings.model)  # said, or fetched, once and before Ray is started
     return Replicas(settings)
 
 

@@ -20,8 +20,9 @@ How it works
 
 Where it bends
     The fast stream starts as a copy of one that says little in the middle of a model: with a few minutes of training it
-    guesses about as well as a plain head behind the same block, and is more reliable where it is sure. Both streams
-    pass through the torch runner; on a CPU a pass over few rows is not free, so drafts pay only where most are right.
+    guesses about as well as a plain head behind the same block, and is more reliable where it is sure; in a mixture of
+    few layers it names the next experts about as well as the slow one. Both streams pass through the torch runner; on a
+    CPU a pass over few rows is not free, so drafts pay only where most are right.
     The narrower MLP that the paper mentions for large models is not here.
 """
 

@@ -165,12 +165,12 @@ def command(*words: str, env: dict[str, str] | None = None, ready: bool = True) 
         reader.join(5)
 
 
-def tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path, context: int = 4096) -> Path:
     """Writes a random Llama of a few thousand weights with the toy's tokenizer."""
     folder.mkdir()
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=258, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=context,
         rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=True, eos_token_id=257,
         bos_token_id=256, torch_dtype="float32",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from safetensors.numpy import save_file
 from serving import Process, Server, command, error_of, events, tiny_llama
 
 from shoestring.core.errors import UsageError
-from shoestring.server.replicas import Replica, of_one, started
+from shoestring.server.keys import Client
+from shoestring.server.replicas import Replica, Replicas, Sent, of_one, started
 from shoestring.server.settings import Settings
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray Serve is not installed: the extra `replicas`")
@@ -71,7 +73,7 @@ def lora(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     home = tmp_path_factory.mktemp("replicas")
-    tiny = str(tiny_llama(home / "tiny"))
+    tiny = str(tiny_llama(home / "tiny", 16384))
     lora(home / "adapters" / "loud")
     keys = home / "keys"
     keys.write_text("\n".join(KEYS))
@@ -152,9 +154,9 @@ def test_a_stream_streams_and_is_freed_when_its_client_leaves(both: Both) -> Non
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
     assert len(pieces) > 5 and text == said(both.one, temperature=0, max_tokens=30)["choices"][0]["message"]["content"]
     aborted = by_reason(both.two, "abort")
-    long = client.chat.completions.create(**fields, max_tokens=3500, stream=True, extra_body={"ignore_eos": True})
+    long = client.chat.completions.create(**fields, max_tokens=12000, stream=True, extra_body={"ignore_eos": True})
     next(iter(long))
-    assert sum(running(both.two).values()) == 1, "the first piece came while the rest was computed"
+    both.wait(lambda: sum(running(both.two).values()) == 1, 2)
     long.close()
     both.wait(lambda: not sum(running(both.two).values()), 3)
     assert by_reason(both.two, "abort") == aborted + 1
@@ -192,10 +194,11 @@ def test_limits_hold_for_all_and_load_is_shared(both: Both) -> None:
     client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
     with ExitStack() as open_ones:
         for _ in range(6):
-            stream = client.chat.completions.create(**fields, max_tokens=3000)
+            stream = client.chat.completions.create(**fields, max_tokens=12000)
             next(iter(stream))
             open_ones.callback(stream.close)
-        assert running(both.two) == {"0": 3, "1": 3}, "one replica knew the prompt; waiting cost more"
+        # One replica knew the prompt, but waiting there would have cost more. The first piece of a stream comes early.
+        both.wait(lambda: running(both.two) == {"0": 3, "1": 3}, 2)
         refused = both.two.chat()
         assert refused.status_code == 429 and error_of(refused)["code"] == "rate_limit_exceeded"
         for word in ("wrong", ""):
@@ -215,7 +218,7 @@ def test_adapters_and_a_replica_that_is_killed(both: Both) -> None:
     assert said(both.two, **adapted) == said(both.one, **adapted) != said(both.one, **adapted | {"model": "tiny"})
 
     fields: Any = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "extra_body": {"ignore_eos": True}}
-    stream = iter(client.chat.completions.create(**fields, max_tokens=3500, stream=True))
+    stream = iter(client.chat.completions.create(**fields, max_tokens=12000, stream=True))
     next(stream)
     (busy,) = [replica for replica in both.replicas() if replica["requests"]["running"]]
     os.kill(busy["pid"], signal.SIGKILL)
@@ -239,7 +242,7 @@ def test_a_request_that_has_not_begun_goes_to_another_replica(both: Both) -> Non
     found: list[Any] = []
 
     def ask() -> None:
-        fields: Any = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+        fields: Any = {"model": "tiny", "prompt": "a", "max_tokens": 6000, "extra_body": {"ignore_eos": True}}
         found.append(client.completions.create(**fields).usage)
 
     asking = threading.Thread(target=ask)
@@ -247,7 +250,7 @@ def test_a_request_that_has_not_begun_goes_to_another_replica(both: Both) -> Non
     (busy,) = both.wait(lambda: [replica for replica in both.replicas() if replica["requests"]["running"]], 5)
     os.kill(busy["pid"], signal.SIGKILL)
     asking.join(30)
-    assert found and found[0].completion_tokens == 3000
+    assert found and found[0].completion_tokens == 6000
     assert both.two.metrics()["front_retried"] == 1
 
 
@@ -278,6 +281,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match=r"pip install 'shoestring\[replicas\]'"):
         started(Settings(replicas=2))
 
@@ -291,6 +295,47 @@ def test_settings_that_cannot_be_and_those_of_one() -> None:
     assert one.threads == max(1, cores // 2) and one.replicas == 1 and not one.forwards
     assert (one.key_concurrency, one.key_requests_per_minute, one.allowed_origins) == (0, 0, "")
     assert of_one(Settings(replicas=2, threads=3)).threads == 3
+
+
+class Handle:
+    """Stands for Ray's handle: each replica answers as it is told to."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.statuses, self.asked = statuses, list[str]()
+
+    def broadcast(self, method: str, sent: Sent) -> Handle:
+        assert method == "whole"
+        self.asked.append(sent.path)
+        return self
+
+    async def results_async(self) -> list[list[dict[str, Any]]]:
+        return [[{"type": "http.response.start", "status": status, "headers": []}] for status in self.statuses]
+
+
+@pytest.mark.parametrize(
+    ("path", "statuses", "told", "asked", "kept"),
+    [
+        ("/v1/load_lora_adapter", (200, 200), 200, 1, {"old": "old", "new": "new"}),
+        ("/v1/load_lora_adapter", (200, 503), 503, 2, {"old": "old"}),
+        ("/v1/load_lora_adapter", (409, 409), 409, 1, {"old": "old"}),
+        ("/v1/unload_lora_adapter", (200, 404), 200, 1, {"old": "old"}),
+    ],
+)
+def test_an_adapter_is_everywhere_or_nowhere(
+    tmp_path: Path, path: str, statuses: tuple[int, ...], told: int, asked: int, kept: dict[str, str]
+) -> None:
+    front = object.__new__(Replicas)
+    front._handle, front._ray = Handle(*statuses), SimpleNamespace(later=tmp_path / "later.json")  # type: ignore
+    front._ray.later.write_text(json.dumps({"old": "old"}))
+    body = json.dumps({"lora_name": "new", "lora_path": "new"}).encode()
+    sent, messages = Sent("key", "POST", path, b"", (), body, Client("-", "-"), "id"), list[Any]()
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(front._everywhere(sent, send))
+    assert messages[0]["status"] == told and json.loads(front._ray.later.read_text()) == kept
+    assert front._handle.asked == [path, "/v1/unload_lora_adapter"][:asked]
 
 
 def test_a_model_that_is_not_there_is_said_once(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _NAME = "shoestring"
 _STORE = 80 << 20  # bytes of Ray's object store, near its least: answers do not pass through it
 _TRIES = 3  # replicas that may die under one request
 _TOLD = 5.0  # seconds for all replicas to say how they stand
-_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # anywhere, this is what makes Ray stay on 127.0.0.1
@@ -137,7 +137,10 @@ class Replica:
         """Raises when Ray should start another in place of this one."""
         if self._service.health() == "failing":
             raise RuntimeError("The engine has stopped")
-        await self._catch_up()
+        try:
+            await self._catch_up()
+        except Exception as error:  # a replica without an adapter is better than none
+            log.warning("an adapter that the others have cannot be loaded: %s", type(error).__name__)
 
     async def close(self) -> None:
         if engine := self._service.loaded:
@@ -228,8 +231,8 @@ class _Ray:
         finally:
             self.ready.set()
         self.ending.wait()
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
     def _serve(self, folder: str) -> None:
@@ -305,7 +308,7 @@ class Replicas:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent = await _sent(scope, receive)
         try:
-            if sent.method == "POST" and sent.path in _ROUTES:
+            if sent.method == "POST" and sent.path in (_LOAD, _UNLOAD):
                 await self._everywhere(sent, send)
             else:
                 await self._somewhere(sent, send)
@@ -338,20 +341,29 @@ class Replicas:
                     stream.cancel()
 
     async def _everywhere(self, sent: Sent, send: Send) -> None:
-        """Every replica answers; the client is told what one says, a refusal first."""
+        """Every replica loads an adapter, or none; or every one drops it."""
+        if sent.path == _UNLOAD:
+            self._remember(sent)  # before: a replica that catches up meanwhile must not load it again
+        status = lambda messages: int(messages[0]["status"])
         answers: list[list[Message]] = await self._handle.broadcast("whole", sent).results_async()
-        answer = max(answers, key=lambda messages: int(messages[0]["status"]))
-        if answer[0]["status"] < 300:
+        answer = (max if sent.path == _LOAD else min)(answers, key=status)
+        if sent.path == _LOAD and status(answer) < 300:
             self._remember(sent)
+        elif sent.path == _LOAD and any(status(one) < 300 for one in answers):
+            await self._handle.broadcast("whole", replace(sent, path=_UNLOAD)).results_async()
         for message in answer:
             await send(message)
 
     def _remember(self, sent: Sent) -> None:
         """For replicas that are started later."""
-        file, given = self._ray.later, json.loads(sent.body)
+        file = self._ray.later
         wanted: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-        wanted.pop(given["lora_name"], None)
-        if sent.path == _ROUTES[0]:
+        try:
+            given = json.loads(sent.body)
+            wanted.pop(given["lora_name"], None)
+        except (ValueError, LookupError, TypeError):
+            return  # the replicas will say what is wrong with it
+        if sent.path == _LOAD:
             wanted[given["lora_name"]] = given["lora_path"]
         aside = file.with_suffix(".new")
         aside.write_text(json.dumps(wanted))

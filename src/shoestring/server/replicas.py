@@ -241,10 +241,12 @@ class _Ray:
             import ray
             from ray import serve
             from ray.serve.config import RequestRouterConfig
+
+            from shoestring.server.ray_router import PrefixRouter
         except ImportError:
             raise UsageError(
                 f"--replicas {self.settings.replicas} needs Ray Serve",
-                "it is not installed",
+                "it is not installed, or too old",
                 "Install it with `pip install 'shoestring[replicas]'`",
             ) from None
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -260,10 +262,7 @@ class _Ray:
         )
         serve.start(proxy_location="Disabled", logging_config=quiet)
         router = RequestRouterConfig.model_validate(
-            {
-                "request_router_class": "shoestring.server.ray_router.PrefixRouter",
-                "request_router_kwargs": {"name": self.routing},
-            }
+            {"request_router_class": PrefixRouter, "request_router_kwargs": {"name": self.routing}}
         )
         deployment: Any = serve.deployment(
             Replica,

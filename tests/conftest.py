@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 # What holds a clock against a bound, by folder or file.
-QUIET = ("core", "server", "models/test_guard.py", "models/test_load.py", "engine/test_scheduler.py")
+QUIET = (
+    "core", "server", "models/test_guard.py", "models/test_load.py", "engine/test_scheduler.py",
+    "methods/serving/test_ce_collm",
+)  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores already
 

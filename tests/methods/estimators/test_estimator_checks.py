@@ -98,7 +98,7 @@ def test_an_estimator_of_another_kind_passes(check: Callable[[Any], None]) -> No
         (_contract.check_fitting_leaves_its_data_alone, method(Greedy), "changed what it was given"),
         (_contract.check_bad_argument_is_a_clear_error, method(Careless), "floor took a value"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_each_check_can_fail(check: Callable[[Any], None], module: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):

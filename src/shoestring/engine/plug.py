@@ -93,7 +93,7 @@ def loader(words: Sequence[str]) -> Callable[..., Any] | None:
         name, options = spelled(word)
         method = method_for(name)
         if "load" in method.words:
-            load = partial(catalog.module(method.name).load, configured(method.name, options))
+            load: Callable[..., Any] = partial(catalog.module(method.name).load, configured(method.name, options))
             if "read" in signature(load).parameters:
                 adding.append(load)
             else:

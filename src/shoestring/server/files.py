@@ -194,7 +194,8 @@ async def _form(request: Request, limit: int) -> Mapping[str, Any]:
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[str, str, Any]:
-    stream, purpose = given.get("file"), given.get("purpose")
+    stream: Any = given.get("file")
+    purpose = given.get("purpose")
     if not hasattr(stream, "file"):
         raise bad("file", "The form needs a file", "missing_required_parameter")
     if purpose not in PURPOSES:

@@ -17,8 +17,8 @@ TRAITS = ("plugs",)
 # A method may also define
 #   routes(config, service) -> list of starlette Routes: beside those of the server.
 #   load(config, folder: Path, *, dtype, trust_remote_code) -> models.Loaded: reads the model in its own way, before
-#       `plug` is asked; the torch runner runs it. One that adds to the model of another has a parameter `read`: how that
-#       one is read, as (folder, *, dtype, trust_remote_code) -> models.Loaded.
+#       `plug` is asked; the torch runner runs it. One that adds to another's model has a parameter `read`: how that is
+#       read, as (folder, *, dtype, trust_remote_code) -> models.Loaded.
 #   base(**changes) -> PreTrainedModel: the tiny model that the checks run on, where Llama is not what it is for.
 #   span(config) -> (first, last) or None: the layers first..last-1 that it runs here, others being elsewhere.
 #   stage(model: Path) -> context manager of an Engine: for the checks, where its name alone is not enough to plug in.

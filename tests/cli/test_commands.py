@@ -194,7 +194,7 @@ def test_new_writes_stubs_that_load_and_fail_honestly(
 
 def test_new_refuses_names_and_places_that_are_taken(tmp_path: Path, shoestring: Shoestring) -> None:
     assert f"the name {ADAPTER} is taken" in shoestring("new", "adapters", ADAPTER).error
-    assert "unknown room adaptors. Did you mean adapters?" in shoestring("new", "adaptors", "x").error
+    assert "unknown room adaptors. Did you mean adapters" in shoestring("new", "adaptors", "x").error
     for name in ("Upper", "with-dash", "class", "9lives", "../x"):
         assert "not a name for a method" in shoestring("new", "adapters", name).error
     (tmp_path / "full").mkdir()

@@ -68,7 +68,7 @@ def test_when_the_engine_fails_everyone_who_waits_is_told(beside: AsyncEngine) -
         raise ShoestringError("the arithmetic broke")
 
     async def work() -> None:
-        beside.engine.step = broken  # type: ignore[method-assign]
+        beside.engine.advance = broken  # type: ignore[method-assign]
         stream = asyncio.create_task(tokens_of(beside, Request([3, 4], SAMPLING)))
         await asyncio.to_thread(inside.wait, SOON)
         order = asyncio.create_task(beside.run(lambda: 1))  # waits for a turn that never comes

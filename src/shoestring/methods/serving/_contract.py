@@ -44,32 +44,32 @@ def config(module: ModuleType, options: dict[str, Any]) -> Any:
 
 
 def check_plugs_in_somewhere(module: ModuleType) -> None:
-    assert hasattr(module, "plug") or hasattr(module, "front"), "it defines neither plug nor front"
+    _plugs(module)
 
 
 def check_greedy_answers_are_those_of_plain_serving(module: ModuleType) -> None:
-    if hasattr(module, "plug"):
+    if _plugs(module):
         from shoestring.lab import answering
 
         answering.same_answers(module, answering.GREEDY)
 
 
 def check_drawn_answers_are_those_of_plain_serving(module: ModuleType) -> None:
-    if hasattr(module, "plug"):
+    if _plugs(module):
         from shoestring.lab import answering
 
         answering.same_answers(module, answering.DRAWN)
 
 
 def check_ends_where_it_is_told_and_frees_its_pages(module: ModuleType) -> None:
-    if hasattr(module, "plug"):
+    if _plugs(module):
         from shoestring.lab import answering
 
         answering.ends(module)
 
 
 def check_everybody_is_served_under_pressure(module: ModuleType) -> None:
-    if hasattr(module, "plug"):
+    if _plugs(module):
         from shoestring.lab import answering
 
         answering.under_pressure(module)
@@ -79,6 +79,12 @@ def check_refuses_unknown_options(module: ModuleType) -> None:
     from shoestring.lab import answering
 
     answering.refuses(module)
+
+
+def _plugs(module: ModuleType) -> bool:
+    """Whether it plugs into an engine; what stands in front of other servers is not asked what an engine is."""
+    assert hasattr(module, "plug") or hasattr(module, "front"), "it defines neither plug nor front"
+    return hasattr(module, "plug")
 
 
 CHECKS = [

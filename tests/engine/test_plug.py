@@ -125,6 +125,25 @@ def test_what_cannot_be_plugged_in(words: list[str], said: str, model: Path) -> 
     assert Repeating.closed == (2 if len(words) == 2 else 0)  # nothing half-opened is left behind
 
 
+def test_what_is_plugged_in_is_closed_when_the_engine_cannot_be(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never:
+        layers = (1,)
+
+    with pytest.raises(UsageError, match="cannot be plugged in together"):
+        answering.exact(model, plugs=["again"], hooks=Hooks(exit=Never()))  # type: ignore[arg-type]
+    assert Repeating.closed == 1
+
+    from shoestring.engine.native_runner import NativeRunner
+
+    def refused(self: NativeRunner, blocks: int) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(NativeRunner, "reserve", refused)
+    with pytest.raises(MemoryError):
+        answering.exact(model, plugs=["again"])
+    assert Repeating.closed == 2
+
+
 def test_places() -> None:
     assert [m.name for m in plug.pluggable("drafter")] == ["again", "twice"]
     assert plug.method_for("twice", "policy").name == "twice"

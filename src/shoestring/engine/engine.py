@@ -146,6 +146,8 @@ class Engine:
                 self.runner.close()
                 raise
         if hooks.exit and hooks.drafter and not hooks.decoder:
+            hooks.close()
+            self.runner.close()
             raise UsageError(
                 "A drafter and an exit policy cannot be plugged in together",
                 "a draft is verified by whole passes",
@@ -155,7 +157,11 @@ class Engine:
         self.context = min(context or facts.context, facts.context)
         self.hooks, self.runner.attention = hooks, hooks.attention
         blocks = _blocks(memory, facts.block_bytes, self.context, max_sequences)
-        self.runner.reserve(blocks)
+        try:
+            self.runner.reserve(blocks)
+        except BaseException:
+            hooks.close()  # it may hold processes and connections
+            raise
         self.pool = BlockPool(blocks, BLOCK)
         # Pages that a hook left half filled, or filled otherwise, are of no use to another request.
         filled = hooks.attention is None or keeps_pages(hooks.attention)

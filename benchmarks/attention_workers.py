@@ -133,14 +133,13 @@ def compared(arms: dict[str, tuple[Any, ...]], context: int, given: Any) -> dict
         around, plugs, threads = arms[arm]
         with around(), Engine(
             given.model, cache_dtype="fp32", threads=threads, plugs=plugs, max_sequences=given.answers,
-            context=context + given.tokens, memory=8 << 30, prefix_cache=False,
+            context=2 * context, memory=8 << 30, prefix_cache=False,
         ) as engine:  # fmt: skip
             before = psutil.Process().memory_info().rss
             steps[arm].append(statistics.median(decoded(engine, context, given)))
             kept[arm] = {
                 "megabytes_gained": (psutil.Process().memory_info().rss - before) / 1e6,
-                "bytes_per_token": engine.counts().plugged.get("attention_payload_bytes", 0)
-                / (given.answers * (context + given.tokens - 1)),
+                "bytes_per_token": engine.counts().plugged.get("attention_payload_bytes", 0) / passed(engine),
                 "formula": METHOD.bytes_per_step(engine.facts, 1) if plugs else 0,
             }
     first = next(iter(steps))
@@ -153,16 +152,22 @@ def compared(arms: dict[str, tuple[Any, ...]], context: int, given: Any) -> dict
 
 
 def decoded(engine: Engine, context: int, given: Any) -> list[float]:
-    """Seconds of every step in which all answers decode."""
+    """Seconds of `given.tokens` steps in which all answers decode: none ends before the last prompt is through."""
     for i in range(given.answers):
         prompt = [100 + (i * 31 + j * 7) % 40_000 for j in range(context)]
-        engine.submit(Request(prompt, Sampling(max_tokens=given.tokens, ignore_eos=True)))
-    found = []
-    while not engine.idle:
+        engine.submit(Request(prompt, Sampling(max_tokens=context, ignore_eos=True)))
+    found: list[float] = []
+    while len(found) < given.tokens:
         began = time.perf_counter()
         if sum(len(delta.tokens) for delta in engine.step()) == given.answers:
             found.append(time.perf_counter() - began)
     return found
+
+
+def passed(engine: Engine) -> int:
+    """Tokens that went through the layers: every one but each answer's newest."""
+    counts = engine.counts()
+    return counts.prompt_tokens + counts.generation_tokens - counts.running
 
 
 def planned() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import operator
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -103,8 +103,10 @@ class ClaimFile:
         return self.file.parent / "records" / f"{self.slug}.json"
 
     def of(self, method: str) -> tuple[Claim, ...]:
-        """The claims that name the method as an arm or as what is measured; all of them when none does."""
-        return tuple(c for c in self.claims if method in (c.arm, c.against, c.measure)) or self.claims
+        """Where several methods share a file, the claims that name this one as an arm or as what is measured, or all if
+        none does."""
+        named = tuple(c for c in self.claims if method in (c.arm, c.against, c.measure))
+        return named if named and len(self.methods) > 1 else self.claims
 
     def code(self) -> str:
         """Hash of everything that decides the figures: claim, what of lab and claims it imports, methods and what they
@@ -149,13 +151,9 @@ class Record:
     standing: str = "fresh"
 
     @property
-    def verdict(self) -> str:
-        """The record's verdict: shown only when every claim that can be shown here is."""
-        verdicts = {measured.verdict(claim) for claim, measured in self.claims}
-        for verdict in (NOT_SHOWN, SHOWN, CANNOT):
-            if verdict in verdicts:
-                return verdict
-        return NO_RECORD
+    def verdicts(self) -> list[str]:
+        """Of each claim, worked out from the figures: what the file says of itself is not believed."""
+        return [measured.verdict(claim) for claim, measured in self.claims]
 
 
 @cache
@@ -249,26 +247,28 @@ def write_record(claim_file: ClaimFile, measured: Sequence[Measured], about: Map
 
 
 def state_of(method: str) -> str:
-    """The verdict over the claim files that carry a method, marked when its record is stale or edited."""
-    states = []
+    """How the claims of a method stand, over all files that carry it: "shown", "3 of 4 shown", "not shown" if none is.
+
+    Marked when a record is stale or edited; "no record" when one is missing.
+    """
+    verdicts: list[str] = []
+    unfit = ""
     for claim_file in files().values():
-        if method in claim_file.methods:
-            record = read_record(claim_file)
-            own = claim_file.of(method)
-            states.append(
-                NO_RECORD
-                if record is None
-                else _standing(replace(record, claims=tuple(pair for pair in record.claims if pair[0] in own)))
-            )
-    for state in (NO_RECORD, NOT_SHOWN, SHOWN, CANNOT):
-        for found in states:
-            if found.startswith(state):
-                return found
-    return "no claim"
-
-
-def _standing(record: Record) -> str:
-    return record.verdict if record.standing == "fresh" else f"{record.verdict} ({record.standing})"
+        if method not in claim_file.methods:
+            continue
+        record = read_record(claim_file)
+        if record is None:
+            return NO_RECORD
+        own = claim_file.of(method)
+        verdicts += [measured.verdict(said) for said, measured in record.claims if said in own]
+        if record.standing != "fresh":
+            unfit = f" ({record.standing})"
+    if not verdicts:
+        return "no claim"
+    met, missed = verdicts.count(SHOWN), verdicts.count(NOT_SHOWN)
+    if not met + missed:
+        return CANNOT + unfit
+    return (f"{met} of {met + missed} {SHOWN}" if met and missed else SHOWN if met else NOT_SHOWN) + unfit
 
 
 def _read(file: Path) -> ClaimFile:

@@ -6,10 +6,12 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoestring.core.errors import ShoestringError
+from shoestring.engine import aio
 from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.engine import Engine
 from shoestring.engine.request import Request, RequestError, Sampling
@@ -38,6 +40,45 @@ def test_streams_side_by_side_give_what_the_engine_gives(beside: AsyncEngine, mo
     found = asyncio.run(work())
     with Engine(model, runner="native", threads=1) as engine:
         assert found == [list(answer.tokens) for (answer,) in engine.generate(prompts, SAMPLING)]
+
+
+def test_what_a_pass_gave_is_handed_over_when_the_next_one_begins(
+    beside: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the interpreter is free; and after the last pass at once."""
+    order: list[str] = []
+    engine = beside.engine
+
+    def told(word: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            order.append(word)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(engine.scheduler, "schedule", told("plan", engine.scheduler.schedule))
+    monkeypatch.setattr(engine.runner, "run", told("pass", engine.runner.run))
+    monkeypatch.setattr(aio, "_soon", told("hand over", aio._soon))
+    found = asyncio.run(tokens_of(beside, Request([3, 4], Sampling(max_tokens=3, ignore_eos=True))))
+    assert len(found) == 3
+    assert order == ["plan", "pass", *2 * ["plan", "hand over", "pass"], "hand over"]
+
+
+def test_several_requests_come_in_one_stream(beside: AsyncEngine) -> None:
+    requests = [Request([3, 4], Sampling(max_tokens=2 + i, n=2, ignore_eos=True)) for i in range(3)]
+
+    async def work() -> dict[tuple[int, int], int]:
+        found: dict[tuple[int, int], int] = {}
+        async for batch in beside.streams(requests):
+            for i, delta in batch:
+                found[i, delta.index] = found.get((i, delta.index), 0) + len(delta.tokens)
+        return found
+
+    assert asyncio.run(work()) == {(i, j): 2 + i for i in range(3) for j in range(2)}
+    with pytest.raises(RequestError, match="empty"):  # and one that is refused takes the others with it
+        asyncio.run(anext(beside.streams([requests[0], Request([])])))
+    counts = asyncio.run(beside.run(beside.engine.counts))
+    assert counts.running == counts.waiting == counts.blocks_used == 0
 
 
 def test_leaving_a_stream_frees_its_pages(beside: AsyncEngine) -> None:

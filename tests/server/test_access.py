@@ -137,9 +137,11 @@ def test_pages_of_other_origins_are_refused(guarded: Server) -> None:
 
 def test_origins_can_be_allowed() -> None:
     with toy(keys=[KEY], allowed_origins="https://good.example") as running:
-        ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        wanted = "authorization,content-type,x-stainless-lang"  # the official client sends names of its own
+        ask = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
         options = lambda origin: httpx.options(f"{running.url}/v1/models", headers={"origin": origin, **ask})
         assert options("https://good.example").headers["access-control-allow-origin"] == "https://good.example"
+        assert options("https://good.example").status_code == 200
         assert "access-control-allow-origin" not in options("https://evil.example").headers
         assert "access-control-allow-credentials" not in options("https://good.example").headers
         answer = running.http.get("/v1/models", headers={"origin": "https://good.example"})

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import openai
 import pytest
 from serving import command, toy
+from test_bad_requests import raw
 
 from shoestring.lab import answering
 
@@ -41,13 +43,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(model: Path, folder: Path) -> Iterator[openai.OpenAI]:
-    with command(str(model), "--fine-tune", str(folder), "--threads", "1", "--dtype", "fp32") as process:
-        yield _client(process.url)
+def server(model: Path, folder: Path) -> Iterator[str]:
+    keys = folder / "keys"
+    keys.write_text("mine\nyours\n")
+    words = [str(model), "--fine-tune", str(folder), "--threads", "1", "--dtype", "fp32"]
+    with command(*words, "--api-key-file", str(keys), "--max-jobs", "2") as process:
+        yield process.url
 
 
-def _client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return _client(server, "mine")
+
+
+def _client(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
 
 
 def _upload(client: openai.OpenAI, rows: list[dict[str, Any]] = ROWS) -> str:
@@ -136,6 +146,60 @@ def test_pause_resume_and_cancel(client: openai.OpenAI) -> None:
     assert [found.id for found in jobs.list(limit=1)][0] == job.id  # newest first, over all pages
 
 
+def test_jobs_wait_for_each_other_up_to_a_limit(client: openai.OpenAI) -> None:
+    jobs = client.fine_tuning.jobs
+    data = _upload(client)
+    long: Any = {**HYPER, "n_epochs": 900}
+    first = _create(client, data, suffix="first", hyper=long)
+    with pytest.raises(openai.ConflictError) as taken:
+        _create(client, data, suffix="first")
+    assert taken.value.param == "suffix"
+    second = _create(client, data, suffix="second", hyper=long)
+    _wait(lambda: jobs.retrieve(first.id), lambda found: found.status == "running")
+    _wait(lambda: jobs.retrieve(second.id), lambda found: found.status == "queued")
+    with pytest.raises(openai.RateLimitError, match="2 of your jobs"):
+        _create(client, data, suffix="third")
+    jobs.cancel(first.id)  # while it runs: the next one begins
+    _wait(lambda: jobs.retrieve(second.id), lambda found: found.status == "running")
+    jobs.cancel(second.id)
+    assert [event.type for event in jobs.list_events(second.id, limit=1)][0] == "message"
+
+
+def test_what_belongs_to_one_key_is_not_there_for_another(client: openai.OpenAI, server: str) -> None:
+    other = _client(server, "yours")
+    data = _upload(client)
+    job = _create(client, data, suffix="own", hyper={**HYPER, "n_epochs": 1})
+    name = _ended(client, job.id).fine_tuned_model
+    (kept,) = client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data
+    jobs, files = other.fine_tuning.jobs, other.files
+    asks: list[Callable[[], Any]] = [
+        lambda: files.retrieve(data),
+        lambda: files.content(data),
+        lambda: files.delete(data),
+        lambda: jobs.retrieve(job.id),
+        lambda: jobs.cancel(job.id),
+        lambda: jobs.pause(job.id),
+        lambda: jobs.resume(job.id),
+        lambda: jobs.list_events(job.id),
+        lambda: jobs.checkpoints.list(job.id),
+        lambda: _create(other, data),
+        lambda: _says(other, name),
+        lambda: other.models.retrieve(kept.fine_tuned_model_checkpoint),
+    ]
+    for ask in asks:
+        with pytest.raises(openai.NotFoundError) as found:
+            ask()
+        assert name not in str(found.value)
+    assert files.list().data == [] and jobs.list().data == []
+    for path in ("v1/models", "v1/ledger", "metrics"):
+        own, theirs = (
+            httpx.get(f"{server}/{path}", headers={"authorization": f"Bearer {c.api_key}"}).text
+            for c in (client, other)
+        )
+        assert name not in theirs and (name in own or path == "metrics")
+    assert _says(client, name) and client.files.delete(data).deleted
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -185,12 +249,15 @@ def test_it_is_off_unless_a_folder_is_given() -> None:
 def test_a_file_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None:
     from shoestring.server.files import Files
 
-    with toy(max_file_bytes=1000) as server:
+    with toy(max_file_bytes=1000, idle_seconds=0.3) as server:
         server.service.tuning = type("Tuning", (), {"files": Files(tmp_path)})()
         with pytest.raises(openai.APIStatusError) as found:
             server.client().files.create(file=("a", b"x" * 2000), purpose="fine-tune")
         assert found.value.status_code == 413
         assert server.client().files.list().data == []
+        # One that is begun and not gone on with is given up.
+        head = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+        assert b" 408 " in raw(server, f"{head}content-length: 900\r\n\r\n--x\r\n".encode())
 
 
 def test_a_killed_server_goes_on_from_the_last_checkpoint(model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from shoestring.core.errors import ShoestringError
@@ -34,10 +35,12 @@ class AsyncEngine:
         self.last_step = time.monotonic()
         self._orders: deque[tuple[Callable[[], None], Callable[[], object]]] = deque()  # what to do, how to refuse it
         self._wake = threading.Event()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta | None]]] = {}
+        self._streams: dict[str, tuple[_Inbox, int]] = {}  # of each request: who listens, and its number there
+        self._held: list[Delta] = []  # what the latest pass gave, until the next one computes
         self._closing = self._freed = False
         self._counts = engine.counts()
         engine.urgent = lambda: bool(self._orders) or self._closing
+        engine.computing = self._hand_over
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._work, name="shoestring-engine", daemon=True)
         self._thread.start()
@@ -51,28 +54,49 @@ class AsyncEngine:
         """As after the latest step."""
         return self._counts
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The answer(s) of a request, piece by piece. Leaving the iterator cancels it.
 
         Raises:
             RequestError: the request cannot be served. ShoestringError: the engine has failed.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Delta | None] = asyncio.Queue()
-        self._streams[request.id] = (loop, queue)
-        left = request.sampling.n
+        async with aclosing(self.streams([request])) as batches:
+            async for batch in batches:
+                for _, delta in batch:
+                    yield delta
+
+    async def streams(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """All that has come for several requests since the last look, each delta with the number of its request.
+        Leaving the iterator cancels what has not ended.
+
+        Raises:
+            RequestError: a request cannot be served. ShoestringError: the engine has failed.
+        """
+        inbox = _Inbox(asyncio.get_running_loop())
+        left = {request.id: request.sampling.n for request in requests}
+        for i, request in enumerate(requests):
+            self._streams[request.id] = inbox, i
         try:
-            await self.run(self.engine.submit, request)
+            await self.run(self._submit, requests)
             while left:
-                delta = await queue.get()
-                if delta is None:
+                batch = await inbox.take()
+                if not batch:
                     raise self._failed()
-                left -= delta.finish_reason is not None
-                yield delta
+                for _, delta in batch:
+                    if delta.finish_reason is not None:
+                        left[delta.request_id] -= 1
+                        if not left[delta.request_id]:
+                            del left[delta.request_id]
+                yield batch
         finally:
-            self._streams.pop(request.id, None)
-            if left:
-                self.abort(request.id)
+            for request in requests:
+                self._streams.pop(request.id, None)
+            for request_id in left:
+                self.abort(request_id)
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.engine.submit(request)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request soon; its pages are freed before the next step."""
@@ -98,13 +122,6 @@ class AsyncEngine:
 
         self._order(order, lambda: loop.call_soon_threadsafe(settle, None, self._failed()))
         return await future
-
-    async def embed(self, request: Request) -> Delta:
-        """The delta that carries the embedding of a request made with `embed=True`."""
-        async for delta in self.stream(request):
-            if delta.embedding is not None:
-                return delta
-        raise self._failed()
 
     def close(self, deadline: float = 10.0) -> None:
         """Cancel what is running, end the thread within `deadline` seconds and free the model."""
@@ -140,13 +157,18 @@ class AsyncEngine:
         engine = self.engine
         try:
             while not self._closing:
+                if self._orders:
+                    self._hand_over()
                 while self._orders:
                     self._orders.popleft()[0]()
                 self.last_step = time.monotonic()
                 deltas = engine.advance() if not engine.idle or engine.hooks.filler else []
-                self._counts = engine.counts()
-                if deltas:
-                    self._send(deltas)
+                self._hand_over()  # where no pass was due
+                self._held, self._counts = deltas, engine.counts()
+                if (
+                    engine.idle or engine.hooks.filler or engine.hooks.drafter
+                ):  # the next pass may take its time to come
+                    self._hand_over()
                 filled = engine.fill()
                 if not deltas and not filled and engine.idle and not self._orders:
                     self._wake.wait(0.05 if engine.hooks.filler else 1.0)
@@ -159,27 +181,63 @@ class AsyncEngine:
             if self.state == "ready":
                 self.state = "closed"
             self._refuse()
-            for loop, queue in list(self._streams.values()):
-                _soon(loop, queue.put_nowait, None)
+            self._hand_over()
+            for inbox, _ in list(self._streams.values()):
+                _soon(inbox.loop, inbox.shut)
 
-    def _send(self, deltas: list[Delta]) -> None:
-        """One call into each event loop for all that a step gave."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Delta | None], Delta]]] = {}
-        for delta in deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream:
-                by_loop.setdefault(stream[0], []).append((stream[1], delta))
+    def _hand_over(self) -> None:
+        """One call into each event loop for all that a pass gave.
+
+        Best done while the next pass computes: then the interpreter is free, and writing to clients delays nobody.
+        """
+        held, self._held = self._held, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Inbox, int, Delta]]] = {}
+        for delta in held:
+            if listening := self._streams.get(delta.request_id):
+                inbox, number = listening
+                by_loop.setdefault(inbox.loop, []).append((inbox, number, delta))
         for loop, items in by_loop.items():
-            _soon(loop, _put, items)
+            _soon(loop, _deliver, items)
 
 
-def _put(items: list[tuple[asyncio.Queue[Delta | None], Delta]]) -> None:
-    for queue, delta in items:
-        queue.put_nowait(delta)
+class _Inbox:
+    """What has come for one listener since it last looked. Used in its event loop alone."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._items: list[tuple[int, Delta]] = []
+        self._bell: asyncio.Future[None] | None = None
+        self._shut = False
+
+    def put(self, number: int, delta: Delta) -> None:
+        self._items.append((number, delta))
+        self._ring()
+
+    def shut(self) -> None:
+        """Nothing more will come."""
+        self._shut = True
+        self._ring()
+
+    async def take(self) -> list[tuple[int, Delta]]:
+        """Everything that is there, once there is something; empty when nothing more will come."""
+        while not (self._items or self._shut):
+            self._bell = self.loop.create_future()
+            await self._bell
+        items, self._items = self._items, []
+        return items
+
+    def _ring(self) -> None:
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
 
 
-def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], argument: Any) -> None:
+def _deliver(items: list[tuple[_Inbox, int, Delta]]) -> None:
+    for inbox, number, delta in items:
+        inbox.put(number, delta)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
     try:
-        loop.call_soon_threadsafe(function, argument)
+        loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:
         pass  # that loop has ended, and with it whoever was listening

@@ -189,7 +189,9 @@ class Engine:
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
         self._deltas: deque[Delta] = deque()
         self._spare = Spare(0)
-        self.urgent: Callable[[], bool] = lambda: False  # whether filler work should end soon; whoever steps sets it
+        # Set by whoever steps: whether filler work should end soon, and what to call when a pass begins.
+        self.urgent: Callable[[], bool] = lambda: False
+        self.computing: Callable[[], None] = lambda: None
         self._totals: dict[str, Any] = dict.fromkeys(
             ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "draft_tokens",
              "accepted_draft_tokens", "preemptions", "filler_tokens", "steps", "cache_bytes_peak"), 0
@@ -314,6 +316,7 @@ class Engine:
                 work.started, work.cached = began, work.sequence.cached
                 totals["prefix_queries"] += work.sequence.prompt_tokens
                 totals["prefix_hits"] += work.cached
+        self.computing()
         try:
             outcomes = self._decoder.run(plan.chunks, works)
         except CacheLost:

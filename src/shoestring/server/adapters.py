@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.server.errors import ApiError, bad
+from shoestring.server.keys import Client
 from shoestring.server.schema import LoadAdapterRequest
 from shoestring.server.service import Service, log
 
@@ -43,7 +44,7 @@ async def load(service: Service, given: LoadAdapterRequest) -> None:
         raise bad("lora_path", "It is no adapter that fits this model", "invalid_adapter") from None
 
 
-async def unload(service: Service, name: str) -> None:
+async def unload(service: Service, name: str, client: Client) -> None:
     """Forget an adapter; requests that use it are finished first.
 
     Raises:
@@ -52,6 +53,8 @@ async def unload(service: Service, name: str) -> None:
     engine = service.engine
     _root(service)
     try:
+        if name not in service.adapters(client):
+            raise UsageError(f"There is no adapter {name}")
         await engine.run(engine.engine.drop_adapter, name)
     except UsageError:
         raise ApiError(404, "There is no such adapter", param="lora_name", code="model_not_found") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +19,7 @@ from shoestring.server import adapters, chat, completions, embeddings, files, fi
 from shoestring.server.body import JsonRoute
 from shoestring.server.door import Door
 from shoestring.server.errors import bad, body, on_http_error, on_invalid, on_refused
-from shoestring.server.keys import Client
+from shoestring.server.keys import Client, client_of
 from shoestring.server.metrics import CONTENT_TYPE
 from shoestring.server.report import Report, together
 from shoestring.server.sampling import check
@@ -85,7 +85,7 @@ def _behind_door(app: FastAPI, service: Service) -> ASGIApp:
             guarded,
             allow_origins=names(service.settings.allowed_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # clients send headers of their own; none of them lets anybody in
             expose_headers=["x-request-id", "x-shoestring-warning", "retry-after"],
         )
     return guarded
@@ -105,7 +105,8 @@ def _answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings", response_model=schema.EmbeddingAnswer)
     async def embed(given: schema.EmbeddingRequest, request: Request) -> Response:
-        engine, adapter, client = service.engine, service.pick(given.model), _client(request)
+        engine, client = service.engine, client_of(request)
+        adapter = service.pick(given.model, client)
         ticket = service.gate.enter(client, len(given.input))
         try:
             prompts = await embeddings.prepare(service, engine, given)
@@ -125,7 +126,8 @@ async def _answered(
     service: Service, request: Request, given: schema.Knobs, kind: ModuleType, param: str, answers: int
 ) -> Response:
     """A whole answer, or a stream of one: chats and completions alike."""
-    engine, adapter, client = service.engine, service.pick(given.model), _client(request)
+    engine, client = service.engine, client_of(request)
+    adapter = service.pick(given.model, client)
     ticket = service.gate.enter(client, answers)
     work: Work | None = None
     handed_over = False
@@ -137,9 +139,8 @@ async def _answered(
         work = Work(service, requests, ticket)
         tokenizer = engine.engine.tokenizer
         if given.stream:
-            events = kind.events(made, tokenizer, work)
             handed_over = True
-            return EventStream(service, work, events, _headers(given))
+            return EventStream(service, work, kind.Events(made, tokenizer), _headers(given))
         found = await attended(service, request.receive, work.answers())
         return _json(kind.answer(made, tokenizer, found, work.usage()), _headers(given))
     finally:
@@ -153,9 +154,9 @@ async def _answered(
 
 
 def _tokens(app: FastAPI, service: Service) -> None:
-    async def tokenize(given: schema.TokenizeRequest) -> Response:
+    async def tokenize(given: schema.TokenizeRequest, request: Request) -> Response:
         engine = service.engine.engine
-        service.pick(given.model or service.names[0])
+        service.pick(given.model or service.names[0], client_of(request))
         if given.add_special_tokens is False:
             raise bad("add_special_tokens", "only true is supported", "unsupported_parameter")
         if given.messages is not None:
@@ -171,9 +172,9 @@ def _tokens(app: FastAPI, service: Service) -> None:
             found["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
         return _json(found, _headers(given))
 
-    async def detokenize(given: schema.DetokenizeRequest) -> Response:
+    async def detokenize(given: schema.DetokenizeRequest, request: Request) -> Response:
         engine = service.engine.engine
-        service.pick(given.model or service.names[0])
+        service.pick(given.model or service.names[0], client_of(request))
         for at, token in enumerate(given.tokens):
             if token >= engine.facts.vocab:
                 raise bad(f"tokens[{at}]", f"Token ids end at {engine.facts.vocab - 1}")
@@ -194,8 +195,8 @@ def _adapters(app: FastAPI, service: Service) -> None:
         return _json({"id": given.lora_name, "object": "model", "loaded": True}, _headers(given))
 
     @app.post("/v1/unload_lora_adapter", response_model=schema.AdapterAnswer)
-    async def unload_lora_adapter(given: schema.UnloadAdapterRequest) -> Response:
-        await adapters.unload(service, given.lora_name)
+    async def unload_lora_adapter(given: schema.UnloadAdapterRequest, request: Request) -> Response:
+        await adapters.unload(service, given.lora_name, client_of(request))
         return _json({"id": given.lora_name, "object": "model", "loaded": False}, _headers(given))
 
 
@@ -204,13 +205,14 @@ def _adapters(app: FastAPI, service: Service) -> None:
 
 def _list(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", response_model=schema.ModelsAnswer)
-    async def list_models() -> Response:
-        return _json({"object": "list", "data": _models(service)})
+    async def list_models(request: Request) -> Response:
+        return _json({"object": "list", "data": _models(service, client_of(request))})
 
     @app.get("/v1/models/{model:path}", response_model=schema.ModelAnswer)
-    async def one_model(model: str) -> Response:
-        service.pick(model)
-        return _json(next(found for found in _models(service) if found["id"] == model))
+    async def one_model(model: str, request: Request) -> Response:
+        client = client_of(request)
+        service.pick(model, client)
+        return _json(next(found for found in _models(service, client) if found["id"] == model))
 
 
 def _about(app: FastAPI, service: Service) -> None:
@@ -233,8 +235,8 @@ def _about(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(await _reports(service)), media_type=CONTENT_TYPE)
 
     @app.get("/v1/ledger")
-    async def ledger() -> Response:
-        return _json(together(status(service), await _reports(service)))
+    async def ledger(request: Request) -> Response:
+        return _json(together(status(service, client_of(request)), await _reports(service)))
 
     @app.get("/", response_class=Response)
     async def status_page() -> Response:
@@ -246,7 +248,7 @@ async def _reports(service: Service) -> list[Report] | None:
     return await service.front.reports() if hasattr(service.front, "reports") else None
 
 
-def _models(service: Service) -> list[dict[str, Any]]:
+def _models(service: Service, client: Client) -> list[dict[str, Any]]:
     engine = service.engine.engine
 
     def one(name: str, parent: str | None) -> dict[str, Any]:
@@ -260,15 +262,12 @@ def _models(service: Service) -> list[dict[str, Any]]:
             "max_model_len": engine.context,
         }
 
-    adapters = sorted(engine.adapters)
-    return [one(name, None) for name in service.names] + [one(name, service.names[0]) for name in adapters]
+    return [one(name, None) for name in service.names] + [
+        one(name, service.names[0]) for name in service.adapters(client)
+    ]
 
 
 # ---------------------------------------------------------------- small things
-
-
-def _client(request: Request) -> Client:
-    return cast(Client, request.state.client)
 
 
 def _json(data: Any, headers: dict[str, str] | None = None) -> Response:

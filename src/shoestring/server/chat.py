@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoestring.core.errors import ShoestringError
 from shoestring.engine.aio import AsyncEngine
-from shoestring.engine.request import Constraint, Request, RequestError, Sampling
+from shoestring.engine.request import Constraint, Delta, Request, RequestError, Sampling
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.server.errors import ApiError, bad
 from shoestring.server.logprobs import of_chat
@@ -273,59 +272,64 @@ def _reason(reason: str | None, called: bool) -> str:
     return "tool_calls" if called and reason == "stop" else reason or "stop"
 
 
-async def events(chat: Chat, tokenizer: Tokenizer, work: Work) -> AsyncGenerator[bytes, None]:
+class Events:
     """The same as server-sent events. Everything that does not change is written once."""
-    head = json.dumps(
-        {
+
+    def __init__(self, chat: Chat, tokenizer: Tokenizer) -> None:
+        self._chat, self._tokenizer = chat, tokenizer
+        answers = range(chat.sampling.n)
+        about = {
             "id": chat.id,
             "object": "chat.completion.chunk",
             "created": chat.created,
             "model": chat.model,
             "system_fingerprint": chat.fingerprint,
-        },
-        separators=(",", ":"),
-    )[:-1]
-    tail = ',"usage":null}\n\n' if chat.usage_in_stream else "}\n\n"
-    opening = [f'data: {head},"choices":[{{"index":{i},"delta":{{' for i in range(chat.sampling.n)]
-    plain = f'}},"logprobs":null,"finish_reason":null}}]{tail}'
-    finders = [chat.finder() for _ in range(chat.sampling.n)]
-    wanted = chat.sampling.logprobs is not None
+        }
+        self._head = json.dumps(about, separators=(",", ":"))[:-1]
+        self._tail = ',"usage":null}\n\n' if chat.usage_in_stream else "}\n\n"
+        self._opening = [f'data: {self._head},"choices":[{{"index":{at},"delta":{{' for at in answers]
+        self._plain = f'}},"logprobs":null,"finish_reason":null}}]{self._tail}'
+        self._finders = [chat.finder() for _ in answers]
+        self._wanted = chat.sampling.logprobs is not None
 
-    def chunk(at: int, delta: str, logprobs: str = "null", reason: str = "null", more: str = "") -> str:
-        return f'{opening[at]}{delta}}},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'
+    def begin(self) -> bytes:
+        first = '"role":"assistant","content":"","refusal":null'
+        return "".join(opening + first + self._plain for opening in self._opening).encode()
 
-    def piece(at: int, part: str | Call, number: int) -> str:
-        if isinstance(part, str):
-            return f'"content":{quoted(part)}'
-        return f'"tool_calls":[{json.dumps({"index": number, **part.to_json()})}]'
-
-    for at in range(chat.sampling.n):
-        yield (opening[at] + '"role":"assistant","content":"","refusal":null' + plain).encode()
-    async with aclosing(work.deltas()) as deltas:
-        async for at, delta in deltas:
-            finder = finders[at]
-            if finder is None and not wanted and delta.finish_reason is None:
-                if delta.text:
-                    yield (opening[at] + '"content":' + quoted(delta.text) + plain).encode()
-                continue
-            parts: list[str | Call] = [delta.text] if delta.text else []
-            if finder:
-                parts = [*finder.push(delta.text), *(finder.finish() if delta.finish_reason else ())]
+    def add(self, at: int, delta: Delta) -> bytes:
+        finder = self._finders[at]
+        if finder is None and not self._wanted and delta.finish_reason is None:
+            return (self._opening[at] + '"content":' + quoted(delta.text) + self._plain).encode() if delta.text else b""
+        parts: list[str | Call] = [delta.text] if delta.text else []
+        if finder:
+            parts = [*finder.push(delta.text), *(finder.finish() if delta.finish_reason else ())]
+        logprobs = "null"
+        if self._wanted and delta.logprobs:
+            logprobs = json.dumps({"content": of_chat(self._tokenizer, delta.logprobs), "refusal": None})
+            parts = parts or [""]
+        lines = []
+        number = (finder.calls if finder else 0) - sum(isinstance(part, Call) for part in parts)
+        for part in parts:
+            lines.append(self._chunk(at, _piece(part, number), logprobs))
+            number += isinstance(part, Call)
             logprobs = "null"
-            if wanted and delta.logprobs:
-                logprobs = json.dumps({"content": of_chat(tokenizer, delta.logprobs), "refusal": None})
-                parts = parts or [""]
-            lines = []
-            number = (finder.calls if finder else 0) - sum(isinstance(part, Call) for part in parts)
-            for part in parts:
-                lines.append(chunk(at, piece(at, part, number), logprobs))
-                number += isinstance(part, Call)
-                logprobs = "null"
-            if delta.finish_reason:
-                reason = _reason(delta.finish_reason, bool(finder and finder.calls))
-                why = f',"stop_reason":{json.dumps(delta.stop_reason)}'
-                lines.append(chunk(at, "", reason=f'"{reason}"', more=why))
-            if lines:
-                yield "".join(lines).encode()
-    if chat.usage_in_stream:
-        yield event({**json.loads(head + "}"), "choices": [], "usage": work.usage()})
+        if delta.finish_reason:
+            reason = _reason(delta.finish_reason, bool(finder and finder.calls))
+            why = f',"stop_reason":{json.dumps(delta.stop_reason)}'
+            lines.append(self._chunk(at, "", reason=f'"{reason}"', more=why))
+        return "".join(lines).encode()
+
+    def end(self, work: Work) -> bytes:
+        if not self._chat.usage_in_stream:
+            return b""
+        return event({**json.loads(self._head + "}"), "choices": [], "usage": work.usage()})
+
+    def _chunk(self, at: int, delta: str, logprobs: str = "null", reason: str = "null", more: str = "") -> str:
+        rest = f'}},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{self._tail}'
+        return self._opening[at] + delta + rest
+
+
+def _piece(part: str | Call, number: int) -> str:
+    if isinstance(part, str):
+        return f'"content":{quoted(part)}'
+    return f'"tool_calls":[{json.dumps({"index": number, **part.to_json()})}]'

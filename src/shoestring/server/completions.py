@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,53 +145,64 @@ def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], us
     return {**made.head, "choices": choices, "usage": usage}
 
 
-async def events(made: Continuation, tokenizer: Tokenizer, work: Work) -> AsyncGenerator[bytes, None]:
-    """The same as server-sent events."""
-    head = json.dumps(made.head, separators=(",", ":"))[:-1]
-    tail = ',"usage":null}\n\n' if made.usage_in_stream else "}\n\n"
-    n, wanted = made.sampling.n, made.sampling.logprobs
-    total = n * len(made.prompts)
-    opening = [f'data: {head},"choices":[{{"index":{at},"text":' for at in range(total)]
-    plain = f',"logprobs":null,"finish_reason":null}}]{tail}'
-    waiting = set(range(total)) if any(made.echo) else set()
-    of_prompt: dict[int, list[TokenLogprob | None]] = {i: [] for i in range(len(made.prompts))}
-    offsets = [len(made.echo[at // n]) for at in range(total)]
-    held: list[tuple[int, Delta]] = []
+class Events:
+    """The same as server-sent events. With `echo` an answer's first event carries its prompt."""
 
-    def line(at: int, delta: Delta) -> bytes:
-        i, text, tokens, offset = at // n, delta.text, list(delta.tokens), offsets[at]
+    def __init__(self, made: Continuation, tokenizer: Tokenizer) -> None:
+        self._made, self._tokenizer = made, tokenizer
+        self._n, self._wanted = made.sampling.n, made.sampling.logprobs
+        answers = range(self._n * len(made.prompts))
+        head = json.dumps(made.head, separators=(",", ":"))[:-1]
+        self._tail = ',"usage":null}\n\n' if made.usage_in_stream else "}\n\n"
+        self._opening = [f'data: {head},"choices":[{{"index":{at},"text":' for at in answers]
+        self._plain = f',"logprobs":null,"finish_reason":null}}]{self._tail}'
+        self._waiting = set(answers) if any(made.echo) else set()
+        self._of_prompt: list[list[TokenLogprob | None]] = [[] for _ in made.prompts]
+        self._offsets = [len(made.echo[at // self._n]) for at in answers]
+        self._held: list[tuple[int, Delta]] = []
+
+    def begin(self) -> bytes:
+        return b""
+
+    def add(self, at: int, delta: Delta) -> bytes:
+        if self._wanted is None and delta.finish_reason is None and at not in self._waiting:
+            return (self._opening[at] + quoted(delta.text) + self._plain).encode() if delta.text else b""
+        self._of_prompt[at // self._n] += delta.prompt_logprobs
+        if delta.tokens or delta.text or delta.finish_reason:
+            self._held.append((at, delta))  # the first of a further answer comes before the prompt's last part
+        lines, still = [], []
+        for pair in self._held:
+            if self._ready(pair[0]):
+                lines.append(self._line(*pair))
+            else:
+                still.append(pair)
+        self._held = still
+        return "".join(lines).encode()
+
+    def end(self, work: Work) -> bytes:
+        return event({**self._made.head, "choices": [], "usage": work.usage()}) if self._made.usage_in_stream else b""
+
+    def _ready(self, at: int) -> bool:
+        i = at // self._n
+        known = len(self._of_prompt[i]) == len(self._made.prompts[i])
+        return at not in self._waiting or self._wanted is None or known
+
+    def _line(self, at: int, delta: Delta) -> str:
+        made, i = self._made, at // self._n
+        text, tokens, offset = delta.text, list(delta.tokens), self._offsets[at]
         judged: list[TokenLogprob | None] = list(delta.logprobs)
         if made.silent:
             text, tokens, judged = "", [], []
-        if at in waiting:
-            waiting.discard(at)
-            text, tokens, judged, offset = made.echo[i] + text, made.prompts[i] + tokens, of_prompt[i] + judged, 0
+        if at in self._waiting:
+            self._waiting.discard(at)
+            text, tokens, offset = made.echo[i] + text, made.prompts[i] + tokens, 0
+            judged = self._of_prompt[i] + judged
         logprobs = "null"
-        if wanted is not None and tokens:
-            shown = of_completion(tokenizer, tokens, judged, wanted, offset)
-            offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
+        if self._wanted is not None and tokens:
+            shown = of_completion(self._tokenizer, tokens, judged, self._wanted, offset)
+            self._offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
             logprobs = json.dumps(shown)
         reason, more = "null", ""
         if delta.finish_reason:
             reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'
-        return f'{opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{tail}'.encode()
-
-    async with aclosing(work.deltas()) as deltas:
-        async for at, delta in deltas:
-            if wanted is None and delta.finish_reason is None and at not in waiting:
-                if delta.text:
-                    yield (opening[at] + quoted(delta.text) + plain).encode()
-                continue
-            of_prompt[at // n] += delta.prompt_logprobs
-            if delta.tokens or delta.text or delta.finish_reason:
-                held.append((at, delta))  # the first of a further answer comes before the prompt's last part
-            ready = [
-                (at, delta)
-                for at, delta in held
-                if at not in waiting or wanted is None or len(of_prompt[at // n]) == len(made.prompts[at // n])
-            ]
-            held = [pair for pair in held if pair not in ready] if len(ready) < len(held) else []
-            for pair in ready:
-                yield line(*pair)
-    if made.usage_in_stream:
-        yield event({**made.head, "choices": [], "usage": work.usage()})
+        return f'{self._opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{self._tail}'

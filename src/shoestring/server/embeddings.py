@@ -43,10 +43,9 @@ def requests(prompts: Sequence[list[int]], adapter: str, client: str, isolation:
 async def vectors(work: Work) -> list[np.ndarray]:
     """float32 [hidden] for each input."""
     found: dict[int, np.ndarray] = {}
-    async with aclosing(work.deltas()) as deltas:
-        async for at, delta in deltas:
-            if delta.embedding is not None:
-                found[at] = delta.embedding
+    async with aclosing(work.batches()) as batches:
+        async for batch in batches:
+            found |= {at: delta.embedding for at, delta in batch if delta.embedding is not None}
     return [found[at] for at in range(len(work.requests))]
 
 

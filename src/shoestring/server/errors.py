@@ -39,7 +39,10 @@ _CODES = {
     503: "overloaded",
     504: "deadline_exceeded",
 }
-_MESSAGES = {404: "There is no such address", 405: "This address does not take this method"}
+_MESSAGES = {
+    404: "There is no such address; /openapi.json lists those there are",
+    405: "This address does not take this method",
+}
 _OF_ABSENCE = ("missing", "value_error")  # a field may be at fault by not being there
 _KINDS = {"missing": "missing_required_parameter"}
 

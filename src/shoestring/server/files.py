@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
@@ -21,7 +22,10 @@ from shoestring.core.errors import ShoestringError
 from shoestring.core.files import atomic_file, write_text
 from shoestring.server import schema
 from shoestring.server.errors import ApiError, bad
+from shoestring.server.keys import Client, client_of
 from shoestring.server.service import Service
+from shoestring.server.settings import Settings
+from shoestring.server.work import ClientGone
 
 PURPOSES = ("fine-tune", "fine-tune-results", "user_data")
 _LONGEST_NAME = 256
@@ -29,32 +33,37 @@ _CLOSE = {"connection": "close"}
 
 
 class Files:
-    """The files below `folder`. Used from the event loop alone; ids are ours, so no name leads anywhere else."""
+    """The files below `folder`, each its owner's alone: the digest of a client, or "" for everybody's.
+
+    Used from the event loop alone; ids are ours, so no name leads anywhere else.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, tuple[str, dict[str, Any]]] = {}  # id -> owner, and what clients see
         for about in folder.glob("file-*.json"):
             read = json.loads(about.read_text(encoding="utf-8"))
             if self.path(read["id"]).is_file():
-                self._known[read["id"]] = read
+                self._known[read["id"]] = read.pop("owner", ""), read
 
     def path(self, file_id: str) -> Path:
         return self.folder / file_id
 
-    def get(self, file_id: str, param: str | None = None) -> dict[str, Any]:
-        """Raises ApiError 404 when there is none of that id."""
-        if file_id not in self._known:
+    def get(self, file_id: str, client: Client, param: str | None = None) -> dict[str, Any]:
+        """Raises ApiError 404 when this client has none of that id."""
+        owner, about = self._known.get(file_id, (None, {}))
+        if owner not in ("", client.digest):
             raise ApiError(404, "There is no such file", param=param, code="file_not_found")
-        return self._known[file_id]
+        return about
 
-    def all(self, purpose: str | None = None) -> list[dict[str, Any]]:
-        """Newest first."""
-        found = [about for about in self._known.values() if purpose in (None, about["purpose"])]
+    def all(self, client: Client, purpose: str | None = None) -> list[dict[str, Any]]:
+        """Those of a client, newest first."""
+        own = [about for owner, about in self._known.values() if owner in ("", client.digest)]
+        found = [about for about in own if purpose in (None, about["purpose"])]
         return sorted(found, key=lambda about: (about["created_at"], about["id"]), reverse=True)
 
-    def add(self, name: str, purpose: str, source: Any) -> dict[str, Any]:
+    def add(self, name: str, purpose: str, source: Any, owner: str) -> dict[str, Any]:
         """Keep what a binary stream holds. In any thread.
 
         Raises:
@@ -74,12 +83,11 @@ class Files:
             "expires_at": None,
             "status_details": None,
         }
-        write_text(self.folder / f"{file_id}.json", json.dumps(about))
-        self._known[file_id] = about
+        write_text(self.folder / f"{file_id}.json", json.dumps({**about, "owner": owner}))
+        self._known[file_id] = owner, about
         return about
 
     def delete(self, file_id: str) -> None:
-        self.get(file_id)
         del self._known[file_id]
         for path in (self.folder / f"{file_id}.json", self.path(file_id)):
             path.unlink(missing_ok=True)
@@ -111,10 +119,10 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
     @app.post("/v1/files", response_model=schema.FileAnswer, openapi_extra=_UPLOAD)
     async def upload(request: Request) -> Response:
         kept = files()
-        given = await _form(request, service.settings.max_file_bytes)
+        given = await _form(request, service.settings)
         name, purpose, stream = _checked(given)
         try:
-            return answer(await asyncio.to_thread(kept.add, name, purpose, stream.file))
+            return answer(await asyncio.to_thread(kept.add, name, purpose, stream.file, client_of(request).digest))
         except ShoestringError:
             raise ApiError(503, "The file could not be kept: the disk may be full", code="disk_full") from None
         finally:
@@ -122,24 +130,29 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
 
     @app.get("/v1/files", response_model=schema.FilesAnswer)
     async def list_files(
-        after: str | None = None, limit: schema.PageLimit = 10000, purpose: str | None = None, order: str = "desc"
+        request: Request,
+        after: str | None = None,
+        limit: schema.PageLimit = 10000,
+        purpose: str | None = None,
+        order: str = "desc",
     ) -> Response:
-        found = files().all(purpose)
+        found = files().all(client_of(request), purpose)
         if order not in ("asc", "desc"):
             raise bad("order", "It is asc or desc")
         return answer(page(found[::-1] if order == "asc" else found, after, limit))
 
     @app.get("/v1/files/{file_id}", response_model=schema.FileAnswer)
-    async def one_file(file_id: str) -> Response:
-        return answer(files().get(file_id))
+    async def one_file(file_id: str, request: Request) -> Response:
+        return answer(files().get(file_id, client_of(request)))
 
     @app.get("/v1/files/{file_id}/content", response_class=Response)
-    async def content(file_id: str) -> Response:
-        files().get(file_id)
+    async def content(file_id: str, request: Request) -> Response:
+        files().get(file_id, client_of(request))
         return FileResponse(files().path(file_id), media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", response_model=schema.FileGone)
-    async def delete_file(file_id: str) -> Response:
+    async def delete_file(file_id: str, request: Request) -> Response:
+        files().get(file_id, client_of(request))
         service.tuning.release(file_id)
         files().delete(file_id)
         return answer({"id": file_id, "object": "file", "deleted": True})
@@ -164,12 +177,13 @@ _UPLOAD: dict[str, Any] = {
 }
 
 
-async def _form(request: Request, limit: int) -> Mapping[str, Any]:
+async def _form(request: Request, settings: Settings) -> Mapping[str, Any]:
     """The fields of a multipart form; its file lies on the disk when it is large.
 
     Raises:
-        ApiError: no such form, or one that is too long.
+        ApiError: no such form, one that is too long, or nothing of it for too long.
     """
+    limit = settings.max_file_bytes
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "The body must be a form: send Content-Type: multipart/form-data", headers=_CLOSE)
     told = request.headers.get("content-length", "")
@@ -179,7 +193,11 @@ async def _form(request: Request, limit: int) -> Mapping[str, Any]:
 
     async def receive() -> Message:
         nonlocal seen
-        message = await request.receive()
+        try:
+            async with asyncio.timeout(settings.idle_seconds):
+                message = await request.receive()
+        except TimeoutError:
+            raise ApiError(408, "The file did not arrive in time", headers=_CLOSE) from None
         seen += len(message.get("body", b""))
         if seen > limit:
             raise _too_large(limit)
@@ -189,6 +207,8 @@ async def _form(request: Request, limit: int) -> Mapping[str, Any]:
         return await Request(request.scope, receive).form(max_files=1, max_fields=8, max_part_size=65536)
     except ApiError:
         raise
+    except ClientDisconnect:
+        raise ClientGone from None
     except HTTPException as error:
         raise ApiError(400, f"The form cannot be read: {error.detail}", code="invalid_form", headers=_CLOSE) from None
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from shoestring.core import catalog
@@ -29,6 +29,7 @@ from shoestring.engine.tuning import Objectives, Told, Tuner, TuningJob
 from shoestring.server import files as uploads
 from shoestring.server import schema
 from shoestring.server.errors import ApiError, bad
+from shoestring.server.keys import Client, client_of
 from shoestring.server.service import Service, log
 
 WORD = "tuner"  # what a method's file defines that trains inside the engine
@@ -74,14 +75,17 @@ class FineTuning:
 
     # ---- what clients ask ----
 
-    def create(self, given: schema.FineTuningRequest) -> dict[str, Any]:
+    def create(self, given: schema.FineTuningRequest, client: Client) -> dict[str, Any]:
         service = self.service
         if given.model not in service.names:
-            service.pick(given.model)
+            service.pick(given.model, client)
             raise bad("model", "Only the base model can be fine-tuned here", "model_not_available")
-        self._training_file(given.training_file, "training_file")
+        self._training_file(given.training_file, client, "training_file")
         if given.validation_file:
-            self._training_file(given.validation_file, "validation_file")
+            self._training_file(given.validation_file, client, "validation_file")
+        most = service.settings.max_jobs
+        if sum(job.shown["status"] in _OPEN for job in self._of(client)) >= most:
+            raise ApiError(429, f"{most} of your jobs have not ended, the most there may be", code="too_many_jobs")
         job_id = f"ftjob-{secrets.token_hex(12)}"
         if given.suffix is not None and not _SUFFIX.fullmatch(given.suffix):
             raise bad("suffix", "At most 64 letters, digits and ._-, beginning with a letter or digit")
@@ -117,38 +121,41 @@ class FineTuning:
             "metadata": given.metadata,
             "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
         }
-        job = _Job(self.folder / "jobs" / job_id, shown, name)
+        job = _Job(self.folder / "jobs" / job_id, shown, name, client.digest)
         job.save()
         self._jobs[job_id] = job
         job.event(f"Created fine-tuning job: {job_id}")
         self._begin(job)
         return shown
 
-    def get(self, job_id: str) -> _Job:
-        if job_id not in self._jobs:
+    def get(self, job_id: str, client: Client) -> _Job:
+        """Raises ApiError 404 when this client has none of that id."""
+        job = self._jobs.get(job_id)
+        if job is None or job.owner not in ("", client.digest):
             raise ApiError(404, "There is no such job", param="fine_tuning_job_id", code="job_not_found")
-        return self._jobs[job_id]
+        return job
 
-    def all(self) -> list[dict[str, Any]]:
-        """Newest first."""
-        return [job.shown for job in sorted(self._jobs.values(), key=lambda j: (j.shown["created_at"], j.id))][::-1]
+    def all(self, client: Client) -> list[dict[str, Any]]:
+        """Those of a client, newest first."""
+        newest = sorted(self._of(client), key=lambda job: (job.shown["created_at"], job.id), reverse=True)
+        return [job.shown for job in newest]
 
-    async def cancel(self, job_id: str) -> dict[str, Any]:
-        job = self._open(job_id, _OPEN, "cancelled")
+    async def cancel(self, job_id: str, client: Client) -> dict[str, Any]:
+        job = self._open(job_id, client, _OPEN, "cancelled")
         job.end("cancelled")
         job.event("The job was cancelled")
         await self._order("cancel", job)
         return job.shown
 
-    async def pause(self, job_id: str) -> dict[str, Any]:
-        job = self._open(job_id, ("validating_files", "queued", "running"), "paused")
+    async def pause(self, job_id: str, client: Client) -> dict[str, Any]:
+        job = self._open(job_id, client, ("validating_files", "queued", "running"), "paused")
         job.change("paused")
         job.event("The job is paused")
         await self._order("pause", job)
         return job.shown
 
-    async def resume(self, job_id: str) -> dict[str, Any]:
-        job = self._open(job_id, ("paused",), "resumed")
+    async def resume(self, job_id: str, client: Client) -> dict[str, Any]:
+        job = self._open(job_id, client, ("paused",), "resumed")
         job.change("queued")
         job.event("The job goes on")
         await self._order("resume", job)
@@ -255,9 +262,8 @@ class FineTuning:
             self._fail(job, "The adapter could not be loaded", None)
             return
         job.served[job.name] = path.name
-        kept = await asyncio.to_thread(
-            self.files.add, "step_metrics.csv", "fine-tune-results", io.BytesIO(job.table().encode())
-        )
+        table = io.BytesIO(job.table().encode())
+        kept = await asyncio.to_thread(self.files.add, "step_metrics.csv", "fine-tune-results", table, job.owner)
         job.shown |= {"fine_tuned_model": job.name, "trained_tokens": told.tokens, "result_files": [kept["id"]]}
         job.end("succeeded")
         job.event(f"New fine-tuned model created: {job.name}")
@@ -272,8 +278,12 @@ class FineTuning:
 
     # ---- small things ----
 
+    def _of(self, client: Client) -> list[_Job]:
+        return [job for job in self._jobs.values() if job.owner in ("", client.digest)]
+
     async def _serve(self, job: _Job, name: str, path: Path) -> bool:
         engine = self.service.engine
+        self.service.owners[name] = job.owner
         if name in engine.engine.adapters:
             return True
         try:
@@ -297,14 +307,14 @@ class FineTuning:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _open(self, job_id: str, states: tuple[str, ...], wanted: str) -> _Job:
-        job = self.get(job_id)
+    def _open(self, job_id: str, client: Client, states: tuple[str, ...], wanted: str) -> _Job:
+        job = self.get(job_id, client)
         if job.shown["status"] not in states:
             raise bad(None, f"A job that is {job.shown['status']} cannot be {wanted}", "invalid_status")
         return job
 
-    def _training_file(self, file_id: str, param: str) -> None:
-        if self.files.get(file_id, param)["purpose"] != "fine-tune":
+    def _training_file(self, file_id: str, client: Client, param: str) -> None:
+        if self.files.get(file_id, client, param)["purpose"] != "fine-tune":
             raise bad(param, "The file was uploaded for another purpose than fine-tune", "invalid_purpose")
 
     def _linked(self, job: _Job, file_id: str) -> Path:
@@ -320,11 +330,12 @@ class _Job:
 
     Attributes:
         name: of the model that it makes.
+        owner: digest of the client that alone may see it and use its models; "" for everybody's.
         served: adapters of it that the engine has, name -> folder below the job's own.
     """
 
-    def __init__(self, folder: Path, shown: dict[str, Any], name: str) -> None:
-        self.folder, self.shown, self.name = folder, shown, name
+    def __init__(self, folder: Path, shown: dict[str, Any], name: str, owner: str) -> None:
+        self.folder, self.shown, self.name, self.owner = folder, shown, name, owner
         self.served: dict[str, str] = {}
         self.checkpoints: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
@@ -338,7 +349,7 @@ class _Job:
     @classmethod
     def read(cls, folder: Path) -> _Job:
         kept = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        job = cls(folder, kept["shown"], kept["name"])
+        job = cls(folder, kept["shown"], kept["name"], kept.get("owner", ""))
         job.served, job.checkpoints = kept["served"], kept["checkpoints"]
         events = folder / "events.jsonl"
         for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
@@ -349,8 +360,8 @@ class _Job:
         return job
 
     def save(self) -> None:
-        kept = {"shown": self.shown, "name": self.name, "served": self.served, "checkpoints": self.checkpoints}
-        write_text(self.folder / "job.json", json.dumps(kept, indent=1))
+        names = ("shown", "name", "owner", "served", "checkpoints")
+        write_text(self.folder / "job.json", json.dumps({name: getattr(self, name) for name in names}, indent=1))
 
     def change(self, status: str) -> None:
         self.shown["status"] = status
@@ -417,35 +428,43 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
     """`/v1/fine_tuning/jobs`; `answer` makes a response of JSON."""
     base = "/v1/fine_tuning/jobs"
 
+    def of(request: Request, job_id: str) -> _Job:
+        found: _Job = service.tuning.get(job_id, client_of(request))
+        return found
+
     @app.post(base, response_model=schema.FineTuningAnswer)
-    async def create_job(given: schema.FineTuningRequest) -> Response:
+    async def create_job(given: schema.FineTuningRequest, request: Request) -> Response:
         service.engine  # noqa: B018  # refuses while it is loading or ending
-        return answer(service.tuning.create(given), given)
+        return answer(service.tuning.create(given, client_of(request)), given)
 
     @app.get(base, response_model=schema.FineTuningList)
-    async def list_jobs(after: str | None = None, limit: schema.PageLimit = 20) -> Response:
-        return answer(uploads.page(service.tuning.all(), after, limit))
+    async def list_jobs(request: Request, after: str | None = None, limit: schema.PageLimit = 20) -> Response:
+        return answer(uploads.page(service.tuning.all(client_of(request)), after, limit))
 
     @app.get(base + "/{fine_tuning_job_id}", response_model=schema.FineTuningAnswer)
-    async def one_job(fine_tuning_job_id: str) -> Response:
-        return answer(service.tuning.get(fine_tuning_job_id).shown)
+    async def one_job(fine_tuning_job_id: str, request: Request) -> Response:
+        return answer(of(request, fine_tuning_job_id).shown)
 
     @app.get(base + "/{fine_tuning_job_id}/events", response_model=schema.FineTuningList)
-    async def events(fine_tuning_job_id: str, after: str | None = None, limit: schema.PageLimit = 20) -> Response:
-        return answer(uploads.page(service.tuning.get(fine_tuning_job_id).events[::-1], after, limit))
+    async def events(
+        fine_tuning_job_id: str, request: Request, after: str | None = None, limit: schema.PageLimit = 20
+    ) -> Response:
+        return answer(uploads.page(of(request, fine_tuning_job_id).events[::-1], after, limit))
 
     @app.get(base + "/{fine_tuning_job_id}/checkpoints", response_model=schema.FineTuningList)
-    async def checkpoints(fine_tuning_job_id: str, after: str | None = None, limit: schema.PageLimit = 10) -> Response:
-        return answer(uploads.page(service.tuning.get(fine_tuning_job_id).checkpoints[::-1], after, limit))
+    async def checkpoints(
+        fine_tuning_job_id: str, request: Request, after: str | None = None, limit: schema.PageLimit = 10
+    ) -> Response:
+        return answer(uploads.page(of(request, fine_tuning_job_id).checkpoints[::-1], after, limit))
 
     @app.post(base + "/{fine_tuning_job_id}/cancel", response_model=schema.FineTuningAnswer)
-    async def cancel(fine_tuning_job_id: str) -> Response:
-        return answer(await service.tuning.cancel(fine_tuning_job_id))
+    async def cancel(fine_tuning_job_id: str, request: Request) -> Response:
+        return answer(await service.tuning.cancel(fine_tuning_job_id, client_of(request)))
 
     @app.post(base + "/{fine_tuning_job_id}/pause", response_model=schema.FineTuningAnswer)
-    async def pause(fine_tuning_job_id: str) -> Response:
-        return answer(await service.tuning.pause(fine_tuning_job_id))
+    async def pause(fine_tuning_job_id: str, request: Request) -> Response:
+        return answer(await service.tuning.pause(fine_tuning_job_id, client_of(request)))
 
     @app.post(base + "/{fine_tuning_job_id}/resume", response_model=schema.FineTuningAnswer)
-    async def resume(fine_tuning_job_id: str) -> Response:
-        return answer(await service.tuning.resume(fine_tuning_job_id))
+    async def resume(fine_tuning_job_id: str, request: Request) -> Response:
+        return answer(await service.tuning.resume(fine_tuning_job_id, client_of(request)))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from shoestring.core.errors import UsageError
 
@@ -25,6 +26,11 @@ class Client:
 
 
 ANYONE = Client("anyone", "")
+
+
+def client_of(request: Any) -> Client:
+    """Who has sent a request that passed the door."""
+    return cast(Client, request.state.client)
 
 
 class Keys:

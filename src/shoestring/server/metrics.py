@@ -103,7 +103,7 @@ class Metrics:
         for name, value in c.plugged.items():
             yield _gauge(f"plugged_{name}", "What a method that is plugged in says of itself", value)
         adapters = GaugeMetricFamily("lora_requests_info", "Adapters that are loaded", labels=["running_lora_adapters"])
-        adapters.add_metric([",".join(sorted(engine.engine.adapters))], time.time())
+        adapters.add_metric([",".join(self._service.adapters())], time.time())
         yield adapters
 
     def _of_front(self) -> Iterable[Metric]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shoestring import __version__
 from shoestring.server.bill import Meter
 from shoestring.server.errors import ApiError
-from shoestring.server.keys import Client, Keys
+from shoestring.server.keys import ANYONE, Client, Keys
 from shoestring.server.limits import Gate
 from shoestring.server.metrics import Metrics
 from shoestring.server.settings import Settings, names
@@ -36,6 +36,7 @@ class Service:
         state: "loading", "ready" or "draining"; what the engine says of itself is in `health`.
         tasks: requests under way, so that they can be cut off at the end.
         tuning: files and fine-tuning jobs; while that is off, what refuses them.
+        owners: adapters that only one client may use, name -> its digest; the others are everybody's.
     """
 
     def __init__(self, settings: Settings, keys: Keys) -> None:
@@ -51,6 +52,7 @@ class Service:
         self.metrics = Metrics(self)
         self.tasks: set[asyncio.Task[Any]] = set()
         self.tuning: Any = Off()
+        self.owners: dict[str, str] = {}
         self.created = int(time.time())
         self.fingerprint = ""
         self.front: Any = None  # an application that answers where an engine would
@@ -109,15 +111,21 @@ class Service:
             return str(self.front.health())
         return self.state
 
-    def pick(self, model: str) -> str:
+    def adapters(self, client: Client = ANYONE) -> list[str]:
+        """Names of the loaded adapters that a client may use."""
+        there = self._engine.engine.adapters if self._engine is not None else {}
+        return sorted(name for name in there if self.owners.get(name, "") in ("", client.digest))
+
+    def pick(self, model: str, client: Client) -> str:
         """The adapter that a request's `model` names; empty for the base model.
 
         Raises:
-            ApiError: 404 when there is neither model nor adapter of that name.
+            ApiError: 404 when there is neither model nor adapter of that name for this client.
         """
         if model in self.names:
             return ""
-        adapters = self.engine.engine.adapters
+        self.engine  # noqa: B018  # refuses while it is loading or ending
+        adapters = self.adapters(client)
         if model in adapters:
             return model
         known = ", ".join([*self.names, *adapters][:20])

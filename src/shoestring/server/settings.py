@@ -53,6 +53,7 @@ class Settings:
         ttft: milliseconds that a request may wait for its first token because of fine-tuning.
         tpot: milliseconds between two tokens of an answer that fine-tuning leaves room for.
         max_file_bytes: longest file that can be uploaded.
+        max_jobs: fine-tuning jobs of one key that run or wait.
         trust_remote_code: let the model's repository run its own Python code here.
         key_concurrency: requests that one key may have open at the same time; 0 for no limit.
         key_requests_per_minute: requests that one key may begin in a minute; 0 for no limit.
@@ -109,6 +110,7 @@ class Settings:
     ttft: float = 1000.0
     tpot: float = 100.0
     max_file_bytes: int = 134217728
+    max_jobs: int = 16
     trust_remote_code: bool = False
     key_concurrency: int = 0
     key_requests_per_minute: int = 0

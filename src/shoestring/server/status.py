@@ -7,11 +7,14 @@ from typing import Any
 
 from shoestring import __version__
 from shoestring.core import probes
+from shoestring.server.keys import ANYONE, Client
 from shoestring.server.service import Service
 
 
-def status(service: Service) -> dict[str, Any]:
-    """Plain data. Bytes, seconds of the clock, joules; tokens since the start, so that two readings give a rate."""
+def status(service: Service, client: Client = ANYONE) -> dict[str, Any]:
+    """Plain data, as `client` may see it. Bytes, seconds of the clock, joules; tokens since the start, so that two
+    readings give a rate.
+    """
     meter, engine = service.meter, service.loaded
     now = meter.read()
     seconds = now.clock - meter.start.clock
@@ -40,12 +43,11 @@ def status(service: Service) -> dict[str, Any]:
         "money": meter.money(energy.value, seconds),
         "currency": meter.declared.currency,
         "models": list(service.names),
-        "adapters": [],
+        "adapters": service.adapters(client),
     }
     if engine is None:
         return found
     counts, inner = engine.counts(), engine.engine
-    found["adapters"] = sorted(inner.adapters)
     found["model"] = {
         "family": inner.facts.family,
         "precision": inner.facts.precision,

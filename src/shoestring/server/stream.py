@@ -5,23 +5,36 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii as quoted  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from shoestring.engine.request import Delta
 from shoestring.server.errors import ApiError, body
 from shoestring.server.service import Service, log
 from shoestring.server.work import ClientGone, Work, attended
 
 DONE = b"data: [DONE]\n\n"
-_PING = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
+_PING = b": keep-alive\n\n"
 _FAREWELL_SECONDS = 1.0
 
-__all__ = ["DONE", "EventStream", "event", "quoted"]
+__all__ = ["DONE", "EventStream", "Events", "event", "quoted"]
+
+
+class Events(Protocol):
+    """Writes the events of one HTTP answer; each is called for every token, so it does not wait for anything."""
+
+    def begin(self) -> bytes:
+        """Before there is any token."""
+
+    def add(self, at: int, delta: Delta) -> bytes:
+        """What is new in answer `at`; nothing where nothing is settled yet."""
+
+    def end(self, work: Work) -> bytes:
+        """After the last token."""
 
 
 def event(data: Any) -> bytes:
@@ -34,9 +47,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, service: Service, work: Work, events: AsyncGenerator[bytes, None], headers: dict[str, str]
-    ) -> None:
+    def __init__(self, service: Service, work: Work, events: Events, headers: dict[str, str]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._service, self._work, self._events = service, work, events
@@ -58,17 +69,21 @@ class EventStream(Response):
 
     async def _write(self, scope: Scope, send: Send) -> None:
         watch = asyncio.create_task(self._watch(scope, send))
-        message: dict[str, Any] = {"type": "http.response.body", "more_body": True}
-        clock = time.monotonic
+        add = self._events.add
         try:
-            async with aclosing(self._events) as events:  # type: ignore[type-var]
-                async for chunk in events:
-                    self._sending, self._sent = True, clock()
-                    await send({**message, "body": chunk})
-                    self._sending = False
+            await self._say(send, self._events.begin())
+            async with aclosing(self._work.batches()) as batches:
+                async for batch in batches:
+                    if chunk := b"".join([add(at, delta) for at, delta in batch]):
+                        await self._say(send, chunk)
         finally:
             watch.cancel()
-        await send({**message, "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._events.end(self._work) + DONE, "more_body": False})
+
+    async def _say(self, send: Send, chunk: bytes) -> None:
+        self._sending, self._sent = True, time.monotonic()
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._sending = False
 
     async def _watch(self, scope: Scope, send: Send) -> None:
         settings = self._service.settings
@@ -81,9 +96,7 @@ class EventStream(Response):
                 scope["shoestring.abort"]()
                 return
             if not self._sending and still >= ping:
-                self._sending, self._sent = True, time.monotonic()
-                await send(_PING)
-                self._sending = False
+                await self._say(send, _PING)
 
     async def _tell(self, send: Send, error: ApiError) -> None:
         """An error after the first byte, as OpenAI's client understands it."""

@@ -58,27 +58,16 @@ class Work:
         self._metered = service.meter.read()
         self._computed = self._total()
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """What the engine gives, with the number of its answer.
+    async def batches(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """What the engine has given since the last look, each with the number of its answer.
 
         Raises:
             ApiError: the engine refused, failed, or could not finish an answer.
         """
-        source = self._one(0) if len(self.requests) == 1 else self._many()
-        between = self.service.metrics.between_tokens
         try:
-            async with aclosing(source) as pieces:
-                async for at, delta in pieces:
-                    before, now = self.usages.get(at), delta.usage
-                    if delta.tokens and before is not None and before.last_token:
-                        count = len(delta.tokens)
-                        between.add((now.last_token - before.last_token) / count, count)
-                    self.usages[at] = now
-                    if delta.finish_reason:
-                        self._end(at, delta.finish_reason)
-                        if delta.finish_reason == "error":
-                            raise self._unfinished(delta)
-                    yield at, delta
+            async with aclosing(self.engine.streams(self.requests)) as batches:
+                async for batch in batches:
+                    yield [(self._noted(i * self.n + delta.index, delta), delta) for i, delta in batch]
         except RequestError as error:
             raise refusal(error) from None
         except ShoestringError as error:
@@ -87,9 +76,10 @@ class Work:
     async def answers(self) -> list[Answer]:
         """All answers, whole."""
         found = [Answer() for _ in range(len(self.requests) * self.n)]
-        async with aclosing(self.deltas()) as pieces:
-            async for at, delta in pieces:
-                found[at].add(delta)
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for at, delta in batch:
+                    found[at].add(delta)
         return found
 
     def usage(self) -> dict[str, Any]:
@@ -133,6 +123,18 @@ class Work:
             self._end(at, "abort")
         self._ticket.leave()
 
+    def _noted(self, at: int, delta: Delta) -> int:
+        before, now = self.usages.get(at), delta.usage
+        if delta.tokens and before is not None and before.last_token:
+            count = len(delta.tokens)
+            self.service.metrics.between_tokens.add((now.last_token - before.last_token) / count, count)
+        self.usages[at] = now
+        if delta.finish_reason:
+            self._end(at, delta.finish_reason)
+            if delta.finish_reason == "error":
+                raise self._unfinished(delta)
+        return at
+
     def _end(self, at: int, reason: str) -> None:
         self._open.discard(at)
         request = self.requests[at // self.n]
@@ -156,41 +158,6 @@ class Work:
         if given.logit_bias or given.stop_token_ids or given.min_tokens:
             return bad("logit_bias", f"The answer cannot go on: {delta.error}", "no_token_possible")
         return ApiError(500, "The answer could not be finished", code="answer_failed")
-
-    async def _one(self, i: int) -> AsyncGenerator[tuple[int, Delta], None]:
-        base = i * self.n
-        async with aclosing(self.engine.stream(self.requests[i])) as deltas:  # type: ignore[type-var]
-            async for delta in deltas:
-                yield base + delta.index, delta
-
-    async def _many(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The answers to several prompts, as they come."""
-        queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
-
-        async def feed(i: int) -> None:
-            try:
-                async with aclosing(self._one(i)) as pieces:
-                    async for piece in pieces:
-                        queue.put_nowait(piece)
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        feeders = [asyncio.create_task(feed(i)) for i in range(len(self.requests))]
-        try:
-            left = len(feeders)
-            while left:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    left -= 1
-                else:
-                    yield item
-        finally:
-            for feeder in feeders:
-                feeder.cancel()
-            await asyncio.gather(*feeders, return_exceptions=True)
 
 
 async def attended(service: Service, receive: Receive, work: Coroutine[Any, Any, T]) -> T:

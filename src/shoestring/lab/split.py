@@ -78,15 +78,14 @@ def cloud(model: Path | str, front: Callable[[Any, Any], Any], config: Any, **se
 class SlowLink:
     """A cable between a port here and another address: so many bits a second each way, so long on the way.
 
-    `cut` drops every connection and lets none through, until `mend`.
+    `cut` drops every connection and lets none through, until `mend`; `swallow` takes what is sent and delivers nothing.
     """
 
     def __init__(self, target: str, bits_per_second: float = 0.0, delay: float = 0.0) -> None:
-        host, _, port = target.removeprefix("http://").rpartition(":")
-        self._target = host, int(port)
+        self.lead_to(target)
         self._rate, self._delay = bits_per_second / 8, delay
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._whole = True
+        self._whole, self._delivers = True, True
         self._open: set[socket.socket] = set()
         self.bytes = {"up": 0, "down": 0}
         threading.Thread(target=self._accept, daemon=True).start()
@@ -95,13 +94,21 @@ class SlowLink:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
+    def lead_to(self, target: str) -> None:
+        """Where new connections end."""
+        host, _, port = target.removeprefix("http://").rpartition(":")
+        self._target = host, int(port)
+
+    def swallow(self) -> None:
+        self._delivers = False
+
     def cut(self) -> None:
         self._whole = False
         for end in list(self._open):
             _shut(end)
 
     def mend(self) -> None:
-        self._whole = True
+        self._whole, self._delivers = True, True
 
     def close(self) -> None:
         self.cut()
@@ -141,8 +148,9 @@ class SlowLink:
                 if not data:
                     _shut(sink)
                     return
-                with suppress(OSError):
-                    sink.sendall(data)
+                if self._delivers:
+                    with suppress(OSError):
+                        sink.sendall(data)
 
         threading.Thread(target=deliver, daemon=True).start()
         free = 0.0

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -241,6 +246,78 @@ def test_a_cloud_that_has_forgotten_is_told_again(
         assert tuple(tokens) == plain[1] and of(engine).counts["fallback"] == 0
 
 
+def test_a_cloud_that_comes_back_with_another_model_is_not_believed(
+    model: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoestring.methods.serving._split_link._PROBE", 0.05)
+    stranger = answering.folder(tmp_path, num_hidden_layers=6, seed=1)
+    with cloud(model, front, CeCollmConfig(after=2)) as ours, cloud(stranger, front, CeCollmConfig(after=2)) as theirs:
+        wire = SlowLink(ours)
+        with edge(model, heads, wire.url, patience=0.5) as engine:
+            assert engine.generate([PROMPTS[0]], GREEDY) and of(engine).counts["cloud"] == 16
+            wire.cut()
+            wire.lead_to(theirs)
+            wire.mend()
+            time.sleep(0.2)
+            engine.generate([PROMPTS[0]], GREEDY)
+            assert of(engine).counts["cloud"] == 16 and of(engine).counts["fallback"] == 16
+        wire.close()
+
+
+def test_a_cable_that_swallows_everything_is_waited_for_once(
+    model: Path, heads: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoestring.methods.serving._split_link._PROBE", 0.05)
+    wire = SlowLink(upper)
+    with edge(model, heads, wire.url, patience=0.3) as engine:
+        engine.generate([PROMPTS[0]], GREEDY)
+        wire.swallow()
+        began = time.perf_counter()
+        engine.generate([PROMPTS[0]], Sampling(max_tokens=40, ignore_eos=True))
+        assert time.perf_counter() - began < 3 * 0.3 + 0.5 and of(engine).counts["fallback"] == 40
+    wire.close()
+
+
+def test_a_long_prompt_over_a_slow_cable_arrives(
+    model: Path, heads: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its states take longer than anybody waits for one message, so they go in smaller ones."""
+    monkeypatch.setattr("shoestring.methods.serving._split_link._PROBE", 0.02)
+    wire = SlowLink(upper, bits_per_second=0.8e6)  # 100 tokens take 256 ms
+    with edge(model, heads, wire.url, patience=0.15) as engine:
+        for _ in engine.stream([3 + i % 50 for i in range(100)], Sampling(max_tokens=27, ignore_eos=True)):
+            time.sleep(0.05)
+            if of(engine).counts["cloud"]:
+                break
+        assert of(engine).counts["cloud"]
+    wire.close()
+
+
+def test_states_too_large_for_fp16_travel_as_bf16(
+    model: Path, heads: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edge(model, heads, upper, transfer="fp16") as engine:
+        link = of(engine).link
+        assert link is not None
+        send = link.send
+        monkeypatch.setattr(link, "send", lambda name, at, states: send(name, at, states * 1e6))
+        engine.generate([PROMPTS[0]], GREEDY)
+        assert of(engine).counts["cloud"] == 16
+
+
+def test_a_cloud_that_talks_nonsense_is_not_believed(model: Path, heads: Path, upper: str) -> None:
+    with edge(model, heads, upper, patience=0.3) as engine:
+        link = of(engine).link
+        assert link is not None
+        once = link._once
+        for said in ({"token": 10**6}, {"token": "x"}, {"token": -1}, {}, {"token": None}):
+            link._once = lambda verb, path, kind, *given, said=said: (  # type: ignore[method-assign]
+                (200, said) if kind == "infer" else once(verb, path, kind, *given)
+            )
+            engine.generate([PROMPTS[0]], Sampling(max_tokens=2, ignore_eos=True))
+        assert of(engine).counts["fallback"] == 10
+
+
 def test_an_answer_that_ends_or_is_dropped_leaves_nothing(model: Path, heads: Path, upper: str) -> None:
     with edge(model, heads, upper) as engine:
         answers(engine)
@@ -307,6 +384,98 @@ def test_pages_go_to_who_is_heard_of(half: Upper) -> None:
     assert not half.dialogues and half.pool.used == 0
 
 
+# ---- a cloud among strangers ----
+
+
+def test_frames_that_cannot_be_are_refused_and_the_cloud_goes_on(
+    model: Path, heads: Path, upper: str, plain: list[tuple[int, ...]]
+) -> None:
+    rng, nan, whole = np.random.default_rng(0), float("nan"), packed(rows(3), "fp32")
+    good = {"start": 0, "count": 3, "form": "fp32", "rows": whole}
+    states: list[Any] = [{**good, name: value} for name in good for value in _ODD] + [
+        {**good, "rows": np.full((3, 64), nan, "<f4").tobytes()}, {**good, "start": 10_000}, {}, [], 5, None,
+    ]  # fmt: skip
+    asked = [{"at": at, "patience": 0.0} for at in _ODD] + [{"at": 0, "patience": p} for p in (nan, -1, "x", 1e999)]
+    for kind, frames in (("states", states), ("infer", asked), ("hello", [{n: _ODD[-1]} for n in ("after", "x")])):
+        if kind == "infer":
+            assert _post(upper, "a/states", msgpack.packb(good))[0] == 200
+        for frame in frames:
+            status, _ = _post(upper, "hello" if kind == "hello" else f"a/{kind}", msgpack.packb(frame))
+            assert status in (400, 409), (kind, str(frame)[:200])
+    for kind in ("a/states", "a/infer", "hello"):
+        for size in (0, 1, 7, 300):
+            assert _post(upper, kind, rng.bytes(size))[0] in (400, 409)
+        assert _post(upper, kind, b"\x91" * 5000)[0] in (400, 409)  # nested deeper than anybody reads
+        assert _post(upper, kind, b"\xdd\xff\xff\xff\xff")[0] in (400, 409)  # says that four milliards will follow
+    assert app().upper.waiting == 3 and len(app().upper.dialogues) == 1
+    with edge(model, heads, upper) as engine:
+        assert answers(engine) == plain
+
+
+_ODD = [-1, -5, 1.5, float("inf"), True, None, "x", b"y", [1], {"a": 1}, 2**63, "z" * 300]
+
+
+def _post(url: str, path: str, body: bytes) -> tuple[int, Any]:
+    request = urllib.request.Request(f"{url}/split/{path}", body, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return reply.status, msgpack.unpackb(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_numbers_without_bounds_stay_with_who_sent_them(
+    model: Path, heads: Path, upper: str, plain: list[tuple[int, ...]]
+) -> None:
+    wild = np.full((40, 64), 3e38, np.float32)
+    _post(upper, "a/states", msgpack.packb({"start": 0, "count": 40, "form": "fp32", "rows": packed(wild, "fp32")}))
+    assert _post(upper, "a/infer", msgpack.packb({"at": 39}))[0] == 200
+    app().upper.end(":a")  # its pages are others' next
+    with edge(model, heads, upper) as engine:
+        assert answers(engine) == plain
+
+
+def test_layers_that_fail_once_do_not_end_the_cloud(
+    model: Path, heads: Path, upper: str, plain: list[tuple[int, ...]]
+) -> None:
+    compute, calls = app().upper.compute, []
+
+    def failing(*given: Any) -> list[int]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("for once")
+        return compute(*given)  # type: ignore[no-any-return]
+
+    app().upper.compute = failing
+    with edge(model, heads, upper) as engine:
+        answers(engine)
+        assert 0 < of(engine).counts["fallback"] <= len(PROMPTS)
+        assert answers(engine) == plain
+
+
+def test_an_ask_that_is_said_again_does_not_wait_for_ever(upper: str) -> None:
+    body = {"start": 0, "count": 3, "form": "fp32", "rows": packed(rows(3), "fp32")}
+    assert _post(upper, "a/states", msgpack.packb(body))[0] == 200
+    slow, real = threading.Event(), app().upper.compute
+    app().upper.compute = lambda *given: (slow.wait(5), real(*given))[1]
+    with ThreadPoolExecutor(4) as pool:
+        asks = [pool.submit(_post, upper, "a/infer", msgpack.packb({"at": at})) for at in (0, 1, 2, 2)]
+        time.sleep(0.2)
+        slow.set()
+        assert {ask.result(5)[0] for ask in asks} <= {200, 409} and 200 in {ask.result()[0] for ask in asks}
+
+
+def test_states_of_who_is_not_heard_of_make_room(half: Upper) -> None:
+    for number in range(20):
+        half.take(f"d{number}", 0, rows(16))
+        assert half.waiting <= 4 * 16
+    assert list(half.dialogues) == ["d16", "d17", "d18", "d19"]
+    said(half, "d19", 15)
+    for name in list(half.dialogues):
+        half.end(name)
+    assert half.waiting == 0 and half.pool.used == 0
+
+
 # ---- what is refused ----
 
 
@@ -349,6 +518,7 @@ def test_a_cloud_without_layers(model: Path, after: int) -> None:
         Sampling(logprobs=2),
         Sampling(repetition_penalty=1.1),
         Sampling(logit_bias=((3, 1.0),)),
+        Sampling(n=2),
     ],
 )
 def test_sampling_is_refused(model: Path, heads: Path, sampling: Sampling) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +25,11 @@ from shoestring.engine.blocks import BlockPool
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, Batch, Runner
 
+log = logging.getLogger("shoestring.server")
+
 FORMS = ("fp32", "fp16", "bf16", "int8")
 _PIECE = 512  # tokens that go through the layers together
+_PATIENCE = 60.0  # longest wait for states, in seconds
 _SAMPLES, _SAMPLE = 64, 4096  # how much of each file of weights a fingerprint reads
 
 
@@ -116,11 +121,15 @@ class Dialogue:
 
 
 class Upper:
-    """Dialogues and the layers that they share. Not thread-safe; `compute` alone may run beside the rest."""
+    """Dialogues and the layers that they share. Not thread-safe; `compute` alone may run beside the rest.
+
+    No more states wait than there are places in `pages`: beyond, who has not been heard of longest is forgotten.
+    """
 
     def __init__(self, runner: Runner, pages: int) -> None:
         runner.reserve(pages)
         self.runner, self.pool = runner, BlockPool(pages, BLOCK)
+        self.waiting = 0  # states of all dialogues
         self.dialogues: dict[str, Dialogue] = {}
         self.counts = dict.fromkeys(("infer", "tokens", "layer_steps", "evicted", "states"), 0)
         self._busy: set[str] = set()
@@ -134,6 +143,9 @@ class Upper:
         if start <= expected < start + len(rows):
             dialogue.waiting.append(rows[expected - start :])
             self.counts["states"] += len(dialogue.waiting[-1])
+            self.waiting += len(dialogue.waiting[-1])
+            while self.waiting > self.pool.count * BLOCK and self._forget({name}):
+                pass
         return dialogue.arrived
 
     def gather(self, asked: Sequence[tuple[str, int]]) -> tuple[Batch, np.ndarray, list[tuple[str, int]]] | None:
@@ -150,6 +162,7 @@ class Upper:
             rows = np.concatenate(dialogue.waiting)
             parts.append(rows[:count])
             dialogue.waiting = [rows[count:]] if len(rows) > count else []
+            self.waiting -= count
             contexts.append(dialogue.filled)
             dialogue.filled += count
             dialogue.touched = time.monotonic()
@@ -183,9 +196,18 @@ class Upper:
                 dialogue.said = at, token
         self._busy = set()
 
+    def fail(self) -> None:
+        """`compute` raised: what it was given is half done, so these dialogues are forgotten."""
+        lost, self._busy = self._busy, set()
+        for name in lost:
+            self.end(name)
+
     def end(self, name: str) -> None:
-        dialogue = self.dialogues.pop(name, None)
-        if dialogue:
+        """Forget a dialogue; one that is being computed a little later, by `expire`."""
+        if name in self._busy:
+            self.dialogues[name].touched = -math.inf
+        elif dialogue := self.dialogues.pop(name, None):
+            self.waiting -= sum(map(len, dialogue.waiting))
             self.pool.release(dialogue.blocks)
 
     def expire(self, seconds: float) -> None:
@@ -197,13 +219,19 @@ class Upper:
     def _room(self, name: str, dialogue: Dialogue, slots: int, kept: set[str]) -> bool:
         wanted = -(-slots // BLOCK) - len(dialogue.blocks)
         while wanted > self.pool.free:
-            others = [n for n, d in self.dialogues.items() if d.blocks and n not in kept and n not in self._busy]
-            if not others:
+            if not self._forget(kept, paged=True):
                 return False
-            self.end(min(others, key=lambda n: self.dialogues[n].touched))
-            self.counts["evicted"] += 1
         dialogue.blocks += [self.pool.allocate() for _ in range(max(0, wanted))]
         return True
+
+    def _forget(self, kept: set[str], paged: bool = False) -> bool:
+        """End the dialogue that has not been heard of longest, of those with pages or of all; whether there was one."""
+        known = self.dialogues
+        others = [n for n, d in known.items() if (d.blocks or not paged) and n not in kept and n not in self._busy]
+        if others:
+            self.end(min(others, key=lambda n: known[n].touched))
+            self.counts["evicted"] += 1
+        return bool(others)
 
 
 def pages_for(runner: Runner, memory: int | None, dialogues: int) -> int:
@@ -262,18 +290,18 @@ class Cloud:
         ours = {"fingerprint": self.word, "after": self.after, "hidden": facts.hidden}
         for name, value in ours.items():
             if given.get(name) != value:
-                return _answer({"error": f"{name} is {value!r} here and {given.get(name)!r} there"}, 409)
+                return _answer({"error": f"{name} is {value!r} here and {repr(given.get(name))[:60]} there"}, 409)
         return _answer({"forms": list(FORMS), "context": facts.context})
 
     async def states(self, request: Request) -> Response:
         given, facts = await _body(request), self.upper.runner.facts
         try:
-            start, count = int(given["start"]), int(given["count"])
-            rows = unpacked(given["rows"], given["form"], count, facts.hidden)
-            if start < 0 or start + count > facts.context:
+            start, count = _count(given, "start"), _count(given, "count")
+            if start + count > facts.context:
                 raise ValueError(f"positions {start} to {start + count} are outside the context of {facts.context}")
+            rows = unpacked(given["rows"], given["form"], count, facts.hidden)
         except (KeyError, TypeError, ValueError) as error:
-            return _answer({"error": str(error)}, 400)
+            return _answer({"error": f"a bad request: {error}"[:200]}, 400)
         expected = self.upper.take(_name(request), start, rows)
         async with self._arrivals:
             self._arrivals.notify_all()
@@ -283,11 +311,13 @@ class Cloud:
         """The token after a position; waits until the states up to there have come."""
         given, name = await _body(request), _name(request)
         try:
-            at, patience = int(given["at"]), min(float(given.get("patience", 10)), 60.0)
-        except (KeyError, TypeError, ValueError) as error:
+            at, patience = _count(given, "at"), given.get("patience", 10.0)
+            if not isinstance(patience, int | float) or not 0 <= patience < math.inf:
+                raise ValueError("patience is no number of seconds")
+        except ValueError as error:
             return _answer({"error": f"a bad request: {error}"}, 400)
         try:
-            async with asyncio.timeout(patience), self._arrivals:
+            async with asyncio.timeout(min(patience, _PATIENCE)), self._arrivals:
                 await self._arrivals.wait_for(lambda: self._has(name, at))
         except TimeoutError:
             dialogue = self.upper.dialogues.get(name)
@@ -304,18 +334,20 @@ class Cloud:
             return _answer({"token": await future})
         except LookupError:
             return _answer({"next": 0}, 409)
+        except RuntimeError as error:
+            return _answer({"error": str(error)}, 500)
 
     async def end(self, request: Request) -> Response:
-        name = _name(request)
-        if name not in self.upper._busy:
-            self.upper.end(name)
-        elif name in self.upper.dialogues:
-            self.upper.dialogues[name].touched = 0.0  # it expires as soon as its layers have run
+        self.upper.end(_name(request))
         return _answer({})
 
     def _has(self, name: str, at: int) -> bool:
         dialogue = self.upper.dialogues.get(name)
         return dialogue is not None and dialogue.arrived > at
+
+    def _open(self, name: str, at: int) -> bool:
+        """Whether the token after `at` can be computed, and has not been."""
+        return self._has(name, at) and self.upper.dialogues[name].filled <= at
 
     # ---- the one who computes ----
 
@@ -330,34 +362,47 @@ class Cloud:
             self.upper.expire(self.idle)
             while self._asked:
                 asked, self._asked = self._asked, []
-                await self._round({name: (at, future) for name, at, future in asked})
+                latest = {name: (at, future) for name, at, future in asked}
+                for name, _, future in asked:
+                    if future is not latest[name][1]:  # nobody waits for it: the edge has asked again
+                        _give_up(future)
+                try:
+                    await self._round(latest)
+                except Exception:
+                    log.exception("The cloud could not compute what edges asked for")
+                    self.upper.fail()
+                    for _, future in latest.values():
+                        _give_up(future, RuntimeError("the layers could not be computed"))
+                for _, future in latest.values():
+                    _give_up(future)
 
     async def _round(self, asked: dict[str, tuple[int, asyncio.Future[int]]]) -> None:
-        left = {name: at for name, (at, _) in asked.items() if self._has(name, at)}
-        while left:
+        left = {name: at for name, (at, _) in asked.items()}
+        while left := {name: at for name, at in left.items() if self._open(name, at)}:
             gathered = self.upper.gather(list(left.items()))
             if gathered is None:
                 break
             batch, states, who = gathered
-            try:
-                tokens = await asyncio.to_thread(self.upper.compute, batch, states)
-            except Exception as error:
-                for _, future in asked.values():
-                    if not future.done():
-                        future.set_exception(error)
-                raise
+            tokens = await asyncio.to_thread(self.upper.compute, batch, states)
             self.upper.settle(who, tokens)
             for (name, at), token in zip(who, tokens):
-                if name not in self.upper.dialogues:
-                    del left[name]
-                elif self.upper.dialogues[name].filled == at + 1:
-                    del left[name]
+                dialogue = self.upper.dialogues.get(name)
+                if dialogue and dialogue.filled == at + 1:
                     self.upper.counts["infer"] += 1
                     if not asked[name][1].done():
                         asked[name][1].set_result(token)
-        for _, future in asked.values():
-            if not future.done():
-                future.set_exception(LookupError("no pages, or it has ended"))
+
+
+def _give_up(future: asyncio.Future[int], why: Exception | None = None) -> None:
+    if not future.done():
+        future.set_exception(why or LookupError("no pages, or it has ended"))
+
+
+def _count(given: dict[str, Any], name: str) -> int:
+    value = given.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is no count")
+    return value
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -27,12 +27,14 @@ class Sent:
 
     Attributes:
         up_to: positions that the cloud is known to have.
+        refused: whether the cloud cannot take them.
     """
 
     name: str
     states: list[np.ndarray] = field(default_factory=list)
     length: int = 0
     up_to: int = 0
+    refused: bool = False
 
     def rows(self, start: int, most: int) -> np.ndarray:
         self.states = [np.concatenate(self.states)]
@@ -41,6 +43,9 @@ class Sent:
 
 class Link:
     """A cloud at `url`. `send` returns at once; `ask` waits, at most `patience` seconds a token.
+
+    Every connection begins with a greeting, so a cloud that has been restarted with another model is refused. While the
+    cloud does not answer, nobody waits for it: the sender tries it again, now and then.
 
     Attributes:
         bytes: by direction and kind of message, heads of HTTP included.
@@ -53,10 +58,9 @@ class Link:
             raise UsageError(f"cloud={url} is no address", remedy="Write http://HOST:PORT")
         self._parts, self._key, self._hello = parts, key, dict(hello)
         self.form, self.patience = form, patience
-        self._most = max(1, _MESSAGE // (4 * hidden + 4))
+        self._most = self._limit = max(1, _MESSAGE // (4 * hidden + 4))
         self.bytes: dict[str, int] = {}
-        self.up, self._tried = False, 0.0
-        self._told = False
+        self.up = False
         self._lock, self._news = threading.Lock(), threading.Condition()
         self._dialogues: dict[str, Sent] = {}
         self._ended: list[str] = []
@@ -75,15 +79,14 @@ class Link:
             UsageError: it has another model, or cuts it elsewhere. A cloud that is not there raises nothing.
         """
         try:
-            status, said = self._call("POST", "hello", "hello", self._hello)
-        except OSError:
-            return
-        if status != 200:
+            self._call("POST", "hello", "hello", self._hello)
+        except _Refused as error:
             raise UsageError(
-                f"The cloud at {self._parts.geturl()} refuses this edge", str(said.get("error", status)),
+                f"The cloud at {self._parts.geturl()} refuses this edge", str(error),
                 "Serve the same model on both sides, cut at the same layer",
-            )  # fmt: skip
-        self._told = True
+            ) from None  # fmt: skip
+        except OSError:
+            pass
 
     def send(self, name: str, start: int, rows: np.ndarray) -> None:
         """States of the tokens start.. of a dialogue, to be uploaded; from an earlier start they replace what was."""
@@ -119,22 +122,18 @@ class Link:
 
     def _ask(self, name: str, at: int) -> int | None:
         deadline = time.monotonic() + self.patience
-        if not self._may():
-            return None
-        while (left := deadline - time.monotonic()) > 0:
+        while self.up and (left := deadline - time.monotonic()) > 0:
             try:
                 status, said = self._call("POST", f"{name}/infer", "infer", {"at": at, "patience": left}, left + 0.2)
             except OSError:
                 return None
-            if status == 200:
-                return int(said["token"])
             if status != 409:
-                return None
+                return _whole(said, "token")
             with self._news:  # it lacks states: they go up again from there
                 dialogue = self._dialogues.get(name)
-                if dialogue is None:
+                if dialogue is None or dialogue.refused:
                     return None
-                dialogue.up_to = min(dialogue.up_to, int(said.get("next", 0)))
+                dialogue.up_to = min(dialogue.up_to, _whole(said, "next") or 0)
                 self._news.notify_all()
             time.sleep(0.005)
         return None
@@ -142,49 +141,52 @@ class Link:
     def _run(self) -> None:
         while True:
             with self._news:
-                while not (self._closing or self._ended or self._behind()):
+                if not self.up:
+                    self._news.wait_for(lambda: self._closing, _PROBE)
+                while self.up and not (self._closing or self._ended or self._behind()):
                     self._news.wait(_PROBE)
-                if self._closing and not self._ended:
+                if self._closing and not (self.up and self._ended):
                     return
-                ended, self._ended = self._ended, []
+                ended, self._ended = self._ended, []  # a cloud that is down forgets them by itself
                 part = self._behind()
                 if part:
                     start = part.up_to
                     rows = part.rows(start, self._most)
             try:
+                if not self.up:
+                    self._call("POST", "hello", "hello", self._hello)
+                    continue
                 for name in ended:
                     self._call("DELETE", name, "end", None)
-                if part and self._may():
+                if part:
                     self._upload(part, start, rows)
-                elif part:
-                    time.sleep(_PROBE / 5)
             except OSError:
-                if self._closing:
-                    return
+                pass
 
     def _upload(self, part: Sent, start: int, rows: np.ndarray) -> None:
-        body = {"start": start, "count": len(rows), "form": self.form, "rows": packed(rows, self.form)}
-        status, said = self._call("POST", f"{part.name}/states", "states", body)
+        form = self.form
+        try:
+            data = packed(rows, form)
+        except OverflowError:  # as many bytes, and room for large numbers
+            form = "bf16"
+            data = packed(rows, form)
+        body = {"start": start, "count": len(rows), "form": form, "rows": data}
+        try:
+            status, said = self._call("POST", f"{part.name}/states", "states", body)
+        except TimeoutError:
+            self._most = max(1, len(rows) // 2)  # a slow link: less at a time arrives
+            raise
         with self._news:
             if status in (200, 409):
-                part.up_to = min(int(said.get("next", 0)), part.length)
+                part.up_to = min(_whole(said, "next") or 0, part.length)
+                self._most = min(self._limit, 2 * self._most)
+            elif status in (400, 413):
+                part.refused = True
             else:
-                self.up, self._tried = False, time.monotonic()
+                self.up = False
 
     def _behind(self) -> Sent | None:
-        return next((d for d in self._dialogues.values() if d.up_to < d.length), None)
-
-    def _may(self) -> bool:
-        """Whether to speak to the cloud now: it is up, or has not been tried for a while."""
-        if not self.up and time.monotonic() - self._tried < _PROBE:
-            return False
-        if not self._told:
-            try:
-                self.greet()
-            except UsageError:
-                self._tried = time.monotonic()
-            return self._told
-        return True
+        return next((d for d in self._dialogues.values() if d.up_to < d.length and not d.refused), None)
 
     # ---- HTTP ----
 
@@ -210,7 +212,7 @@ class Link:
 
     def _once(self, verb: str, path: str, kind: str, body: bytes, timeout: float) -> tuple[int, dict[str, Any]]:
         try:
-            connection = self._connection(timeout)
+            connection = self._connection(timeout, greets=kind != "hello")
             before = connection.sent
             headers = {"content-type": "application/msgpack"}
             if self._key:
@@ -220,10 +222,15 @@ class Link:
             reply = connection.getresponse()
             answer = reply.read()
             said = msgpack.unpackb(answer) if reply.headers.get_content_type() == "application/msgpack" else {}
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            if not isinstance(said, dict):
+                raise ValueError("an answer that is no mapping")
+            if kind == "hello" and reply.status != 200:
+                busy = reply.status == 429 or reply.status >= 500
+                raise (OSError if busy else _Refused)(str(said.get("error", reply.status)))
+        except (OSError, http.client.HTTPException, ValueError, msgpack.UnpackException) as error:
             self._drop()
             with self._lock:
-                self.up, self._tried = False, time.monotonic()
+                self.up = False
             if isinstance(error, OSError):
                 raise
             raise OSError(str(error)) from error
@@ -234,13 +241,16 @@ class Link:
                 self.bytes[f"{way}_{kind}"] = self.bytes.get(f"{way}_{kind}", 0) + size
         return reply.status, said
 
-    def _connection(self, timeout: float) -> Any:
+    def _connection(self, timeout: float, greets: bool) -> Any:
+        """This thread's own, a new one after a greeting unless that is what it is for."""
         made = getattr(self._local, "connection", None)
         if made is None:
             base = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
             made = self._local.connection = _counting(base)(
                 self._parts.hostname or "", self._parts.port, timeout=timeout
             )
+            if greets:
+                self._once("POST", "hello", "hello", msgpack.packb(self._hello), timeout)
         made.timeout = timeout
         if made.sock:
             made.sock.settimeout(timeout)
@@ -251,6 +261,15 @@ class Link:
         if made is not None:
             made.close()
             self._local.connection = None
+
+
+class _Refused(OSError):
+    """The cloud has another model, cuts it elsewhere, or does not know the key."""
+
+
+def _whole(said: dict[str, Any], name: str) -> int | None:
+    value = said.get(name)
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def _counting(base: Any) -> Any:

@@ -11,9 +11,10 @@ How it works
        after position t it waits for the states up to t, runs all that wait as one chunk, and returns one token id. What
        the edge has answered itself is computed there in bulk, or never.
     5. Uploading and asking are two connections. Dialogues that ask at the same time are computed together.
-    6. States travel as fp32, fp16 (half the bytes), bf16, or int8 with one scale a token.
-    7. Where no cloud answers within `patience` the token is taken from exit 2, and the states are kept: when the link
-       is back what is missing goes up first. Without a cloud the edge works alone.
+    6. States travel as fp32, fp16 (half the bytes; as bf16 where a number is too large for it), bf16, or int8 with one
+       scale a token.
+    7. Where no cloud answers within `patience` the token is taken from exit 2, as are the next ones until it answers
+       again; the states are kept, and what is missing goes up first. Without a cloud the edge works alone.
 
 Where it bends
     Greedy answers only: with sampling, exits change the distribution. theta = 1 never leaves, also where a confidence
@@ -139,12 +140,13 @@ class Edge:
         greedy = s.temperature == 0 and s.repetition_penalty == 1 and not (s.presence_penalty or s.frequency_penalty)
         for field, plain in (
             ("temperature", greedy), ("logit_bias", not s.logit_bias), ("logprobs", s.logprobs is None),
-            ("min_tokens", not s.min_tokens), ("response_format", s.constraint is None),
+            ("min_tokens", not s.min_tokens), ("response_format", s.constraint is None), ("n", s.n == 1),
         ):  # fmt: skip
             if not plain:
                 raise RequestError(
                     "This server answers greedily only", "a part of the model elsewhere says tokens, not chances",
-                    "Leave penalties, constraints and log-probabilities out, with temperature 0", param=field,
+                    "Ask for one answer, with temperature 0, without penalties, constraints or log-probabilities",
+                    param=field,
                 )  # fmt: skip
         if request.embed or s.prompt_logprobs is not None:
             raise RequestError("The last layers of this model run elsewhere", remedy="Ask for text", param="input")
@@ -171,9 +173,10 @@ class Edge:
                 # The newest token's place: everything before it has been sent.
                 tokens = self.link.ask([(self._name(answers[i]), len(answers[i].tokens) - 1) for i in asked])
             for i, token in zip(asked, tokens):
-                found[i], said[i] = (logits[i], "fallback") if token is None else (_only(token, logits[i]), "cloud")
-                if not self.link:
-                    said[i] = "exit 2"
+                if token is not None and token < len(logits[i]):
+                    found[i], said[i] = _only(token, logits[i]), "cloud"
+                else:
+                    found[i], said[i] = logits[i], "fallback" if self.link else "exit 2"
         took = time.perf_counter() - self._began
         for by, confidence in zip(said, sure):
             if by:

@@ -256,6 +256,12 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
 
 
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers the parameters of a model stand for; tied ones once."""
+    packed = {id(module.weight): module.rows * module.columns for _, module in packed_modules(model)}
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
 class Pack(ConversionOps):
     """Packs one float weight while transformers reads it, so no whole model is ever inflated."""
 
@@ -302,8 +308,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         dtype = kwargs.get("dtype") or model.dtype
         tied = tied_head(model)
+        shared = self._format_of_table(model, tied) if tied else None
+        replacements: list[tuple[str, nn.Module]] = []
         for name, module in list(model.named_modules()):
-            format = self._format(model, name, module, tied)
+            format = shared if name == tied else self._format(model, name, module)
             if format is None:
                 continue
             with torch.device("meta"):
@@ -313,21 +321,21 @@ class PackedQuantizer(HfQuantizer):
                     new: nn.Module = PackedEmbedding(rows, columns, format, module.padding_idx, scale, dtype)
                 else:
                     rows, columns = linear_dims(module)
-                    bias = module.bias is not None or self._has_bias(name)
+                    bias = module.bias is not None or self._has_bias(model, name)
                     new = PackedLinear(columns, rows, format, bias, dtype, tied=name == tied)
             if isinstance(module, Conv1D):
                 self.transposed.add(name)
-            new.train(module.training)
-            surgery.replace_module(model, name, new)
+            replacements.append((name, new))
+        surgery.replace_modules(model, replacements)
         refuse_unpacked(model)
         return model
 
-    def _format(self, model: PreTrainedModel, name: str, module: nn.Module, tied: str | None) -> Format | None:
+    def _format(self, model: PreTrainedModel, name: str, module: nn.Module) -> Format | None:
         config = self.quantization_config
         embedding = isinstance(module, nn.Embedding)
         if self.pre_quantized:
-            spec = config.packing.get(name)
-            if spec is None:
+            spec = self._spec(model, name)
+            if not spec:
                 return None
             if not embedding and not isinstance(module, nn.Linear | Conv1D):
                 raise UsageError(
@@ -339,10 +347,28 @@ class PackedQuantizer(HfQuantizer):
             return None
         if embedding:
             return config.format_of(name, module.num_embeddings, module.embedding_dim, True)  # type: ignore[arg-type]
-        return config.format_of(name, *linear_dims(module), name == tied)
+        return config.format_of(name, *linear_dims(module), False)
 
-    def _has_bias(self, name: str) -> bool:
-        return self.pre_quantized and self.quantization_config.packing.get(name, "").endswith(BIAS)
+    def _format_of_table(self, model: PreTrainedModel, head: str) -> Format | None:
+        """The format of a head that shares the token table's weight: the table's."""
+        table = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is table)
+        format = self._format(model, name, table)
+        if format is not None and not self.pre_quantized and self.quantization_config.left_alone(head):
+            raise UsageError(
+                f"{head} of {type(model).__name__} cannot be left alone by itself",
+                f"it shares the weight of {name}",
+                f"Name {name} in modules_to_not_convert to leave both alone, or neither",
+            )
+        return format
+
+    def _spec(self, model: PreTrainedModel, name: str) -> str:
+        """What a packed folder says of a module, also when a model with another head wrote it, or one without."""
+        packing, prefix = self.quantization_config.packing, f"{model.base_model_prefix}."
+        return next((packing[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in packing), "")
+
+    def _has_bias(self, model: PreTrainedModel, name: str) -> bool:
+        return self.pre_quantized and self._spec(model, name).endswith(BIAS)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         owner, _, tensor = param_name.rpartition(".")
@@ -368,9 +394,9 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A config that was read from disk says its dtype as a word.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Packed):
-                surgery.replace_module(model, name, float_module(module, dtype))
+        packed, transposed = list(packed_modules(model)), _transposed(model)
+        made = ((name, float_module(module, dtype, name in transposed)) for name, module in packed)
+        surgery.replace_modules(model, made)
         model.tie_weights()
         return model
 
@@ -408,10 +434,16 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         # Only the token table: position and type tables are small and often indexed in other ways.
         return module is model.get_input_embeddings()
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not isinstance(module, nn.Linear | Conv1D) or _of_task(model, name):
         return False
     # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
     return module is not model.get_output_embeddings() or name == tied_head(model)
+
+
+def _of_task(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module belongs to a head that classifies, which is small, and random until it is trained."""
+    alone = model.base_model is model or model.get_output_embeddings() is not None
+    return not alone and not name.startswith(f"{model.base_model_prefix}.")
 
 
 def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
@@ -447,16 +479,27 @@ class _ScaledEmbedding(nn.Embedding):
         return rows if self.scale == 1.0 else rows * self.scale
 
 
-def float_module(packed: Any, dtype: torch.dtype) -> nn.Module:
-    """The module with plain weights in `dtype` that a packed one stands for."""
+def _transposed(model: PreTrainedModel) -> set[str]:
+    """Names of the layers for which the family has transformers' transposed ones."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    return {name for name, module in plain.named_modules() if isinstance(module, Conv1D)}
+
+
+def float_module(packed: Any, dtype: torch.dtype, transposed: bool = False) -> nn.Module:
+    """The module with plain weights in `dtype` that a packed one stands for; `transposed`: [in, out]."""
     weight = packed.unpacked().to(dtype)
     if isinstance(packed, nn.Embedding):
         table = _ScaledEmbedding.from_pretrained(weight, freeze=False, padding_idx=packed.padding_idx)
         table.scale = packed.scale
         return table
     with torch.device("meta"):
-        made = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
-    made.weight = nn.Parameter(weight)
+        made: Any = (
+            Conv1D(packed.out_features, packed.in_features)
+            if transposed
+            else nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+        )
+    made.weight = nn.Parameter(weight.t().contiguous() if transposed else weight)
     if packed.bias is not None:
         made.bias = nn.Parameter(packed.bias.data.to(dtype))
     return made

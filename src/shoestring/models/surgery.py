@@ -6,7 +6,7 @@ updated; the trainer marks the model then, and surgery refuses.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -36,16 +36,23 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
         UsageError: there is no module of that name.
         ShoestringError: an optimizer holds the model's parameters.
     """
-    _refuse_if_frozen(model, f"replace {name}")
     old = get_module(model, name)
-    parent, _, leaf = name.rpartition(".")
-    module.train(old.training)
-    holder = model.get_submodule(parent)
-    if isinstance(holder, nn.ModuleList | nn.Sequential):
-        holder[int(leaf)] = module
-    else:
-        setattr(holder, leaf, module)
+    replace_modules(model, [(name, module)])
     return old
+
+
+def replace_modules(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """As `replace_module`, one after the other; what holds the model is looked for once. Raises as it does."""
+    _refuse_if_frozen(model, "replace modules")
+    for name, module in modules:
+        old = get_module(model, name)
+        parent, _, leaf = name.rpartition(".")
+        module.train(old.training)
+        holder = model.get_submodule(parent)
+        if isinstance(holder, nn.ModuleList | nn.Sequential):
+            holder[int(leaf)] = module
+        else:
+            setattr(holder, leaf, module)
 
 
 def drop_blocks(model: nn.Module, indices: Collection[int], stack: str = "") -> None:

@@ -26,7 +26,7 @@ from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
 from shoestring.methods.quantizers import _shared
 from shoestring.models.load import load_tokenizer
-from shoestring.models.packed import ROOM
+from shoestring.models.packed import ROOM, parameters_of
 from shoestring.models.seal import seal
 
 VERB = "compress"
@@ -74,11 +74,13 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         if hasattr(module, "stream"):
             tokenizer = load_tokenizer(source, trust_remote_code=work.trust_remote_code)
             facts = module.stream(source, folder, made, _rows(module, source, tokenizer, step, work), work)
+            parameters = models.shape_of(source, trust_remote_code=work.trust_remote_code).parameters
         else:
             whole = hasattr(module, "compress")
             given = {} if whole else {"quantization_config": made}
             loaded = models.load(str(source), trust_remote_code=work.trust_remote_code, **given)  # type: ignore[arg-type]
             model, tokenizer = loaded.model, loaded.tokenizer
+            parameters = parameters_of(model)
             if whole:
                 torch.manual_seed(work.seed)
                 rows = _rows(module, source, tokenizer, step, work)
@@ -89,8 +91,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         seal(folder, ROOM)
-    shape = models.shape_of(source, trust_remote_code=work.trust_remote_code)
-    return {"parameters": shape.parameters, **facts}
+    return {"parameters": parameters, **facts}
 
 
 def _rows(module: ModuleType, source: Path, tokenizer: Any, step: Step, work: Work) -> Any:

@@ -255,6 +255,10 @@ def test_a_file_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None
             server.client().files.create(file=("a", b"x" * 2000), purpose="fine-tune")
         assert found.value.status_code == 413
         assert server.client().files.list().data == []
+        # A browser would send a form for the page of any site, and the password with it.
+        form: Any = {"files": {"file": ("a", b"x")}, "data": {"purpose": "fine-tune"}}
+        for origin, status in (("http://evil.example", 403), ("null", 403), (server.url, 200)):
+            assert server.http.post("/v1/files", headers={"origin": origin}, **form).status_code == status
         # One that is begun and not gone on with is given up.
         head = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
         assert b" 408 " in raw(server, f"{head}content-length: 900\r\n\r\n--x\r\n".encode())

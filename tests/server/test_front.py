@@ -90,8 +90,18 @@ def test_what_it_does_not_have_is_an_error_in_openais_shape() -> None:
     with serving() as (server, _):
         for method, path, status in (("GET", "/v1/nothing", 404), ("POST", "/v1/completions", 404),
                                      ("GET", "/v1/chat/completions", 405)):  # fmt: skip
-            answer = server.http.request(method, path)
+            answer = server.http.request(method, path, json={})
             assert answer.status_code == status and error_of(answer)["message"]
+
+
+def test_a_page_of_another_site_cannot_send_to_it() -> None:
+    """What a browser sends for any page without asking is never passed on."""
+    with serving() as (server, _):
+        for kind in ("text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; a=b", ""):
+            answer = server.http.post("/v1/chat/completions", content=b'{"a": 1}', headers={"content-type": kind})
+            assert answer.status_code == 415 and error_of(answer)["code"] == "unsupported_media_type"
+        binary = {"content-type": "application/msgpack"}
+        assert server.http.post("/v1/chat/completions", content=b"{}", headers=binary).status_code == 200
 
 
 def test_limits_are_kept_for_it() -> None:

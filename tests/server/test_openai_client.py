@@ -208,6 +208,13 @@ def test_answers_keep_to_a_schema(server: Server) -> None:
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
     )  # fmt: skip
     assert set(json.loads(made.choices[0].message.content or "")) == {"ok"}
+    for other in (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"schema": schema}},
+    ):
+        answer = server.chat(max_tokens=100, logit_bias=tight, response_format=other)  # as other servers take it
+        assert set(json.loads(answer.json()["choices"][0]["message"]["content"])) == {"ok"}
+        assert "x-shoestring-warning" not in answer.headers
     made = server.client().chat.completions.create(
         model="toy", messages=HELLO, max_tokens=100, extra_body={"structured_outputs": {"regex": "[0-9]{4}"}}
     )
@@ -316,6 +323,10 @@ def test_unknown_extras_are_answered_with_a_warning(server: Server) -> None:
     assert answer.status_code == 200
     assert answer.headers["x-shoestring-warning"] == "unknown fields have no effect: foo, messages[0].b\\nar"
     assert "x-shoestring-warning" not in server.chat().headers
+    # What the client makes of an answer can be sent back as it is.
+    said = server.client().chat.completions.create(model="toy", messages=HELLO, max_tokens=2).choices[0].message
+    again = server.chat(messages=[*HELLO, said.model_dump(), *HELLO])
+    assert again.status_code == 200 and "x-shoestring-warning" not in again.headers
 
 
 @pytest.mark.real

@@ -214,10 +214,9 @@ def _constraint(
     """What the answer must match, and the field that says so."""
     structured, form = of_structured(given.structured_outputs, limits), given.response_format
     schema: dict[str, Any] | None = None
-    if form is not None and form.type == "json_object":
-        schema = {"type": "object"}
-    elif form is not None and form.type == "json_schema":
-        schema = form.json_schema.schema_ if form.json_schema.schema_ is not None else {"type": "object"}
+    if form is not None and form.type != "text":
+        wanted = form.schema_ if form.type == "json_object" else form.json_schema.schema_
+        schema = {"type": "object"} if wanted is None else wanted
     if structured is not None:
         if schema is not None or offered:
             raise bad("structured_outputs", "It cannot be combined with response_format or tools")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -24,7 +25,7 @@ from shoestring.server import schema
 from shoestring.server.errors import ApiError, bad
 from shoestring.server.keys import Client, client_of
 from shoestring.server.service import Service
-from shoestring.server.settings import Settings
+from shoestring.server.settings import Settings, names
 from shoestring.server.work import ClientGone
 
 PURPOSES = ("fine-tune", "fine-tune-results", "user_data")
@@ -184,6 +185,10 @@ async def _form(request: Request, settings: Settings) -> Mapping[str, Any]:
         ApiError: no such form, one that is too long, or nothing of it for too long.
     """
     limit = settings.max_file_bytes
+    origin = request.headers.get("origin", "")
+    if origin and urlsplit(origin).netloc != request.headers["host"] and origin not in names(settings.allowed_origins):
+        # A browser sends forms for any page, and with them the password it knows.
+        raise ApiError(403, "Pages of other sites cannot upload; see --allowed-origins", code="origin_not_allowed")
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "The body must be a form: send Content-Type: multipart/form-data", headers=_CLOSE)
     told = request.headers.get("content-length", "")

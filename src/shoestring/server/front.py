@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from shoestring.server.keys import Client
 
 _POINT = "front"
+_UNASKED = (b"", b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data")
+_CLOSE = {"connection": "close"}
 
 
 def opened(settings: Settings) -> ASGIApp:
@@ -62,6 +65,8 @@ class Guard:
                 raise ClientGone from None
 
         try:
+            if scope["method"] == "POST":
+                _check_type(scope["headers"])
             given = _Given(await _read(receive, settings))
             await attended(service, receive, front(scope, given.receive, answer))
         except ApiError as error:
@@ -98,12 +103,20 @@ async def _read(receive: Receive, settings: Settings) -> bytes:
                 size += len(part)
                 if size > settings.max_body_bytes:
                     limit = settings.max_body_bytes
-                    raise ApiError(413, f"The body is longer than {limit} bytes", headers={"connection": "close"})
+                    raise ApiError(413, f"The body is longer than {limit} bytes", headers=_CLOSE)
                 parts.append(part)
                 if not message.get("more_body"):
                     return b"".join(parts)
     except TimeoutError:
-        raise ApiError(408, "The body did not arrive in time", headers={"connection": "close"}) from None
+        raise ApiError(408, "The body did not arrive in time", headers=_CLOSE) from None
+
+
+def _check_type(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """A page of another site can send forms and plain text from a browser without asking, and nothing else."""
+    given = [value for name, value in headers if name == b"content-type"]
+    kind = given[0].partition(b";")[0].strip().lower() if len(given) == 1 else b""
+    if kind in _UNASKED:
+        raise ApiError(415, "A body says what it is: send Content-Type: application/json", headers=_CLOSE)
 
 
 def _farewell(error: ApiError) -> bytes:

@@ -67,9 +67,10 @@ class _Answer(BaseModel):
 
 
 def unknown_fields(given: BaseModel, path: str = "") -> Iterator[str]:
-    """Paths of fields that no schema knows, here and in what it holds."""
-    for name in given.model_extra or ():
-        yield path + name
+    """Paths of fields that no schema knows, here and in what it holds; one that is null says nothing."""
+    for name, value in (given.model_extra or {}).items():
+        if value is not None:
+            yield path + name
     for name, value in given:
         if name in (given.model_extra or ()):
             continue
@@ -255,10 +256,11 @@ class TextFormat(_Body):
 
 class JsonFormat(_Body):
     type: Literal["json_object"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class NamedSchema(_Body):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -616,6 +618,12 @@ class FilesAnswer(_Page):
 class FileGone(_Answer):
     id: str
     object: Literal["file"]
+    deleted: bool
+
+
+class ModelGone(_Answer):
+    id: str
+    object: Literal["model"]
     deleted: bool
 
 

@@ -236,7 +236,7 @@ def test_feedback_that_cannot_be() -> None:
             answer = front.http.post("/v1/feedback", json=body)
             assert answer.status_code == 400 and error_of(answer)["param"] == param
         for raw in (b"", b"nonsense", b"[1]", b"[" * 100_000, b'{"a": NaN}', b'{"a": "\\ud800"}'):
-            answer = front.http.post("/v1/feedback", content=raw)
+            answer = front.http.post("/v1/feedback", content=raw, headers={"content-type": "application/json"})
             assert answer.status_code == 400 and error_of(answer)["code"] == "invalid_json"
 
 
@@ -285,8 +285,9 @@ def test_what_examples_cannot_help_passes_through() -> None:
 
 def test_requests_that_cannot_be() -> None:
     with between() as front:
-        answer = front.ask("x", model="nobody")
-        assert answer.status_code == 404 and error_of(answer)["code"] == "model_not_found"
+        for nobody in ("nobody", ["small"], {}, None, 3):
+            answer = front.ask("x", model=nobody)
+            assert answer.status_code == 404 and error_of(answer)["code"] == "model_not_found"
         for wrong in ("text", [], [1], None):
             answer = front.ask("x", messages=wrong)
             assert answer.status_code == 400 and error_of(answer)["param"] == "messages"

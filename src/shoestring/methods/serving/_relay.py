@@ -196,10 +196,10 @@ class Relay:
     async def _answer(self, request: Request, body: dict[str, Any]) -> Response:
         await self._reread()
         model = body.get("model")
-        if model != NAME and model not in self._endpoints:
+        if not isinstance(model, str) or model != NAME and model not in self._endpoints:
             known = [NAME, *self._endpoints]
             raise Refused(404, f"There is no such model. There are: {', '.join(known)}", "model_not_found", "model")
-        only = "" if model == NAME else str(model)
+        only = "" if model == NAME else model
         asked = _asked(body, _tenant(request), self.config.match_system)
         if asked is None:  # pictures, tools, several answers: nothing that examples could help with
             self.counters["passed_through"] += 1

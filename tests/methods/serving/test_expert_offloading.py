@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoestring.core.errors import UsageError
 from shoestring.lab import tiny
 from shoestring.methods.serving import _expert_bits as bits
+from shoestring.methods.serving import _expert_file as files
 from shoestring.methods.serving import _expert_guess as guess
 from shoestring.methods.serving import _placement as placement
 from shoestring.methods.serving import expert_offloading as eo
@@ -63,12 +66,25 @@ def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 # ---------------------------------------------------------------- exact
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads compute, until the test has ended."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "qwen2_moe"])
-def test_bit_for_bit_the_resident_model_in_every_family(family: str) -> None:
-    model = mixture(family)
-    wanted = passes(model)
+def test_bit_for_bit_the_resident_model_in_every_family(family: str, threads: Callable[[int], None]) -> None:
+    """Also with several threads, which divide the rows of a product: then it matters which rows stand together."""
+    model, wanted = mixture(family), {}
+    for count in (1, 2):
+        threads(count)
+        wanted[count] = passes(model)
     owner = eo.offload(model, Config(slots=4))
-    assert equal(wanted, passes(model))
+    for count, logits in wanted.items():
+        threads(count)
+        assert equal(logits, passes(model)), count
     assert owner.stats()["expert_misses"] > 0
     owner.close()
 
@@ -239,13 +255,65 @@ def test_a_trained_map_is_kept_and_refused_by_other_models(tmp_path: Path) -> No
         guess.ByLinear.load(tmp_path / "p", 32, (8, 8), 2)
 
 
+# ---------------------------------------------------------------- what is read ahead
+
+
+def visit(owner: eo.Offloader, layer: int, *experts: int, guess: tuple[tuple[int, int], ...] = ()) -> None:
+    """A layer asks for these experts, guesses, and has its experts computed."""
+    pool = owner.pool
+    pool.enter(layer)
+    given = pool.want(layer, [((layer, expert), "") for expert in experts])
+    pool.guess(layer, guess)
+    pool.wait(given)
+    pool.done(given)
+
+
+def test_who_is_guessed_stays_until_its_layer_has_come() -> None:
+    owner = eo.offload(mixture(), Config(slots=3, policy="lru", prefetch="none"))
+    visit(owner, 1, 0, 1)
+    visit(owner, 2, 0, guess=((1, 1),))
+    visit(owner, 0, 0, 3)  # the two that were used longest ago would go
+    assert set(owner.pool.slots.held) == {(1, 1), (0, 0), (0, 3)}, "it was guessed, and left"
+    visit(owner, 1, 2)  # it was asked for another, and the guess was wrong
+    assert set(owner.pool.slots.held) == {(0, 0), (0, 3), (1, 2)}
+    owner.close()
+
+
+def test_a_guess_takes_no_place_before_it_is_read_and_is_given_up_when_its_layer_has_come() -> None:
+    owner = eo.offload(mixture(), Config(slots=4, policy="lru", prefetch="none", delay_ms=40))
+    pool = owner.pool
+    visit(owner, 2, 0, 2, 4, 6)
+    pool.enter(0)
+    asked = pool.want(0, [((0, 1), "")])
+    pool.guess(0, [(1, 5)])
+    assert (1, 5) not in pool.slots.held and len(pool.slots.held) == 4
+    pool.wait(asked)
+    pool.done(asked)
+    visit(owner, 1, 7)
+    begun = pool.tally.bytes
+    time.sleep(0.06)  # in which a loader that went on with it would have read it
+    assert (1, 5) not in pool.slots.held and pool.tally.guessed == 0 and pool.tally.bytes == begun
+    assert len(pool.slots.held) < 4 or (2, 6) in pool.slots.held
+    owner.close()
+
+
+def test_a_guess_that_was_begun_is_gone_on_with_when_it_comes_true() -> None:
+    owner = eo.offload(mixture(), Config(slots=4, policy="lru", prefetch="none", delay_ms=40))
+    pool = owner.pool
+    visit(owner, 0, 1, guess=((1, 5),))
+    time.sleep(0.02)
+    begun = pool.tally.stall
+    visit(owner, 1, 5)
+    assert pool.tally.late == 1 and 0 < pool.tally.stall - begun < 0.035
+    assert pool.tally.bytes == 2 * pool.file.records[(0, 0), ""].size
+    owner.close()
+
+
 # ---------------------------------------------------------------- the loader
 
 
 def test_reading_goes_on_while_the_model_computes() -> None:
     """The loader works during calls of the predictor, which here take the time of a slow layer."""
-    import time
-
     model = mixture()
     with watch(model) as recorder:
         passes(model)
@@ -278,12 +346,38 @@ def test_neighbours_are_read_at_once_and_bytes_are_counted() -> None:
 
 def test_a_file_that_ends_too_early_is_an_error_where_it_is_waited_for(tmp_path: Path) -> None:
     model = mixture()
+    wanted = passes(model)
     owner = eo.offload(model, Config(slots=4, folder=str(tmp_path)))
-    with (tmp_path / "experts.safetensors").open("r+b") as file:
-        file.truncate(5000)
-    with pytest.raises(UsageError, match="ends too early"):
-        passes(model)
+    file = tmp_path / "experts.safetensors"
+    whole = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.truncate(5000)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="ends too early"):
+            passes(model)
+    with file.open("r+b") as opened:
+        opened.write(whole)
+    assert equal(wanted, passes(model)), "what could not be read once is read when it can be"
+    file.unlink()
+    assert equal(wanted, passes(model)), "a file that is open does not go away"
     owner.close()
+    with pytest.raises(UsageError, match="closed"):
+        passes(model)
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture()
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "_packed", lambda *_: (_ for _ in ()).throw(RuntimeError("the power fails")))
+        with pytest.raises(RuntimeError, match="power"):
+            eo.offload(model, Config(slots=4, folder=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_small_copies_says_so(tmp_path: Path) -> None:
+    eo.offload(mixture(), Config(slots=4, folder=str(tmp_path))).close()
+    with pytest.raises(UsageError, match="no copies of int8/32"):
+        eo.offload(mixture(), Config(slots=4, folder=str(tmp_path), small=0.5, small_width="int8/32"))
 
 
 # ---------------------------------------------------------------- modes that change answers

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.core.errors import UsageError
+from shoestring.core.files import atomic_file
 from shoestring.kernels import formats
 from shoestring.kernels.formats._format import DTYPES
 from shoestring.methods.serving._expert_slots import Key
@@ -179,6 +180,8 @@ def write(
 ) -> None:
     """Write the experts of a model, one layer after another; no more than one layer is asked for at a time.
 
+    The file is there when it is whole.
+
     Args:
         shapes: of each layer, parameter -> dimensions of one expert's slice.
         layer: of a layer's number, parameter -> tensor (experts, ...).
@@ -198,7 +201,7 @@ def write(
     said = json.dumps(header, separators=(",", ":")).encode()
     said += b" " * (-len(said) % 8)
     starts = dict[str, int]()
-    with path.open("wb") as file:
+    with atomic_file(path) as whole, whole.open("wb") as file:
         file.write(struct.pack("<Q", len(said)) + said)
         base = file.tell()
         for name, entry in header.items():

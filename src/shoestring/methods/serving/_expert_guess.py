@@ -48,7 +48,8 @@ class ByHistory:
 class ByRouter:
     """What the routers of the next layers say of the present hidden state.
 
-    The stream changes little from one layer to the next; of several side by side the one furthest ahead is asked.
+    The stream changes little from one layer to the next; of several side by side the one furthest ahead is asked. How
+    sure it is of an expert is how likely as many draws as there are guesses meet it: few of many have a large share.
     Behind the last layer comes the next token, of which a router knows nothing: there `after` guesses.
     """
 
@@ -59,10 +60,12 @@ class ByRouter:
 
     @torch.no_grad()
     def __call__(self, layer: int, hidden: Tensor, choices: Tensor) -> list[tuple[int, int, float]]:
-        behind, hidden = list(self.after(layer, hidden, choices)), rows_of(hidden, -1)
-        found: list[tuple[int, int, float]] = []
+        # At the last layer its guesses count, and at the first it learns what came of them.
+        behind = list(self.after(layer, hidden, choices)) if layer in (0, len(self.routers) - 1) else []
+        hidden, found = rows_of(hidden, -1), list[tuple[int, int, float]]()
         for later in range(layer + 1, min(layer + 1 + self.ahead, len(self.routers))):
-            sure = route(self.routers[later], hidden)[0].float().softmax(-1).amax(0)
+            p = route(self.routers[later], hidden)[0].float().softmax(-1).amax(0)
+            sure = 1 - (1 - p) ** self.guesses
             found += _best(later, sure, self.guesses * len(hidden), self.confidence)
         return found + [entry for entry in behind if entry[0] <= layer]
 

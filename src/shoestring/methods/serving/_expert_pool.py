@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from shoestring.core.errors import UsageError
 from shoestring.methods.serving._expert_file import ALIGN, EXACT, ExpertFile, Record, unpack
-from shoestring.methods.serving._expert_slots import Key, Policy, Slots
+from shoestring.methods.serving._expert_slots import Key, Policy, Slots, Trust
 
 MERGE = 8  # experts that one read brings at most
 PARTS = 8  # a guess is read in so many parts, so that what is asked for meanwhile need not wait for it
@@ -42,19 +43,21 @@ class _Held:
     slot: int
     width: str
     pieces: Record
+    size: int
     ready: bool = False
     users: int = 0
     ahead: bool = False  # read on a guess and not asked for yet
-    until: int = -1  # the visit up to which a guess is spared
-    size: int = 0
+    until: int = 0  # the visit for which it was guessed; it is spared until then
     come: int = 0  # bytes of a guess that were read before it had to wait
+    error: Exception | None = None  # what reading it met
 
 
 class Pool:
     """Slots for experts of a file, and the thread that fills them.
 
     One thread computes and calls `want`, `wait` and `done`; the loader's thread does nothing else than read. What the
-    computation asks for goes before guesses, and is merged with its neighbours in the file.
+    computation asks for goes before guesses, and is merged with its neighbours in the file. A guess gets a slot when
+    its reading begins, and is given up when its layer has come without asking for it.
 
     Args:
         count: slots. `quota`: of each layer, 0 for one pool.
@@ -86,9 +89,10 @@ class Pool:
         self.slots = Slots(count, policy, quota)
         self._held: dict[Key, _Held] = {}
         self._urgent: deque[Key] = deque()
-        self._guesses: deque[Key] = deque()
-        self._visits = 0
-        self._error: BaseException | None = None
+        self._guesses: dict[Key, int] = {}  # what to read ahead -> the visit for which; the nearest first
+        self._trust = Trust(layers)
+        self._visits = self._layer = 0
+        self._writing: frozenset[int] = frozenset()  # slots that the loader writes into
         self._change = threading.Condition()
         self._closed = False
         self._loader = threading.Thread(target=self._work, name="expert loader", daemon=True)
@@ -99,7 +103,7 @@ class Pool:
     def enter(self, layer: int) -> None:
         """The model stands in `layer` now."""
         with self._change:
-            self._visits += 1
+            self._visits, self._layer = self._visits + 1, layer
             self.slots.visit(layer)
 
     def want(self, layer: int, keys: Sequence[tuple[Key, str]], *, first: bool = True, wait: bool = True) -> list[Key]:
@@ -110,46 +114,56 @@ class Pool:
         Args:
             keys: expert and the width that is enough; more bits are as good.
             wait: for a place when there is none for any of them.
+
+        Raises:
+            UsageError: the pool is closed.
         """
         with self._change:
-            while not (given := self._give(layer, keys, first)) and keys and wait:
+            if first:
+                self._settle({key for key, _ in keys})
+            while True:
+                if self._closed:
+                    raise UsageError("The experts of this model were closed", remedy="Load the model again")
+                if (given := self._give(layer, keys, first)) or not keys or not wait:
+                    break
                 first = False
                 self._change.wait()  # every slot is being written into
-            self._change.notify_all()
+            if self._urgent:
+                self._change.notify_all()
         return given
 
-    def guess(self, layer: int, keys: Iterable[Key], width: str = EXACT) -> None:
-        """Read these ahead, the likeliest first, as far as that makes nobody leave who is needed."""
+    def guess(self, layer: int, keys: Iterable[Key]) -> None:
+        """Read these ahead, the likeliest first, and keep those that are there, until their layer has come."""
         with self._change:
             for key in keys:
-                if key in self._held:
-                    continue
-                keep = {k for k, h in self._held.items() if h.users or self._busy(h) or h.until >= self._visits}
-                if not self._place(key, width, layer, keep):
-                    break
-                held = self._held[key]
-                held.ahead, held.until = True, self._visits + (key[0] - layer - 1) % self.layers + 1
-                self._guesses.append(key)
-            self._change.notify_all()
+                until = self._visits + (key[0] - layer - 1) % self.layers + 1
+                if held := self._held.get(key):
+                    held.until = max(held.until, until)
+                elif self._trust.guessed(key, until):
+                    self._guesses.setdefault(key, until)
+            if self._guesses:
+                self._guesses = dict(sorted(self._guesses.items(), key=lambda guess: guess[1]))
+                self._change.notify_all()
 
     def ready(self, key: Key) -> bool:
         with self._change:
             return self._held[key].ready
 
     def wait(self, keys: Iterable[Key]) -> None:
-        """Until all of them are there. Raises what the loader met."""
+        """Until all of them are there. Raises what the loader met when it read one of them."""
         begin = time.perf_counter()
         with self._change:
-            waiting = [key for key in keys if not self._held[key].ready]
+            waiting = {key: held for key in keys if not (held := self._held[key]).ready}
             if not waiting:
                 return
-            while any(not self._held[key].ready for key in waiting) and not self._error:
+            while not all(held.ready or held.error for held in waiting.values()):
                 self._change.wait()
-            if self._error:
-                raise self._error
+            for held in waiting.values():
+                if held.error:
+                    raise held.error
         end = time.perf_counter()
         self.tally.stall += end - begin
-        self.tally.timeline.append(("wait", waiting[0], begin, end))
+        self.tally.timeline.append(("wait", next(iter(waiting)), begin, end))
 
     def slot(self, key: Key) -> int:
         return self._held[key].slot
@@ -158,7 +172,12 @@ class Pool:
         """These may leave again."""
         with self._change:
             for key in keys:
-                self._held[key].users -= 1
+                held = self._held[key]
+                held.users -= 1
+                if held.error and not held.users:  # whoever asks next has it read again
+                    self._drop(key)
+            if self._guesses:  # there may be a place for one now
+                self._change.notify_all()
 
     def close(self) -> None:
         with self._change:
@@ -170,12 +189,31 @@ class Pool:
 
     # ---- inside ----
 
+    def _settle(self, asked: Collection[Key]) -> None:
+        """The guesses for this visit are over: those that came true are wanted now, the others are given up."""
+        there = [key for key, held in self._held.items() if key[0] == self._layer and not held.ahead]
+        self._trust.visited(self._visits, asked, there)
+        for key, held in self._held.items():
+            if held.until <= self._visits or key in asked:
+                held.until = 0
+        over = [key for key, until in self._guesses.items() if until <= self._visits or key in asked]
+        for key in over:
+            del self._guesses[key]
+            if key in self._held and key not in asked:  # begun, and put off
+                self._drop(key)
+            elif key in self._held:
+                self._urgent.append(key)
+
     def _give(self, layer: int, keys: Sequence[tuple[Key, str]], first: bool) -> list[Key]:
         given = []
         for key, width in keys:
             held = self._held.get(key)
             if held and held.width in (EXACT, width):
-                self._found(key, held, first)
+                held.users, held.ahead = held.users + 1, False
+                if first:
+                    self.tally.hits += 1
+                    self.tally.late += not held.ready
+                    self.slots.use(key)
                 given.append(key)
         here = set(given)
         for key, width in keys:
@@ -184,42 +222,37 @@ class Pool:
             if first:
                 self.tally.misses += 1
                 self.slots.use(key)
-            if self._place(key, width, layer, {k for k, h in self._held.items() if h.users or self._busy(h)}):
+            if self._place(key, width, layer):
                 self._held[key].users += 1
                 self._urgent.append(key)
                 given.append(key)
         return given
 
-    def _found(self, key: Key, held: _Held, first: bool) -> None:
-        held.users, held.ahead, held.until = held.users + 1, False, -1
-        if first:
-            self.tally.hits += 1
-            self.tally.late += not held.ready
-            self.slots.use(key)
-        if not held.ready and key in self._guesses:  # it has not been begun: no guess any more
-            self._guesses.remove(key)
-            self._urgent.append(key)
-
-    def _place(self, key: Key, width: str, layer: int, keep: set[Key]) -> bool:
+    def _place(self, key: Key, width: str, layer: int, until: int = 0) -> bool:
+        """Give `key` a slot. Who was guessed leaves it only to what is asked for, and if nobody else can."""
         again = self._held.get(key)
         if again:  # it is there in too few bits
             if again.users or self._busy(again):
                 return False
-            self._leave(key)
-            self.slots.drop(key)
-        spare = {k for k, h in self._held.items() if h.until >= self._visits}
-        slot, leaving = self.slots.admit(key, layer, keep, spare)
+            self._drop(key)
+        spared = {k for k, h in self._held.items() if h.until}
+        keep = {k for k, h in self._held.items() if h.users or self._busy(h)}
+        slot, leaving = self.slots.admit(key, layer, keep | spared if until else keep, spared)
         if slot < 0:
             return False
         if leaving is not None:
             self._leave(leaving)
-        self._held[key] = _Held(slot, width, self.file.records[key, EXACT], size=self.file.records[key, width].size)
+        pieces, size = self.file.records[key, EXACT], self.file.records[key, width].size
+        self._held[key] = _Held(slot, width, pieces, size, ahead=until > 0, until=until)
         return True
+
+    def _drop(self, key: Key) -> None:
+        self._leave(key)
+        self.slots.drop(key)
 
     def _leave(self, key: Key) -> None:
         held = self._held.pop(key)
-        if key in self._guesses:
-            self._guesses.remove(key)
+        self._guesses.pop(key, None)
         if held.ahead:
             self.tally.wasted_bytes += held.come
 
@@ -227,39 +260,44 @@ class Pool:
         """The loader writes into its slot."""
         return held.slot in self._writing
 
-    _writing: frozenset[int] = frozenset()
-
     # ---- the loader's thread ----
 
     def _work(self) -> None:
-        try:
-            while True:
-                with self._change:
-                    while not (self._closed or self._urgent or self._guesses):
-                        self._change.wait()
-                    if self._closed:
-                        return
-                    batch = self._next()
-                    helds = [self._held[key] for key in batch]
-                    self._writing = frozenset(held.slot for held in helds)
-                begin, reads = time.perf_counter(), 1
+        while True:
+            with self._change:
+                while not self._closed and not (batch := self._next()):
+                    self._change.wait()
+                if self._closed:
+                    return
+                helds = [self._held[key] for key in batch]
+                self._writing = frozenset(held.slot for held in helds)
+            begin, reads, count = time.perf_counter(), 1, 0
+            met: Exception | None = None
+            try:
                 if helds[0].come or not helds[0].users:
                     reads, count = self._in_parts(batch[0], helds[0])
                 else:
                     count = self._at_once(batch, helds)
-                with self._change:
-                    self._writing = frozenset()
-                    self._count(batch, helds, begin, reads, count)
-                    self._change.notify_all()
-        except BaseException as error:  # raised where somebody waits
+            except Exception as error:  # raised where somebody waits
+                met = error
             with self._change:
-                self._error = error
+                self._writing = frozenset()
+                self._count(batch[0], begin, reads, count)
+                for key, held in zip(batch, helds):
+                    self._arrive(key, held, met)
                 self._change.notify_all()
 
     def _next(self) -> list[Key]:
-        """The next expert to read, and of those asked for the ones behind it in the file."""
+        """The next expert to read, and of those asked for the ones behind it in the file; none where there is no work.
+
+        A guess gets its slot here: whoever leaves for it would be missed for nothing as long as the loader is busy.
+        """
         if not self._urgent:
-            return [self._guesses.popleft()]
+            for key, until in self._guesses.items():
+                if key in self._held or self._place(key, EXACT, self._layer, until):
+                    del self._guesses[key]
+                    return [key]
+            return []
         batch = [self._urgent.popleft()]
         width = self._held[batch[0]].width
         while len(batch) < MERGE and not self._held[batch[-1]].come:
@@ -290,36 +328,48 @@ class Pool:
         for held, record, raw in zip(helds, records, raws):
             unpack(record, width, raw, held.pieces, self._bytes(held.slot))
         self._slow_down(begin, len(batch) * count / sum(held.pieces.size for held in helds))
+        for held in helds:
+            held.come = held.size
         return count
 
     def _in_parts(self, key: Key, held: _Held) -> tuple[int, int]:
-        """Read a guess, or what is left of it, until it is there or somebody waits for another; reads and bytes."""
-        size, reads, total = held.size, 0, 0
+        """Read a guess, or what is left of it, until it is there, given up, or somebody waits for another.
+
+        Returns:
+            reads and bytes.
+        """
+        size, reads, total, begin = held.size, 0, 0, time.perf_counter()
         while held.come < size:
-            begin = time.perf_counter()
             end = min(size, held.come + -(-size // PARTS))
-            count = self.file.read_part((key, held.width), self._bytes(held.slot), held.come, end, self.keep_cached)
-            self._slow_down(begin, count / size)
-            held.come, reads, total = end, reads + 1, total + count
-            if self._urgent and not held.users:
+            total += self.file.read_part((key, held.width), self._bytes(held.slot), held.come, end, self.keep_cached)
+            self._slow_down(begin, total / size)
+            held.come, reads = end, reads + 1
+            if not held.users and (self._urgent or not held.until):
                 break
         return reads, total
 
-    def _count(self, batch: Sequence[Key], helds: Sequence[_Held], begin: float, reads: int, count: int) -> None:
+    def _count(self, first: Key, begin: float, reads: int, count: int) -> None:
         end, t = time.perf_counter(), self.tally
         t.reads, t.bytes, t.loading = t.reads + reads, t.bytes + count, t.loading + end - begin
-        t.timeline.append(("load", batch[0], begin, end))
-        if helds[0].come and helds[0].come < helds[0].size:
-            self._guesses.appendleft(batch[0])
-            if helds[0].users:  # asked for between the last look and now
-                self._guesses.remove(batch[0])
-                self._urgent.append(batch[0])
-            return
-        for held in helds:
+        t.timeline.append(("load", first, begin, end))
+
+    def _arrive(self, key: Key, held: _Held, met: Exception | None) -> None:
+        """What becomes of an expert that the loader has been at."""
+        if met:
+            held.error = met
+            if not held.users:
+                self._drop(key)
+        elif held.come == held.size:
             held.ready = True
-        t.loads += len(batch)
-        t.small += sum(held.width != EXACT for held in helds)
-        t.guessed += sum(held.ahead for held in helds)
+            self.tally.loads += 1
+            self.tally.small += held.width != EXACT
+            self.tally.guessed += held.ahead
+        elif held.users:  # asked for between the last look and now
+            self._urgent.append(key)
+        elif held.until:
+            self._guesses = {key: held.until, **self._guesses}
+        else:
+            self._drop(key)
 
     def _slow_down(self, begin: float, experts: float) -> None:
         left = begin + self.delay * experts - time.perf_counter()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shoestring.core.errors import UsageError
-from shoestring.methods.serving._expert_slots import Clairvoyant, Key, Policy, Slots, policy
+from shoestring.methods.serving._expert_slots import Clairvoyant, Key, Policy, Slots, Trust, policy
 from shoestring.models.routing import Trace
 
 ORACLE = "belady"
@@ -75,60 +75,59 @@ def replay(
     chosen: Policy = Clairvoyant(visits) if name == ORACLE else policy(name, trace.layers, seed=seed)
     cache = Slots(slots, chosen, each if quota else 0)
     ready: dict[Key, float] = {}  # when an expert is, or will be, in memory
-    ahead: dict[Key, int] = {}  # read on a guess, not asked for yet -> the visit until which it is spared
-    waiting: list[Key] = []  # guesses that the loader has not begun
+    spared: dict[Key, int] = {}  # guessed and in memory -> the visit for which
+    waiting: dict[Key, int] = {}  # guesses that the loader has not begun -> the visit for which
+    ahead: set[Key] = set()  # read on a guess, and not asked for yet
+    trust = Trust(trace.layers)
     clock = loader = stall = 0.0
     hits = misses = loads = wasted = 0
 
-    def begin(key: Key) -> None:
-        nonlocal loader, loads
-        loader = max(clock, loader) + load
-        ready[key] = loader
+    def begin(key: Key, layer: int, keep: Collection[Key]) -> bool:
+        nonlocal loader, loads, wasted
+        slot, left = cache.admit(key, layer, keep, spared)
+        if slot < 0:
+            return False
+        if left is not None:
+            wasted += left in ahead
+            ahead.discard(left)
+            spared.pop(left, None)
+        loader = ready[key] = max(clock, loader) + load
         loads += 1
-
-    def gone(key: Key | None) -> None:
-        nonlocal wasted
-        if key is not None:
-            wasted += ahead.pop(key, None) is not None and key not in waiting
-            ready.pop(key, None)
-            if key in waiting:
-                waiting.remove(key)
+        return True
 
     for number, (layer, experts) in enumerate(visits):
         cache.visit(layer)
         keys = [(layer, expert) for expert in experts]
+        spared = {key: until for key, until in spared.items() if until > number}
+        waiting = {key: until for key, until in waiting.items() if until > number}
         here = [key for key in keys if key in cache.held]
+        trust.visited(number, keys, [key for key in cache.held if key[0] == layer and key not in ahead])
+        ahead -= set(here)
         for key in here:
             cache.use(key)
-            ahead.pop(key, None)
-            if key in waiting:
-                waiting.remove(key)
-                begin(key)
         hits, misses = hits + len(here), misses + len(keys) - len(here)
         for key in keys:
             if key not in here:
                 cache.use(key)
-                spare = {k for k, until in ahead.items() if until >= number}
-                gone(cache.admit(key, layer, keys, spare)[1])
-                begin(key)
-        if guess:
-            for at, expert, _ in guess(layer, experts):
-                key = (at, expert)
-                if key in cache.held or len(cache.held) == slots and len(keys) >= slots:
-                    continue
-                spare = {k for k, until in ahead.items() if until >= number}
-                slot, left = cache.admit(key, layer, {*keys, *spare})
-                if slot >= 0:
-                    gone(left)
-                    ahead[key] = number + (at - layer - 1) % trace.layers + 1
-                    waiting.append(key)
+                begin(key, layer, keys)
+        for at, expert, _ in guess(layer, experts) if guess else ():
+            key, until = (at, expert), number + (at - layer - 1) % trace.layers + 1
+            if key in cache.held:
+                spared[key] = until
+            elif trust.guessed(key, until):
+                waiting[key] = until
         arrives = max((ready[key] for key in keys), default=clock)
         wait = max(0.0, arrives - clock)
         stall += wait
         # The loader goes on with guesses as soon as it is free, and a guess that was begun is not broken off.
         end = max(clock, arrives) + compute
-        while waiting and max(loader, clock) < end:
-            begin(waiting.pop(0))
+        for key, until in list(waiting.items()):
+            if max(loader, clock) >= end:
+                break
+            if begin(key, layer, {*keys, *spared}):
+                del waiting[key]
+                spared[key] = until
+                ahead.add(key)
         clock = end
     return Replayed(hits, misses, loads, wasted, stall, clock)
 

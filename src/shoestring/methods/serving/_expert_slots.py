@@ -137,6 +137,33 @@ def policy(
     return made[name]()
 
 
+class Trust:
+    """Whether reading ahead pays: whether guesses for a layer come true at least as often as those of its experts that
+    are in memory anyway are asked for again, since a guess takes the place of one of these. Old visits count less."""
+
+    FADING = 0.98  # what a count is worth after the next one
+
+    def __init__(self, layers: int) -> None:
+        self._true, self._again = ([[1.0, 2.0] for _ in range(layers)] for _ in range(2))
+        self._open: dict[Key, int] = {}  # guesses that were not in memory -> the visit for which
+
+    def guessed(self, key: Key, until: int) -> bool:
+        """Note a guess for the visit `until` of an expert that is not in memory; whether it shall be read ahead."""
+        self._open[key] = until
+        (true, guesses), (again, held) = self._true[key[0]], self._again[key[0]]
+        return true * held >= again * guesses
+
+    def visited(self, visit: int, asked: Collection[Key], held: Collection[Key]) -> None:
+        """Visit number `visit` asks for experts of a layer, of which `held` were in memory without a guess."""
+        over = [key for key, until in self._open.items() if until <= visit]
+        for counts, keys in ((self._true, over), (self._again, held)):
+            for key in keys:
+                hits, tries = counts[key[0]]
+                counts[key[0]] = [hits * self.FADING + (key in asked), tries * self.FADING + 1]
+        for key in over:
+            del self._open[key]
+
+
 class Slots:
     """Places for `count` experts, shared by all layers or divided among them.
 

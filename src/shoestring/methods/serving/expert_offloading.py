@@ -12,10 +12,14 @@ How it works
        in parts and put off when somebody waits. t = max(compute, loads that have not arrived): what is there is
        computed while the rest is read.
     4. Guesses are read ahead: `router` applies the router of the next layer (of `ahead` layers) to the present hidden
-       state, p = softmax(R_(l+1) x_l), `history` takes P(e at l+1 | experts at l) from counts, `linear` a trained map
-       of x_l. Those with at least `confidence` are taken. A wrong guess costs bandwidth and a place; never an answer.
-    5. The family's own code computes, on the places instead of its stacked parameters. Tokens are grouped and summed as
-       it does that, so outputs are bit for bit those of the resident model, whatever the number of places.
+       state, 1 - (1 - p)^k with p = softmax(R_(l+1) x_l), `history` takes P(e at l+1 | experts at l) from counts,
+       `linear` a trained map of x_l. Those with at least `confidence` are taken: who is in memory stays, and who is not
+       is read, as long as the layer's guesses come true at least as often as what they push out is asked for again. A
+       guess takes a place when its reading begins, and is given up when its layer has come without asking for it. A
+       wrong one costs bandwidth; never an answer.
+    5. The family's own code computes, on the places instead of its stacked parameters. Tokens are grouped, ordered and
+       summed as it does that, so outputs are bit for bit those of the resident model, whatever the number of places and
+       of threads.
     6. A prompt meets nearly all experts: each layer then streams them through its places once.
     7. Two modes change answers, and are off unless asked for. `small` keeps a second copy of `small_width` bits, and a
        miss whose share of the gates is below `small` reads that one. `skip` leaves out an expert with
@@ -331,32 +335,40 @@ class Offloader:
             e for e in (choices if kept is None else choices[kept]).unique().tolist() if e < self.mixtures[layer].count
         ]
         widths = self._widths(experts, choices, gates)
-        wanted: list[tuple[Key, str]] = [((layer, e), width) for e, width in zip(experts, widths)]
-        given = pool.want(layer, wanted)
-        if self.predictor:
-            pool.guess(layer, [(at, expert) for at, expert, _ in self.predictor(layer, x, choices)])
-        whole = len(given) == len(wanted) and kept is None and family.config._experts_implementation == "grouped_mm"
-        if whole and (len(given) < 2 or all(map(pool.ready, given))):
-            pool.wait(given)
-            out: Tensor = family(x, self._places(layer, choices, given), gates)
+        wanted: dict[Key, str] = {(layer, e): width for e, width in zip(experts, widths)}
+        given = pool.want(layer, list(wanted.items()))
+        try:
+            if self.predictor:
+                pool.guess(layer, [(at, expert) for at, expert, _ in self.predictor(layer, x, choices)])
+            apart = len(given) == choices.numel() and family.config._experts_implementation == "grouped_mm"
+            if apart and (len(given) < 2 or all(map(pool.ready, given))):  # one row an expert: none to keep in order
+                pool.wait(given)
+                out: Tensor = family(x, self._places(layer, choices, given), gates)
+                return out
+            return self._in_rounds(layer, family, x, choices, gates, kept, wanted, given)
+        finally:
             pool.done(given)
-            return out
-        return self._in_rounds(layer, family, x, choices, gates, kept, wanted, given)
 
     def _in_rounds(
         self, layer: int, family: Any, x: Tensor, choices: Tensor, gates: Tensor, kept: Tensor | None,
-        wanted: list[tuple[Key, str]], given: list[Key],
+        wanted: dict[Key, str], given: list[Key],
     ) -> Tensor:  # fmt: skip
-        """Experts that are there first, the others as they come; every pair of token and expert apart until the end."""
+        """Experts that are there first, the others as they come; every pair of token and expert apart until the end.
+
+        Args:
+            given: those of `wanted` that have a place; it is kept up to date, and those that are computed leave it.
+        """
         pool, (tokens, k) = self.pool, choices.shape
         eager = family.config._experts_implementation == "eager"
         pairs = x.new_zeros(tokens * k, x.shape[1])
-        flat = choices.flatten()
-        left = dict(wanted)
+        flat, left = choices.flatten(), dict(wanted)
+        # What a row of a matrix product comes to may depend on the rows around it. So each expert's stand in the order
+        # in which the family has them when all experts are there: by choice and token, or as its sort leaves them.
+        order = torch.arange(tokens * k).view(tokens, k).T.flatten() if eager else flat.sort().indices
         while left:
             rest = [(key, width) for key, width in left.items() if key not in given]
             if rest:
-                given = given + pool.want(layer, rest, first=False, wait=not given)
+                given += pool.want(layer, rest, first=False, wait=not given)
             now = [key for key in given if pool.ready(key)]
             if not now:
                 pool.wait(given[:1])
@@ -364,19 +376,22 @@ class Offloader:
             chosen = torch.isin(flat, torch.tensor([expert for _, expert in now]))
             if kept is not None:
                 chosen &= kept.flatten()
-            at = chosen.nonzero()[:, 0]
-            if eager:  # its matrices have one row a token, those of the first choices before those of the second
-                at = at[(at % k * tokens + at // k).argsort()]
+            at = order[chosen[order]]
+            places = self._places(layer, flat[at], now)
+            if not eager:
+                places, by = places.sort(stable=True)
+                # The family sorts what it is given, and not stably: laid out so that they come out of that in order.
+                at = torch.empty_like(at).scatter_(0, places.sort().indices, at[by])
             ones = torch.ones(len(at), 1, dtype=x.dtype)
-            pairs[at] = family(x[at // k], self._places(layer, flat[at], now)[:, None], ones)
+            pairs[at] = family(x[at // k], places[:, None], ones)
             pool.done(now)
             for key in now:
+                given.remove(key)
                 del left[key]
-            given = [key for key in given if key in left]
         if not eager:
             return (pairs * gates.reshape(-1, 1)).view(tokens, k, -1).sum(1).to(x.dtype)
         out = torch.zeros_like(x)
-        for _, expert in sorted(key for key, _ in wanted):
+        for _, expert in sorted(wanted):
             place, token = torch.where((choices == expert).T)
             values = pairs.view(tokens, k, -1)[token, place] * gates[token, place, None]
             out.index_add_(0, token, values.to(out.dtype))
@@ -441,6 +456,12 @@ def _replace(
     predictor: Predictor | None,
 ) -> Offloader:  # fmt: skip
     count, each = _slots(config, found)
+    if config.small and config.small_width not in file.widths:
+        raise UsageError(
+            f"{file.path} has no copies of {config.small_width}",
+            "it was written without them",
+            "Delete it, so that it is written anew",
+        )
     sizes = {key: record.size for (key, width), record in file.records.items() if width == EXACT}
     layers = len(found)
     kept = policy(config.policy, layers, seconds=lambda key: float(sizes[key]))

@@ -11,7 +11,7 @@ namespace {
 
 #define SK_ADDRESS(isa, name) &isa::name,
 #define SK_TABLE(isa)                                                                                     \
-  {#isa,         isa::quantize_tokens, isa::product, isa::product_many, isa::decode_row,                  \
+  {#isa,         isa::quantize_tokens, isa::product, isa::product_many, isa::decode_row, isa::round_row,  \
    isa::prepare, isa::normalize, isa::rotate, isa::gate, isa::scale_add, isa::store, isa::attend,         \
    {SK_FORMATS(SK_ADDRESS, isa)}}
 
@@ -65,7 +65,7 @@ const SkTable* sk_table() {
   return table;
 }
 
-int32_t sk_version(void) { return 7; }
+int32_t sk_version(void) { return 8; }
 
 const char* sk_isa(void) { return sk_table()->name; }
 

@@ -1,5 +1,5 @@
 # Every kernel source is compiled once per instruction set, into its own namespace; dispatch.cpp chooses at load time.
-set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp
+set(SK_KERNELS tokens.cpp product.cpp product_many.cpp rows.cpp round.cpp
     prepare.cpp fp32.cpp bf16.cpp int8.cpp int4.cpp q8_0.cpp q4_0.cpp q4_1.cpp
     uniform.cpp ternary.cpp tritplanes.cpp binary.cpp exponents.cpp sparse.cpp dictionary.cpp
     elementwise.cpp attention.cpp)

@@ -30,6 +30,9 @@ SK_API int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t t
 // y[count][in_features] = weight[ids[i]], or weight[first + i] when ids is null; 1 when an id is outside 0..rows-1.
 SK_API int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void* y, int64_t first, int64_t count, int64_t in_features, int64_t rows, int32_t type, int32_t bits, int32_t group);
 
+// x[rows][in_features] rounded to codes in groups: packed and scales as SkLayer has them. 1 where a number is not finite, too.
+SK_API int32_t sk_round(const void* x, int32_t type, void* packed, void* scales, int64_t rows, int64_t in_features, int32_t bits, int32_t group, int32_t threads);
+
 // ---- numbers in files ----
 
 // Numbers first..first+count-1 of bfloat16 ones whose exponents are Huffman codes, as kernels/huffman.py lays them out:
@@ -255,6 +258,8 @@ bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool windo
   void product(const SkWeight& w, const SkTokens& t, const SkOutput& out, int64_t begin, int64_t end);                       \
   void product_many(const SkWeight& w, const SkTokens& t, const SkOutput& out, int64_t begin, int64_t end);                  \
   void decode_row(const SkWeight& w, int64_t row, int64_t in_features, void* y, int32_t type);                               \
+  /* Row of x into w; false where a number is not finite. */                                                                 \
+  bool round_row(const void* x, int32_t type, int64_t in_features, int64_t row, const SkWeight& w);                          \
   SK_FORMATS(SK_DECLARE_FORMAT, isa)                                                                                         \
   /* Tokens begin..end-1 of x [count][x_stride] float32 into `in`, which was laid out for the same kind, cols and group. */  \
   void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_t group, const SkInput& in, int64_t begin, \
@@ -284,6 +289,7 @@ struct SkTable {
   decltype(&base::product) product;
   decltype(&base::product_many) product_many;
   decltype(&base::decode_row) decode_row;
+  decltype(&base::round_row) round_row;
   decltype(&base::prepare) prepare;
   decltype(&base::normalize) normalize;
   decltype(&base::rotate) rotate;

@@ -40,6 +40,21 @@ bool weight(const void* packed, const void* scales, int64_t rows, int64_t in_fea
 
 int64_t element_size(int32_t type) { return type == 0 ? 4 : 2; }
 
+struct Rounding {
+  const SkTable* table;
+  const void* x;
+  SkWeight w;
+  int64_t in_features, rows_each;
+  int32_t type, failed;
+};
+
+void round_chunk(void* context, int64_t chunk) {
+  Rounding& r = *static_cast<Rounding*>(context);
+  const int64_t begin = chunk * r.rows_each, end = begin + r.rows_each < r.w.rows ? begin + r.rows_each : r.w.rows;
+  for (int64_t row = begin; row < end; ++row)
+    if (!r.table->round_row(r.x, r.type, r.in_features, row, r.w)) __atomic_store_n(&r.failed, 1, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
 int32_t sk_linear(const SkLayer* layer, const void* x, void* y, int64_t tokens, int32_t type, int32_t threads) {
@@ -91,4 +106,17 @@ int32_t sk_rows(const int64_t* ids, const void* packed, const void* scales, void
   for (int64_t i = 0; i < count; ++i)
     table->decode_row(w, ids ? ids[i] : first + i, in_features, static_cast<char*>(y) + int64_t(i * in_features) * element_size(type), type);
   return 0;
+}
+
+int32_t sk_round(const void* x, int32_t type, void* packed, void* scales, int64_t rows, int64_t in_features, int32_t bits, int32_t group, int32_t threads) {
+  Rounding r;
+  if (type < 0 || type > 2 || !weight(packed, scales, rows, in_features, bits, group, r.w)) return 1;
+  r.table = sk_table();
+  r.x = x;
+  r.in_features = in_features;
+  r.type = type;
+  r.failed = 0;
+  r.rows_each = (ALONE + in_features - 1) / in_features;
+  sk_parallel(round_chunk, &r, (rows + r.rows_each - 1) / r.rows_each, threads);
+  return r.failed;
 }

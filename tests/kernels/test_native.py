@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoestring.core.errors import UsageError
 from shoestring.kernels import ops, reference
 
 FORMATS = list(itertools.product((4, 8), (32, 64, 128)))
@@ -18,6 +19,25 @@ SHAPES = [(1, 1), (1, 64), (3, 31), (33, 96), (5, 100), (70, 160), (64, 576), (2
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-20)).item()
+
+
+@pytest.mark.parametrize("bits,group", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_the_reference_to_the_bit(isa, bits, group, dtype):
+    for features, size in ((1, 1.0), (31, 1e-3), (64, 1e-38), (300, 1e4), (128, 1e-41), (576, 0.05)):
+        weight = torch.randn(9, features) * size
+        weight[1], weight[2], weight[3], weight[4] = 0.0, -0.0, 0.5, -0.5
+        weight[5] = weight[5].sign() * size  # several of the largest magnitude, the first decides
+        weight = weight.to(dtype)
+        ops.set_threads(2)
+        for made, wanted in zip(ops.quantize(weight, bits, group), reference.quantize(weight, bits, group)):
+            assert torch.equal(made.view(torch.uint8), wanted.view(torch.uint8)), (features, size)
+        turned = weight.t().contiguous().t()
+        assert torch.equal(ops.quantize(turned, bits, group)[0], ops.quantize(weight, bits, group)[0])
+        for wrong in (torch.nan, torch.inf, -torch.inf):
+            weight[-1, -1] = wrong
+            with pytest.raises(UsageError, match="1 (NaN|infinite) values"):
+                ops.quantize(weight, bits, group)
 
 
 @pytest.mark.parametrize("bits,group", FORMATS)

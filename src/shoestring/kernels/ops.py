@@ -19,7 +19,6 @@ from torch.utils.flop_counter import register_flop_formula
 from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.kernels import reference
 from shoestring.kernels.loader import LEVELS, REFERENCE, load
-from shoestring.kernels.reference import quantize
 
 __all__ = [
     "Product",
@@ -42,6 +41,33 @@ _loaded = load()
 _library: Any = _loaded.library
 _reason = _loaded.reason
 _threads: int | None = None
+
+
+def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Round a matrix [out, in] to packed codes and bfloat16 scales [out, groups], to the bit as `reference.quantize`.
+
+    Raises:
+        UsageError: an unknown format, not a matrix, or not all numbers finite.
+    """
+    weight = weight.detach()
+    if _library is None or weight.dtype not in _TYPES or not weight.is_cpu or _indirect(weight):
+        return reference.quantize(weight, bits, group)
+    packed, scales = reference.empty(weight, bits, group)
+    source = weight.contiguous()
+    failed = _library.sk_round(
+        source.data_ptr(),
+        _TYPES[weight.dtype],
+        packed.data_ptr(),
+        scales.data_ptr(),
+        *weight.shape,
+        bits,
+        group,
+        threads(),
+    )
+    if failed:
+        reference.refuse_not_finite(weight)
+        raise ShoestringError(f"A matrix of {list(weight.shape)} could not be rounded")
+    return packed, scales
 
 
 def quantized_linear(

@@ -50,13 +50,8 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     Raises:
         UsageError: an unknown format, not a matrix, or not all numbers finite.
     """
-    check_format(bits, group)
-    check_matrix(weight)
-    rows, features = weight.shape
-    groups = -(-features // group)
-    packed = torch.empty(rows, groups * group * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
-    packed = packed.to(weight.device)
-    scales = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
+    packed, scales = empty(weight, bits, group)
+    (rows, features), groups = weight.shape, scales.shape[1]
     low, high = (-8, 7) if bits == 4 else (-127, 127)
     step = max(1, TOGETHER // (groups * group))
     for start in range(0, rows, step):
@@ -70,6 +65,16 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         packed[start : start + step] = pack(codes.to(torch.int8).flatten(1), bits, group)
         scales[start : start + step] = scale.squeeze(-1)
     return packed, scales
+
+
+def empty(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix [out, in], without values. Raises as `quantize`, but for numbers."""
+    check_format(bits, group)
+    check_matrix(weight)
+    rows, groups = len(weight), -(-weight.shape[1] // group)
+    codes = torch.uint8 if bits == 4 else torch.int8
+    packed = torch.empty(rows, groups * group * bits // 8, dtype=codes, device=weight.device)
+    return packed, torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
 
 
 def _scale(cut: Tensor, bits: int) -> Tensor:

@@ -296,6 +296,16 @@ def test_a_folder_without_a_template_is_asked_as_it_was_trained(tmp_path: Path) 
     assert not made.has_template and made.chat_text([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
 
 
+def test_a_template_that_is_not_sound_is_found_by_conversations_alone(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{% for")
+    made = own.from_folder(tmp_path)
+    made.warm()
+    assert made.encode("hi")
+    with pytest.raises(UsageError, match="not sound"):
+        made.chat([{"role": "user", "content": "hi"}])
+
+
 def test_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokenizer"):
         own.from_folder(tmp_path)

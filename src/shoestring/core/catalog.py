@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,6 +163,8 @@ def _defined(tree: ast.Module) -> Iterator[str]:
 
 def _packages() -> Iterator[tuple[str, Path]]:
     yield ROOMS, _HOUSE
+    from importlib.metadata import entry_points  # it takes a while, and only lists of methods need it
+
     for point in sorted(entry_points(group="shoestring.methods"), key=lambda p: p.name):
         spec = importlib.util.find_spec(point.value)
         for folder in spec.submodule_search_locations or () if spec else ():

@@ -136,6 +136,7 @@ def _native(
     trust_remote_code: bool,
     span: tuple[int, int | None] | None,
 ) -> tuple[Runner, Tokenizer]:
+    from shoestring.engine.native_runner import NativeRunner
     from shoestring.kernels.matrix import library
 
     try:
@@ -146,12 +147,12 @@ def _native(
 
     def tokens() -> Tokenizer:
         found = tokenizers.from_gguf(source.values) if source.gguf else tokenizers.from_folder(path)
-        return found or tokenizers.from_folder(resolve(path))
+        found = found or tokenizers.from_folder(resolve(path))
+        found.warm()
+        return found
 
-    # The tokenizer is built while the weights are laid out, which leaves Python free.
+    # The tokenizer is built while the weights are laid out, which leaves Python free; importing would not.
     waiting = _Beside(tokens)
-    from shoestring.engine.native_runner import NativeRunner
-
     try:
         made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads, span=span)
     finally:

@@ -137,6 +137,14 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return (word.replace("\u2581", " ") if self._kind.underscores else word).encode("utf-8", "replace")
 
+    def warm(self) -> None:
+        """Do now what the first conversation would wait for: compile the template."""
+        try:
+            if self.has_template:
+                self._template("default")
+        except UsageError:
+            pass  # one that is not sound matters to conversations alone, and they will say so
+
     @property
     def has_template(self) -> bool:
         return bool(self._templates)

@@ -236,6 +236,33 @@ def test_sigterm_ends_the_work_with_143(shoestring: Shoestring, monkeypatch: pyt
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+BESIDE = """
+import atexit, threading, time
+import numpy, scipy.fft
+from shoestring import cli
+
+def work():
+    while True:
+        scipy.fft.fft(numpy.ones((300, 300)))
+
+def begin(args):
+    threading.Thread(target=work, name="shoestring-load", daemon=True).start()
+    atexit.register(print, "goodbye")
+    time.sleep(0.05)
+    return 7
+
+cli.exit_code = begin
+cli.main([])
+"""
+
+
+def test_a_thread_inside_a_library_is_no_reason_to_abort() -> None:
+    """As when a server is told to end while it loads a model."""
+    pytest.importorskip("scipy.fft")
+    done = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "goodbye\n", "")
+
+
 def test_a_reader_that_has_enough_is_no_error() -> None:
     script = f"{sys.executable} -m shoestring methods --json | head -c 1"
     source = str(Path(cli.__file__).parents[2])

@@ -5,11 +5,13 @@ Results go to stdout, everything else to stderr. Errors are one line; `-v` shows
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,7 +74,10 @@ def cli() -> None: ...
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    sys.exit(exit_code(args))
+    code = exit_code(args)
+    if any(thread.daemon and thread.name.startswith("shoestring-") for thread in threading.enumerate()):
+        _leave(code)
+    sys.exit(code)
 
 
 def exit_code(args: Sequence[str] | None = None) -> int:
@@ -101,6 +106,18 @@ def exit_code(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         hint = "" if screen.verbose else " (-v shows where)"
         return _failed(screen, error, f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process beside a thread that nobody waits for, such as one that still loads a model.
+
+    The interpreter would unwind such a thread wherever it stands, and C++ aborts where it cannot be unwound.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _failed(screen: Screen, error: BaseException, sentence: str, code: int) -> int:

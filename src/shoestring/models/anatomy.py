@@ -288,6 +288,16 @@ def route(router: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.
     return logits, gates, choices
 
 
+# What families call the matrices of experts that stand one above the other: (experts, 2 inner, width), the gates' rows
+# before those of up, and (experts, width, inner).
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+def expert_reads(experts: Any, expert: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each matrix of one expert is multiplied with when the expert is given x (tokens, width): by parameter."""
+    return {GATE_UP: x, DOWN: experts._apply_gate(x @ experts.get_parameter(GATE_UP)[expert].T)}
+
+
 def set_experts(config: Any, count: int) -> None:
     """Write how many experts every layer has into a configuration."""
     for word in EXPERT_COUNTS:

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shoestring.core.errors import UsageError
 from shoestring.models import surgery
 from shoestring.models.anatomy import mixtures, set_experts
+from shoestring.models.derived import derive, plain
 from shoestring.models.load import REGROUPED, quiet
-from shoestring.models.seal import seal, unseal
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-LINE = f"import {__name__}"
 
 
 def family_of(model: nn.Module) -> str:
@@ -37,12 +33,12 @@ def family_of(model: nn.Module) -> str:
     """
     mixtures(model)  # a dense model is told that it has no experts
     for family in FAMILIES:
-        if type(model) in (_plain(family), _MODELS[family]):
+        if type(model) in (plain(family), _MODELS[family]):
             return family
     raise UsageError(
         f"The experts of {type(model).__name__} cannot be taken out or joined",
         "its router is not known to work with fewer",
-        "Use " + ", ".join(_plain(family).__name__ for family in FAMILIES),
+        "Use " + ", ".join(plain(family).__name__ for family in FAMILIES),
     )
 
 
@@ -91,7 +87,7 @@ def regroup(
             state[f"{mixture.experts}.{name}"] = tensor.detach().clone()
     even = len({len(kept) for kept in rows}) == 1 and all(list(t) == list(range(len(t))) for t in to)
     config = _config(model, family, [list(target) for target in to], even)
-    kind = _plain(family) if even else _MODELS[family]
+    kind = plain(family) if even else _MODELS[family]
     with quiet():
         made, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
@@ -160,61 +156,11 @@ def _check_lists(config: Any) -> None:
             raise ValueError("layer_expert_maps must list, for each layer of experts, what each choice stands for")
 
 
-def _plain(family: str) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
-
-
-def _make(family: str) -> tuple[Any, Any]:
-    base, plain = CONFIG_MAPPING[family], _plain(family)
-
-    def __post_init__(self: Any, **kwargs: Any) -> None:
-        base.__post_init__(self, **kwargs)
-        unseal(self, __name__)
-
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
-        base.save_pretrained(self, save_directory, **kwargs)
-        # The family's own class would fill what it misses with random numbers.
-        seal(Path(save_directory), __name__)
-
-    config: Any = strict(
-        type(
-            f"Regrouped{base.__name__}",
-            (base,),
-            {
-                "__module__": __name__,
-                "__doc__": f"A {base.__name__} that lists, layer by layer, which expert each choice stands for.",
-                "__annotations__": {"layer_expert_maps": list[list[int]] | None},
-                "layer_expert_maps": None,
-                "model_type": REGROUPED + family,
-                "__post_init__": __post_init__,
-                "save_pretrained": save_pretrained,
-                "validate_architecture": _check_lists,
-            },
-        )
-    )
-
-    def __init__(self: Any, config: Any) -> None:
-        plain.__init__(self, config)
-        _build(self, config)
-        self.post_init()
-
-    made = type(
-        f"Regrouped{plain.__name__}",
-        (plain,),
-        {
-            "__module__": __name__,
-            "__doc__": f"A {plain.__name__} whose layers have different experts.",
-            "__init__": __init__,
-            "config_class": config,
-        },
-    )
-    AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, made)
-    return config, made
-
-
 _CONFIGS: dict[str, Any] = {}
 _MODELS: dict[str, Any] = {}
 for _family in FAMILIES:
-    _CONFIGS[_family], _MODELS[_family] = _make(_family)
+    _CONFIGS[_family], _MODELS[_family] = derive(
+        _family, __name__, "Regrouped", REGROUPED, {"layer_expert_maps": (list[list[int]] | None, None)},
+        build=_build, check=_check_lists,
+    )  # fmt: skip
     globals()[_CONFIGS[_family].__name__], globals()[_MODELS[_family].__name__] = _CONFIGS[_family], _MODELS[_family]

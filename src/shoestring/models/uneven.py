@@ -10,25 +10,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shoestring.core.errors import UsageError
 from shoestring.models import surgery
 from shoestring.models.anatomy import Absent, Block, block_lists, features, halves, inspect, renumber
+from shoestring.models.derived import derive, plain
 from shoestring.models.load import UNEVEN, quiet
-from shoestring.models.seal import seal, unseal
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LINE = f"import {__name__}"
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
@@ -125,12 +121,12 @@ def family_of(model: nn.Module) -> str:
         UsageError: any other; its class is named.
     """
     for family in FAMILIES:
-        if type(model) in (_plain(family), _MODELS[family]):
+        if type(model) in (plain(family), _MODELS[family]):
             return family
     raise UsageError(
         f"{type(model).__name__} cannot be cut into a smaller model",
         "its heads and neurons are not known to be those of a Llama-like model",
-        "Use " + ", ".join(_plain(family).__name__ for family in FAMILIES),
+        "Use " + ", ".join(plain(family).__name__ for family in FAMILIES),
     )
 
 
@@ -157,7 +153,7 @@ def shrink(model: PreTrainedModel, keep: Sequence[Keep], *, hidden: Sequence[int
     blocks = [(block, kept) for block, kept in zip(inspect(model).blocks, keep) if not kept.nothing]
     config = _config(model, before, blocks, hidden)
     state = {name: value.detach().clone() for name, value in _weights(model, before, blocks, hidden, config)}
-    kind = _MODELS[family_of(model)] if type(config) in _CONFIGS.values() else _plain(family_of(model))
+    kind = _MODELS[family_of(model)] if type(config) in _CONFIGS.values() else plain(family_of(model))
     with quiet():
         made, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
@@ -334,71 +330,23 @@ def _build(model: Any, config: Any) -> None:
     renumber(blocks)
 
 
-def _plain(family: str) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+def _complete(config: Any) -> None:
+    """Layers of which nothing is said are as large as the family's."""
+    if config.layer_key_value_heads is None:
+        config.layer_key_value_heads = [config.num_key_value_heads] * config.num_hidden_layers
+    if config.layer_intermediate_sizes is None:
+        config.layer_intermediate_sizes = [config.intermediate_size] * config.num_hidden_layers
 
 
-def _make(family: str) -> tuple[Any, Any]:
-    base, plain = CONFIG_MAPPING[family], _plain(family)
-
-    def __post_init__(self: Any, **kwargs: Any) -> None:
-        base.__post_init__(self, **kwargs)
-        if self.layer_key_value_heads is None:
-            self.layer_key_value_heads = [self.num_key_value_heads] * self.num_hidden_layers
-        if self.layer_intermediate_sizes is None:
-            self.layer_intermediate_sizes = [self.intermediate_size] * self.num_hidden_layers
-        unseal(self, __name__)
-
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
-        base.save_pretrained(self, save_directory, **kwargs)
-        # The family's own class would fill what it misses with random numbers.
-        seal(Path(save_directory), __name__)
-
-    config: Any = strict(
-        type(
-            f"Uneven{base.__name__}",
-            (base,),
-            {
-                "__module__": __name__,
-                "__doc__": f"A {base.__name__} that lists heads and neurons layer by layer.",
-                "__annotations__": {
-                    "layer_key_value_heads": list[int] | None,
-                    "layer_intermediate_sizes": list[int] | None,
-                    "output_biases": bool,
-                },
-                "layer_key_value_heads": None,
-                "layer_intermediate_sizes": None,
-                "output_biases": False,
-                "model_type": UNEVEN + family,
-                "__post_init__": __post_init__,
-                "save_pretrained": save_pretrained,
-                "validate_architecture": _check_lists,
-            },
-        )
-    )
-
-    def __init__(self: Any, config: Any) -> None:
-        plain.__init__(self, config)
-        _build(self, config)
-        self.post_init()
-
-    made = type(
-        f"Uneven{plain.__name__}",
-        (plain,),
-        {
-            "__module__": __name__,
-            "__doc__": f"A {plain.__name__} whose layers differ in size.",
-            "__init__": __init__,
-            "config_class": config,
-        },
-    )
-    AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, made)
-    return config, made
-
-
+_FIELDS = {
+    "layer_key_value_heads": (list[int] | None, None),
+    "layer_intermediate_sizes": (list[int] | None, None),
+    "output_biases": (bool, False),
+}
 _CONFIGS: dict[str, Any] = {}
 _MODELS: dict[str, Any] = {}
 for _family in FAMILIES:
-    _CONFIGS[_family], _MODELS[_family] = _make(_family)
+    _CONFIGS[_family], _MODELS[_family] = derive(
+        _family, __name__, "Uneven", UNEVEN, _FIELDS, build=_build, check=_check_lists, complete=_complete
+    )
     globals()[_CONFIGS[_family].__name__], globals()[_MODELS[_family].__name__] = _CONFIGS[_family], _MODELS[_family]

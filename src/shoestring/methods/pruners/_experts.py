@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import Shape, Weight
+from shoestring.lab import tiny_mixture
 from shoestring.methods.pruners._shared import Rows
 from shoestring.models.anatomy import Mixture, mixtures, route
 from shoestring.models.regrouped import family_of, maps, router_rows
@@ -148,13 +149,4 @@ def lessened(shape: Shape, experts: float, routers: float) -> Shape:
 
 def base(**changes: Any) -> PreTrainedModel:
     """A tiny mixture of four experts, two of which each token meets."""
-    sizes = dict(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    made = MixtralForCausalLM(MixtralConfig(**{**sizes, **changes})).eval()
-    torch.random.set_rng_state(before)
-    return made
+    return tiny_mixture.model(**{"tie_word_embeddings": True, **changes})

@@ -40,7 +40,7 @@ from shoestring.core.shape import Shape
 from shoestring.core.step import Work
 from shoestring.methods.pruners import _experts, _shared
 from shoestring.methods.pruners._experts import Seen
-from shoestring.models.anatomy import mixtures, route
+from shoestring.models.anatomy import DOWN, GATE_UP, mixtures, route
 from shoestring.models.regrouped import regroup
 
 METHOD = Method(
@@ -175,10 +175,9 @@ def joint(
     Raises:
         UsageError: experts of another build than gate_up (2 inner, width) and down (width, inner).
     """
-    names = sorted(tensors, key=lambda name: "down" in name)
-    if len(names) != 2 or tensors[names[0]].shape[1] != 2 * tensors[names[1]].shape[2]:
+    if set(tensors) != {GATE_UP, DOWN} or tensors[GATE_UP].shape[1] != 2 * tensors[DOWN].shape[2]:
         raise UsageError("The experts are of another build than Mixtral's", "their neurons cannot be told apart")
-    gate_up, down = (tensors[name].float() for name in names)
+    gate_up, down = tensors[GATE_UP].float(), tensors[DOWN].float()
     outer, inner = [], []
     for group in groups:
         lead = max(group, key=lambda e: load[e])
@@ -195,7 +194,7 @@ def joint(
             narrow += weight / sum(given) * down[expert][:, order]
         outer.append(wide)
         inner.append(narrow)
-    made = {names[0]: torch.stack(outer), names[1]: torch.stack(inner)}
+    made = {GATE_UP: torch.stack(outer), DOWN: torch.stack(inner)}
     return {name: tensor.to(tensors[name].dtype) for name, tensor in made.items()}
 
 

@@ -42,7 +42,7 @@ from shoestring.core.shape import Shape
 from shoestring.core.step import Work
 from shoestring.methods.pruners import _experts, _shared
 from shoestring.methods.pruners._experts import Seen
-from shoestring.models.anatomy import route
+from shoestring.models.anatomy import expert_reads, route
 from shoestring.models.regrouped import regroup
 
 METHOD = Method(
@@ -211,16 +211,13 @@ def zero_weights(model: PreTrainedModel, seen: list[Seen], share: float, pattern
         _, gates, choices = route(model.get_submodule(s.mixture.router), s.inputs)
         for expert in range(s.mixture.count):
             token, place = torch.where(choices == expert)
-            x, gate = s.inputs[token].float(), gates[token, place, None].float()
-            inner = _inner(experts, expert, s.inputs[token])
-            for name in s.mixture.tensors:
+            gate = gates[token, place, None].float()
+            for name, read in expert_reads(experts, expert, s.inputs[token]).items():
                 weight = experts.get_parameter(name)[expert]
-                if weight.dim() == 2:
-                    read = x if weight.shape[1] == x.shape[1] and "down" not in name else inner.float()
-                    hint = (read * gate).norm(dim=0) if len(token) else torch.ones(weight.shape[1])
-                    mask = lowest(weight.float().abs() * hint, share, pattern)
-                    weight.masked_fill_(mask, 0)
-                    zeros, total = zeros + int(mask.sum()), total + mask.numel()
+                hint = (read.float() * gate).norm(dim=0) if len(token) else torch.ones(weight.shape[1])
+                mask = lowest(weight.float().abs() * hint, share, pattern)
+                weight.masked_fill_(mask, 0)
+                zeros, total = zeros + int(mask.sum()), total + mask.numel()
     return zeros / total
 
 
@@ -245,8 +242,3 @@ def read_pattern(pattern: str) -> tuple[int, int]:
     if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
         raise UsageError(f"pattern {pattern!r} is not N:M", remedy="Write 2:4, for example")
     return int(n), int(m)
-
-
-def _inner(experts: Any, expert: int, x: Tensor) -> Tensor:
-    """What the down projection of an expert reads, (tokens, inner)."""
-    return experts._apply_gate(x @ experts.gate_up_proj[expert].T)  # type: ignore[no-any-return]

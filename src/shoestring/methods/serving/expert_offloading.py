@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.method import Method, Paper
 from shoestring.kernels import formats
+from shoestring.lab import tiny_mixture
 from shoestring.methods.serving import _expert_file as files
 from shoestring.methods.serving._expert_file import EXACT, ExpertFile
 from shoestring.methods.serving._expert_guess import ByHistory, ByLinear, ByRouter, Predictor
@@ -161,18 +162,7 @@ def example() -> ExpertOffloadingConfig:
 
 def base(**changes: Any) -> Any:
     """A tiny mixture of eight experts, two of which each token meets."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = dict(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    made = MixtralForCausalLM(MixtralConfig(**{**sizes, **changes})).eval()
-    torch.random.set_rng_state(before)
-    return made
+    return tiny_mixture.model(**{"num_hidden_layers": 4, "num_local_experts": 8, **changes})
 
 
 # --- plugging in ------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from shoestring import data, models
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
 from shoestring.core.step import Work
+from shoestring.lab import tiny_mixture
 from shoestring.methods.serving import _placement
 from shoestring.methods.serving._expert_bits import allocate, errors
 from shoestring.methods.serving._expert_guess import ByHistory, ByRouter, Predictor, fit_linear, recalls
@@ -58,6 +59,7 @@ METHOD = Method(
     traits={"plugs": "watch"},
 )
 TRACE, PREDICTOR = "routing.safetensors", "predictor.safetensors"
+base = tiny_mixture.model
 
 
 @dataclass(frozen=True)
@@ -130,21 +132,6 @@ class Meter:
 def example() -> ExpertRoutingConfig:
     """The configuration that checks, documentation and the first-time user run."""
     return ExpertRoutingConfig()
-
-
-def base(**changes: Any) -> Any:
-    """A tiny mixture of four experts, two of which each token meets."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = dict(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    made = MixtralForCausalLM(MixtralConfig(**{**sizes, **changes})).eval()
-    torch.random.set_rng_state(before)
-    return made
 
 
 def plug(config: ExpertRoutingConfig, opened: Any) -> Any:

@@ -106,14 +106,19 @@ class Matrix:
             raise ShoestringError("A matrix could not be multiplied", "memory for its input ran out")
         return y
 
-    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+    def rows_of(self, ids: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """Rows `ids` [count] as float32 [count, cols].
+
+        Args:
+            into: contiguous float32 of that shape to write them to, and to return.
 
         Raises:
             UsageError: an id that names no row.
         """
         ids = np.ascontiguousarray(ids, dtype=np.int32)
-        y = np.empty((len(ids), self.cols), np.float32)
+        y = np.empty((len(ids), self.cols), np.float32) if into is None else into
+        if y.shape != (len(ids), self.cols) or y.dtype != np.float32 or not y.flags.c_contiguous:
+            raise UsageError(f"{y.dtype} of {y.shape} cannot take {len(ids)} rows of {self.cols} numbers")
         if library().sk_matrix_rows(ctypes.byref(self.struct), ids.ctypes.data, y.ctypes.data, len(ids)):
             raise UsageError(f"Rows {ids.min()}..{ids.max()} do not all lie in a matrix of {self.rows} rows")
         return y

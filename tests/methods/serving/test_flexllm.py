@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,19 @@ import transformers
 from peft import PeftModel
 
 from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.data.corpus import Example as Read
+from shoestring.engine.chat_template import Template
 from shoestring.engine.engine import Engine
 from shoestring.engine.hooks import Spare
 from shoestring.engine.native_runner import NativeRunner
 from shoestring.engine.open import Opened, open_model
 from shoestring.engine.request import Sampling
 from shoestring.engine.tuning import Told, TuningJob
+from shoestring.kernels.matrix import make, to_int8
 from shoestring.lab import answering
-from shoestring.methods.serving import flexllm
+from shoestring.methods.serving import _windows, flexllm
 from shoestring.methods.serving._latency import SIZES, Clock, Table
-from shoestring.methods.serving._training import checkpoints, encoded
+from shoestring.methods.serving._training import _of_chat, checkpoints, encoded
 from shoestring.methods.serving._windows import (
     IGNORED,
     REMATERIALISE,
@@ -182,7 +188,6 @@ def test_weights_are_those_that_answer(case: Case, spec: str) -> None:
         assert unpacked(matrix).data_ptr() == matrix.data.ctypes.data  # not a copy: the same memory
         assert np.shares_memory(unpacked(matrix).numpy().view(np.uint8).reshape(-1), matrix.data)
     else:
-        from shoestring.kernels.matrix import make
         from shoestring.models.tensors import bfloat16
 
         values = unpacked(matrix)
@@ -190,33 +195,51 @@ def test_weights_are_those_that_answer(case: Case, spec: str) -> None:
         assert torch.equal(unpacked(packed, 2, 5), values.bfloat16().float()[2:5])
 
 
-def test_packed_weights_are_trained_on_as_they_answer(case: Case) -> None:
-    """On 4-bit weights: the gradient is that of the model whose weights are what the codes stand for."""
-    from dataclasses import replace
-
-    from shoestring.kernels.matrix import make, to_int8
-
-    weights = case.runner.weights
+@pytest.fixture
+def packed(case: Case) -> tuple[Any, Any]:
+    """The case's weights, some of them in 8 bits; and with what these codes stand for as float32."""
     blocks, plain = [], []
-    for block in weights.blocks:
+    for block in case.runner.weights.blocks:
         parts, floats = {}, {}
         for role in ("q", "gate", "down"):
             matrix = getattr(block, role)
             codes, scales = to_int8(unpacked(matrix).numpy(), 32)
-            packed = make("int8", matrix.rows, matrix.cols, codes, scales=scales)
-            parts[role] = packed
-            floats[role] = make("fp32", matrix.rows, matrix.cols, unpacked(packed).numpy())
+            parts[role] = make("int8", matrix.rows, matrix.cols, codes, scales=scales)
+            floats[role] = make("fp32", matrix.rows, matrix.cols, unpacked(parts[role]).numpy())
         blocks.append(replace(block, **parts))
         plain.append(replace(block, **floats))
+    return replace(case.runner.weights, blocks=tuple(blocks)), replace(case.runner.weights, blocks=tuple(plain))
+
+
+@pytest.mark.parametrize("whole_layers", [True, False])
+def test_packed_weights_are_trained_on_as_they_answer(
+    case: Case, packed: tuple[Any, Any], whole_layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is that of the model whose weights are what the codes stand for."""
+    if not whole_layers:  # as of a large model, whose matrices of one shape take turns
+        monkeypatch.setattr(_windows, "_LAYER_BYTES", 0)
     found = []
-    for some in (blocks, plain):
-        own = replace(weights, blocks=tuple(some))
-        frozen, case.frozen = case.frozen, Frozen(case.runner.model, own)
-        try:
-            found.append(case.run(_examples(40), _window("7"))[1])
-        finally:
-            case.frozen = frozen
+    for weights in packed:
+        monkeypatch.setattr(case, "frozen", Frozen(case.runner.model, weights))
+        found.append(case.run(_examples(40), _window("7"))[1])
     assert _far(found[0], found[1]) < 1e-6
+
+
+def test_packed_weights_are_unpacked_once_a_direction(
+    case: Case, packed: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the windows are: what a layer costs must not grow with what waits for it."""
+    counted: list[Any] = []
+    monkeypatch.setattr(
+        _windows, "unpacked", lambda matrix, *where, **how: counted.append(matrix) or unpacked(matrix, *where, **how)
+    )
+    found = []
+    for window in ("999", "7"):
+        counted.clear()
+        monkeypatch.setattr(case, "frozen", Frozen(case.runner.model, packed[0]))
+        case.run(_examples(60), _window(window))
+        found.append(sum(matrix.format == "int8" for matrix in counted))
+    assert found[0] == found[1] > 0
 
 
 # ---- what is kept ----
@@ -287,6 +310,36 @@ def test_training_gets_what_the_objective_leaves() -> None:
     assert clock.allowed(4, 4000, 0.0) < 0  # a long context costs more: nothing is left
     assert clock.allowed(0, 0, 0.0) == clock.round
     assert clock.longest(0) <= clock.first_token / 4
+
+
+def test_a_bad_moment_does_not_stop_an_idle_machine(opened: Opened, data: Path, tmp_path: Path) -> None:
+    trainer = flexllm.Trainer(flexllm.FlexllmConfig(), opened)
+    training = trainer.prepare(_job(data, tmp_path / "out", epochs=1))
+    for kind in ("forward", "loss", "backward", "update"):
+        trainer.clock.units.add(kind, SIZES[0], 0, 60.0)
+    told: list[Told] = []
+    trainer.start(training, told.append)
+    assert trainer.work(Spare(64, running=1, seconds=0.001)) == 0  # somebody waits, and it would be long
+    # Nobody waits: every call does something, be it of the loss or of the optimizer, which are of no tokens.
+    while trainer.stats()["training_jobs"]:
+        assert trainer.work(Spare(64, urgent=lambda: True)) > 0
+    training.close()
+    assert told[-1].kind == "finished"
+
+
+def test_what_has_ended_is_forgotten(opened: Opened, data: Path, tmp_path: Path) -> None:
+    trainer = flexllm.Trainer(flexllm.FlexllmConfig(), opened)
+    ended = []
+    for number in range(3):
+        training = trainer.prepare(replace(_job(data, tmp_path / str(number), epochs=1), id=str(number)))
+        trainer.start(training, lambda told: None)
+        while trainer.stats()["training_jobs"]:
+            trainer.work(Spare(64))
+        training.close()
+        ended.append(weakref.ref(training))
+        del training
+    gc.collect()
+    assert sum(one() is not None for one in ended) <= 1
 
 
 ROWS = [
@@ -458,6 +511,42 @@ def test_examples_learn_answers_alone(opened: Opened, data: Path) -> None:
     assert [label for label in example.labels if label != IGNORED] == [20, 21, 22, 2]
     with pytest.raises(UsageError, match="rows.jsonl:1.*tokens.*max_length"):
         encoded(data, opened.tokenizer, 5)
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' and loop.last %}(thought) {% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}<e>"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_turn_that_is_written_otherwise_later_is_learned_as_it_is_said() -> None:
+    """Templates that keep the thoughts, or the calls, of the last turn only."""
+
+    class Letters:
+        eos = (0,)
+
+        def encode(self, text: str, whole: bool = True) -> list[int]:
+            return [0 if c == "\0" else ord(c) for c in text.replace("<e>", "\0")]
+
+        def chat(self, messages: Any, tools: Any = None, add_generation_prompt: bool = True) -> list[int]:
+            return self.encode(
+                Template(THINKING).render({"messages": messages, "add_generation_prompt": add_generation_prompt})
+            )
+
+    call = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    row = Read(
+        [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": call},
+            {"role": "user", "content": "b"}, {"role": "assistant", "content": "B"},
+        ]
+    )  # fmt: skip
+    said = [
+        "".join(chr(i) for i, label in zip(e.ids, e.labels) if label != IGNORED)
+        for e in _of_chat(row, Letters())  # type: ignore[arg-type]
+    ]
+    assert said == ["(thought) B\0", "(thought) [look]\0"]
 
 
 def test_clear_errors(opened: Opened, data: Path, tmp_path: Path, model: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,14 @@ def _of_chat(row: Read, tokenizer: Tokenizer) -> list[Example]:
         before = tokenizer.chat(row.messages[:index], row.tools)
         through = tokenizer.chat(row.messages[: index + 1], row.tools, add_generation_prompt=False)
         end = _end(through, len(before), tokenizer.eos)
-        if whole[:end] == through[:end] and through[: len(before)] == before:
+        if through[: len(before)] != before:
+            answer = tokenizer.encode(str(row.messages[index]["content"]), whole=False)
+            through = [*before, *answer, *tokenizer.eos[:1]]
+            end = len(through)
+        if whole[:end] == through[:end]:
             labels[len(before) : end] = whole[len(before) : end]
         else:
-            answer = tokenizer.encode(str(row.messages[index]["content"]), whole=False)
-            ids = (*before, *answer, *tokenizer.eos[:1])
+            ids = tuple(through[:end])
             apart.append(Example(ids, (*[IGNORED] * len(before), *ids[len(before) :])))
     return [Example(tuple(whole), tuple(labels)), *apart]
 
@@ -128,6 +131,7 @@ class Training:
     Args:
         base: what the adapter's configuration names.
         folder: for checkpoints; the newest of the same plan is gone on from.
+        fullest: most tokens of a window.
         tell: called from this thread and from the one that writes checkpoints.
         how: `rematerialise` and `prune` of `Pass`.
 
@@ -147,20 +151,23 @@ class Training:
         folder: Path,
         every: int,
         keep: int,
+        fullest: int,
         window: Windows,
         tell: Callable[[Told], None] = lambda told: None,
         how: dict[str, Any] | None = None,
     ) -> None:
         self.plan, self.frozen, self.examples, self.validation = plan, frozen, examples, validation
         self.job, self.base, self.folder, self.every, self.keep = job, base, folder, every, keep
-        self.window, self.tell, self.how = window, tell, how or {}
+        self.fullest, self.window, self.tell, self.how = fullest, window, tell, how or {}
         self.low_rank = LowRank(Shape(plan.rank, plan.alpha, plan.dropout, plan.targets), frozen.model, plan.seed)
         layers = range(frozen.model.layers)
         # One for each layer, so that a step is as many pieces of work as there are.
         self.optimizers = [torch.optim.AdamW(self.low_rank.of(i), lr=0.0, weight_decay=plan.decay) for i in layers]
         self.step, self.tokens, self.did = 0, 0, 0
         self._writer = ThreadPoolExecutor(1, "shoestring-checkpoint")
-        self._saved = 0  # the step of the newest checkpoint
+        self._written: Future[None] = Future()  # the newest checkpoint, and so all before it
+        self._written.set_result(None)
+        self._saved = 0  # its step
         self._go_on()
 
     def units(self) -> Generator[Unit]:
@@ -193,6 +200,19 @@ class Training:
         if self.step > self._saved:
             self._checkpoint({}, last=False)
 
+    @property
+    def epochs(self) -> int:
+        return self.plan.epochs
+
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return not self._written.done()
+
     def close(self, wait: bool = True) -> None:
         """Write nothing more than what was begun; `wait` for that."""
         self._writer.shutdown(wait=wait)
@@ -206,8 +226,11 @@ class Training:
         return [self.examples[i] for i in order[at * self.plan.batch_size : (at + 1) * self.plan.batch_size]]
 
     def _passes(self, examples: Sequence[Example], totals: Totals, targets: int) -> Iterator[Unit]:
-        """Forward, loss and, with `targets`, backward; as many examples end to end as fit the bound on tokens."""
-        for number, some in enumerate(_packs(examples, self.plan.max_length)):
+        """Forward, loss and, with `targets`, backward; as many examples end to end as make a window of full size.
+
+        More at a time would hold more activations, and train no faster.
+        """
+        for number, some in enumerate(_packs(examples, self.fullest)):
             one = Pass(
                 self.frozen, self.low_rank, some, targets=targets, window=self.window, train=targets > 0,
                 seed=self.plan.seed * 1_000_003 + self.step * 1_009 + number, **self.how,
@@ -250,7 +273,7 @@ class Training:
         }
         state = {"plan": asdict(self.plan), "step": self.step, "tokens": self.tokens, "figures": figures}
         self._saved = self.step
-        self._writer.submit(self._write, weights, moments, state, last)
+        self._written = self._writer.submit(self._write, weights, moments, state, last)
 
     def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any], last: bool) -> None:
         step = state["step"]

@@ -44,28 +44,31 @@ Windows = Callable[[str, int], int]  # (kind of unit, position) -> tokens of the
 class Frozen:
     """The weights that answers are computed with, as float32 tensors for as long as they are needed.
 
-    Those that are stored as float32 are the same memory; others are unpacked one layer at a time.
+    Those that are stored as float32 are the same memory. Others are unpacked one layer at a time, into memory that is
+    used again: to be given fresh pages takes longer than to fill them.
     """
 
     def __init__(self, model: LlamaLike, weights: Llama) -> None:
         self.model, self.weights = model, weights
-        self._layer = -1
-        self._kept: dict[str, Tensor] = {}
+        self._rooms: dict[Any, Tensor] = {}
+        self._held: dict[Any, tuple[int, str]] = {}  # which matrix is in a room
 
     def size(self, layer: int) -> int:
         """Numbers in the matrices of a layer."""
         return sum(matrix.rows * matrix.cols for matrix in self._matrices(layer).values())
 
     def matrix(self, layer: int, role: str) -> Tensor:
-        """float32 [out, in]."""
-        if layer != self._layer:
-            self._layer, self._kept = layer, {}
-        if role not in self._kept:
-            made = unpacked(self._matrices(layer)[role])
-            if 4 * self.size(layer) > _LAYER_BYTES:
-                return made
-            self._kept[role] = made
-        return self._kept[role]
+        """float32 [out, in], until another one is asked for."""
+        matrix = self._matrices(layer)[role]
+        if matrix.format == "fp32":
+            return unpacked(matrix)
+        shape = matrix.rows, matrix.cols
+        # Where a whole layer would be too much, matrices of one shape share a room.
+        room = (role, *shape) if 4 * self.size(layer) <= _LAYER_BYTES else shape
+        if self._held.get(room) != (layer, role):
+            self._rooms[room] = unpacked(matrix, into=self._rooms.get(room))
+            self._held[room] = layer, role
+        return self._rooms[room]
 
     def bias(self, layer: int, role: str) -> Tensor | None:
         bias = self._matrices(layer)[role].bias
@@ -85,24 +88,35 @@ class Frozen:
         return torch.from_numpy(rows) * self.weights.embedding_scale
 
     def head(self, first: int, last: int) -> Tensor:
-        """float32 [last - first, hidden]: some rows of the head."""
-        return unpacked(self.weights.head, first, last)
+        """float32 [last - first, hidden]: some rows of the head, until others are asked for."""
+        head = self.weights.head
+        if head.format == "fp32":
+            return unpacked(head, first, last)
+        made = unpacked(head, first, last, self._rooms.get("head"))
+        if len(made) > len(self._rooms.get("head", ())):
+            self._rooms["head"] = made
+        return made
 
     def forget(self) -> None:
         """Give back what is unpacked."""
-        self._layer, self._kept = -1, {}
+        self._rooms, self._held = {}, {}
 
     def _matrices(self, layer: int) -> dict[str, Matrix]:
         return {role: getattr(self.weights.blocks[layer], role) for role in PROJECTIONS}
 
 
-def unpacked(matrix: Matrix, first: int = 0, last: int | None = None) -> Tensor:
-    """Rows first..last-1 as float32; a view of the matrix itself where it is stored so."""
+def unpacked(matrix: Matrix, first: int = 0, last: int | None = None, into: Tensor | None = None) -> Tensor:
+    """Rows first..last-1 as float32: a view of the matrix itself where it is stored so, else in `into` if that has room
+    for so many rows.
+    """
     last = matrix.rows if last is None else last
-    if matrix.format in ("fp32", "bf16"):
-        kind = torch.float32 if matrix.format == "fp32" else torch.bfloat16
-        return _view(matrix.data).view(kind).view(matrix.rows, matrix.cols)[first:last].float()
-    return torch.from_numpy(matrix.rows_of(np.arange(first, last)))
+    if matrix.format == "fp32":
+        return _view(matrix.data).view(torch.float32).view(matrix.rows, matrix.cols)[first:last]
+    made = torch.empty(last - first, matrix.cols) if into is None or len(into) < last - first else into[: last - first]
+    if matrix.format == "bf16":
+        return made.copy_(_view(matrix.data).view(torch.bfloat16).view(matrix.rows, matrix.cols)[first:last])
+    matrix.rows_of(np.arange(first, last), made.numpy())
+    return made
 
 
 def _view(array: np.ndarray) -> Tensor:
@@ -213,6 +227,24 @@ def dropped(tokens: Tensor, width: int, seed: int, share: float) -> Tensor:
 # ---- one linear layer ----
 
 
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w^T + bias in float32, by oneDNN where torch has it: on some processors twice as fast as torch's own choice."""
+    if _ONE_DNN is None or not len(x):
+        return F.linear(x, w, bias)
+    y: Tensor = _ONE_DNN(x, w, bias, "none", [], "")
+    return y
+
+
+def _one_dnn() -> Callable[..., Any] | None:
+    """What compiled graphs call for a linear layer."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_ONE_DNN = _one_dnn()
+
+
 @dataclass(frozen=True)
 class _Use:
     """How a linear layer is applied; no tensor that autograd should see.
@@ -242,24 +274,24 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x, a, b)
         if use.known is not None:
             return use.known.detach()
-        y = F.linear(x, use.frozen.matrix(use.layer, use.role), use.frozen.bias(use.layer, use.role))
+        y = product(x, use.frozen.matrix(use.layer, use.role), use.frozen.bias(use.layer, use.role))
         if a is not None and b is not None:
             inside = x * use.dropout(x.shape[1]) if use.dropout else x
-            y = y.addmm_(inside @ a.T, b.T, alpha=use.scale)
+            y = y.add_(product(product(inside, a), b), alpha=use.scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         use: _Use = ctx.use
         wants = ctx.needs_input_grad
-        dx = dy @ use.frozen.matrix(use.layer, use.role) if wants[0] else None
+        dx = product(dy, use.frozen.matrix(use.layer, use.role).T) if wants[0] else None
         if not wants[1]:
             return dx, None, None, None
         x, a, b = ctx.saved_tensors
         mask = use.dropout(x.shape[1]) if use.dropout else None
         inside = x if mask is None else x * mask
-        low = use.scale * (dy @ b)
-        da, db = low.T @ inside, use.scale * (dy.T @ (inside @ a.T))
+        low = use.scale * product(dy, b.T)
+        da, db = low.T @ inside, use.scale * product(product(inside, a).T, dy.T).T
         if dx is not None:
             dx = dx.addmm_(low, a) if mask is None else dx + (low @ a) * mask
         return dx, da, db, None
@@ -402,12 +434,12 @@ class Pass:
         if not self.size:
             return
         self.totals.tokens = self.size
-        out = torch.empty(self.size, self.frozen.model.hidden)
         self._room()
-        yield from self._forward(out)
-        yield from self._loss(out)
+        states = self.frozen.embedded(self.ids)
+        yield from self._forward(states)
+        yield from self._loss(states)
         if self.train:
-            yield from self._backward(out)
+            yield from self._backward(states)
 
     # ---- forward ----
 
@@ -423,30 +455,24 @@ class Pass:
             if self.count:
                 self.count.keep([self.keys[-1], self.values[-1], self.entered[-1], *self.products[-1].values()])
 
-    def _forward(self, out: Tensor) -> Iterator[Unit]:
-        layers = self.frozen.model.layers
-        flying: list[tuple[int, int, int, Tensor]] = []  # windows on their way up: begin, end, next layer, its input
-        new = 0
-        while flying or new < self.size:
-            yield Unit("forward", flying[-1][0] if flying else new)
-            most = self.window("forward", flying[-1][0] if flying else new)
-            if not flying:
-                end = min(self.size, new + most)
-                flying.append((new, end, 0, self.frozen.embedded(self.ids[new:end])))
-                new = end
-            begin, end, layer, x = flying.pop()
-            if end - begin > most:  # what no longer fits waits here until its first tokens have reached the top
-                flying.append((begin + most, end, layer, x[most:]))
-                end, x = begin + most, x[:most]
-            entered = self.entered[layer]
-            if entered is not None:
-                entered[begin:end] = x
-            x = self._unit_forward(layer, begin, end, x)
-            self.did = end - begin
-            if layer + 1 < layers:
-                flying.append((begin, end, layer + 1, x))
-            else:
-                out[begin:end] = x
+    def _forward(self, states: Tensor) -> Iterator[Unit]:
+        """What enters the first layer becomes, in its place, what leaves the last.
+
+        A layer is finished before the next begins: packed weights are unpacked once, however small the windows are.
+        """
+        for layer in range(self.frozen.model.layers):
+            begin = 0
+            while begin < self.size:
+                yield Unit("forward", begin)
+                end = min(self.size, begin + self.window("forward", begin))
+                x, entered = states[begin:end], self.entered[layer]
+                if entered is not None:
+                    entered[begin:end] = x
+                # A graph that is kept must find its input as it was.
+                states[begin:end] = self._unit_forward(layer, begin, end, x.clone() if self.graph else x)
+                self.did, begin = end - begin, end
+            if not self.train:
+                self._drop(layer)
 
     def _unit_forward(self, layer: int, begin: int, end: int, x: Tensor) -> Tensor:
         leaves = self._leaves(layer, begin, end, x)
@@ -500,7 +526,7 @@ class Pass:
                 fair = most * frozen.size(0) // (len(rows) * frozen.model.hidden)
                 last = min(vocab, first + max(_VOCAB_ROWS, fair))
                 head = frozen.head(first, last)
-                logits = (h @ head.T).mul_(scale)
+                logits = product(h, head).mul_(scale)
                 high, at = logits.max(1)
                 best = torch.where(high > peak, at + first, best)
                 inside = (wanted >= first) & (wanted < last)
@@ -512,7 +538,7 @@ class Pass:
                 parts[inside, own[inside]] = 0
                 others = others * shrink + parts.sum(1)
                 if self.train:
-                    mean.mul_(shrink[:, None]).addmm_(parts, head)
+                    mean.mul_(shrink[:, None]).add_(product(parts, head.T))
                     if self.count:
                         self.count.note(logits.nbytes + head.nbytes)
                 peak, first = new, last

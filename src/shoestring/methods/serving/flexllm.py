@@ -190,7 +190,7 @@ class Trainer:
         self._done = 0.0  # tokens' worth of work, and how much of it the engine was told
         self._told = 0
         self._seconds = 0.0
-        self._writing: list[Training] = []  # that have ended and may still write their last checkpoint
+        self._ending: list[Training] = []  # out of the line, with a last checkpoint on its way to the disk
         self._held = 0  # rounds in a row in which nothing fitted
 
     # ---- what the server asks ----
@@ -229,6 +229,7 @@ class Trainer:
             folder=job.folder,
             every=config.checkpoints,
             keep=config.keep,
+            fullest=config.window,
             window=lambda kind, position: self._window,
             how={"prune": config.prune, "rematerialise": config.rematerialise},
         )
@@ -259,11 +260,11 @@ class Trainer:
         for run in self._runs.values():
             run.work.close()
             run.training.save()
-            self._writing.append(run.training)
-        for training in self._writing:
+            self._ending.append(run.training)
+        for training in self._ending:
             training.close()
         self._runs.clear()
-        self._writing.clear()
+        self._ending.clear()
 
     # ---- the hybrid token scheduler ----
 
@@ -275,19 +276,23 @@ class Trainer:
             return 0
         left = self.clock.allowed(spare.running, spare.context, spare.seconds)
         longest, before = self.clock.longest(spare.running), self._done
+        took = 0.0
         while left > 0 and self._done - before < spare.tokens:
-            seconds = self._unit(run, min(left, longest))
-            left -= seconds
+            seconds = self._unit(run, min(left, longest), waited_for=spare.running > 0)
+            left, took = left - seconds, took + seconds
             if not seconds or spare.urgent() or run.training.job not in self._runs:
                 break
-        if self._done == before:
+        if not took:
             return 0
-        used = min(spare.tokens, max(1, int(self._done) - self._told))
+        used = min(spare.tokens, max(1, int(self._done) - self._told))  # the loss is work, and of no tokens
         self._told += used
         return used
 
-    def _unit(self, run: _Run, seconds: float) -> float:
-        """One piece of work that takes at most so many seconds, as far as is known; what it took, 0 when none fits."""
+    def _unit(self, run: _Run, seconds: float, waited_for: bool) -> float:
+        """One piece of work that takes at most so many seconds, as far as is known; what it took, 0 when none fits.
+
+        waited_for: whether an answer waits for its end. If not, the smallest piece is done however long it may take.
+        """
         began = time.perf_counter()
         try:
             run.ahead = unit = run.ahead or next(run.work, None)
@@ -297,7 +302,7 @@ class Trainer:
             self._window = self.clock.units.largest(unit.kind, unit.position, seconds, self.config.window)
             if not self._window:
                 self._held += 1
-                if self._held < _PATIENCE:
+                if waited_for and self._held < _PATIENCE:
                     return 0.0
                 self._window = SIZES[0]  # figures of a bad moment would stand for ever if nothing measured again
             self._held = 0
@@ -319,5 +324,5 @@ class Trainer:
     def _leave(self, run: _Run) -> None:
         """Out of the line; what is being written is still written."""
         self._runs.pop(run.training.job, None)
-        self._writing.append(run.training)
+        self._ending = [training for training in (*self._ending, run.training) if training.writing]
         run.training.close(wait=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.models import load, save
+from shoestring.models.saving import copy_tokenizer
 
 
 def test_saved_model_loads_in_transformers_and_here(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -49,3 +51,24 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_tokenizer_is_copied_as_it_is_or_else_read_and_saved(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source, copied, saved = tmp_path / "source", tmp_path / "copied", tmp_path / "saved"
+    save(tiny("llama"), tokenizer, source)
+    for place in (copied, saved):
+        place.mkdir()
+    copy_tokenizer(source, copied)
+    names = {file.name for file in copied.iterdir()}
+    assert names >= {"tokenizer.json", "tokenizer_config.json"} and "config.json" not in names
+    assert all((source / name).read_bytes() == (copied / name).read_bytes() for name in names)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "auto_map": {}, "pad_token": "[PAD]"}))
+    (source / "tokenizer.json").rename(source / "kept")
+    with pytest.raises(UsageError, match="tokenizer in .* cannot be loaded"):
+        copy_tokenizer(source, saved)
+    (source / "tokenizer_config.json").unlink()
+    copy_tokenizer(source, saved)
+    assert not list(saved.iterdir()), "there is none"

@@ -105,6 +105,7 @@ def load(
     trust_remote_code: bool = False,
     offline: bool | None = None,
     quantization_config: Any = None,
+    tokenizer: bool = True,
 ) -> Loaded:
     """Load a model and its tokenizer; the kind (causal, masked, seq2seq) is found from config.json.
 
@@ -115,6 +116,7 @@ def load(
             A model packed by a quantizer keeps its packed weights whatever the dtype of the rest.
         trust_remote_code: run Python code that the folder brings.
         quantization_config: quantize while reading, as transformers' own argument of that name.
+        tokenizer: read it too, which takes as long as reading a small model.
 
     Raises:
         UsageError: as `resolve` and `check_folder`; also weights that do not belong to the configuration.
@@ -130,7 +132,7 @@ def load(
     if str(ref) == DEFAULT:
         # Adapters record this name; the cache folder would mean nothing elsewhere.
         model.name_or_path = DEFAULT
-    return Loaded(model, load_tokenizer(path, trust_remote_code), path, str(ref), kind)
+    return Loaded(model, load_tokenizer(path, trust_remote_code) if tokenizer else None, path, str(ref), kind)
 
 
 def kind_of(config: dict[str, Any]) -> str:

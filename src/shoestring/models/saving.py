@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.files import atomic_folder
-from shoestring.models.load import quiet
+from shoestring.models.folder import read_json
+from shoestring.models.load import load_tokenizer, quiet
 from shoestring.models.seal import seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 
 
 def save(
@@ -49,6 +56,26 @@ def save(
             if file.is_file():
                 file.chmod(0o666 & temp.stat().st_mode)
     return folder
+
+
+def copy_tokenizer(source: Path, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Put the tokenizer of the model folder `source`, if it has one, into `folder`.
+
+    One that tokenizer.json says in full is copied; others are read and saved.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    whole, config = source / "tokenizer.json", source / "tokenizer_config.json"
+    if whole.is_file() and not (config.is_file() and read_json(config).get("auto_map")):
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        with quiet():
+            tokenizer.save_pretrained(folder)
 
 
 def formats_of(model: Any) -> dict[str, int]:

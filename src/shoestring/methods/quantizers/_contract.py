@@ -27,6 +27,7 @@ from shoestring.lab import tiny
 from shoestring.methods.quantizers import _shared
 from shoestring.models.load import load_tokenizer
 from shoestring.models.packed import ROOM, parameters_of
+from shoestring.models.saving import copy_tokenizer
 from shoestring.models.seal import seal
 
 VERB = "compress"
@@ -77,19 +78,18 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             parameters = models.shape_of(source, trust_remote_code=work.trust_remote_code).parameters
         else:
             whole = hasattr(module, "compress")
-            given = {} if whole else {"quantization_config": made}
-            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code, **given)  # type: ignore[arg-type]
-            model, tokenizer = loaded.model, loaded.tokenizer
+            given: dict[str, Any] = {} if whole else {"quantization_config": made, "tokenizer": False}
+            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code, **given)
+            model = loaded.model
             parameters = parameters_of(model)
             if whole:
                 torch.manual_seed(work.seed)
-                rows = _rows(module, source, tokenizer, step, work)
+                rows = _rows(module, source, loaded.tokenizer, step, work)
                 model = module.compress(model, made, rows, replace(work, training=_loop(module, work)))
             # Not of `made`, of which transformers takes a copy.
             facts = getattr(model.config.quantization_config, "facts", dict)()
             model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        copy_tokenizer(source, folder, trust_remote_code=work.trust_remote_code)
         seal(folder, ROOM)
     return {"parameters": parameters, **facts}
 

@@ -94,8 +94,8 @@ def child(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         if arm == "peak":
             with Engine(args.model, threads=args.threads, context=1024) as engine:
                 work = world.trainer(engine, folder, objectives, seed, options)
-                world.peak_speed(engine, work, args.warm)
-                found = world.peak_speed(engine, work, args.seconds)
+                peak_speed(engine, work, args.warm)
+                found = peak_speed(engine, work, args.seconds)
                 work.close()
             return {"training": found, "memory": probes.high_water()}
         load = world.Load(args.rate, args.seconds, args.prompt, args.answer, seed)
@@ -130,6 +130,17 @@ def child(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "answers": len(outcome.firsts),
         "memory": outcome.memory,
     }
+
+
+def peak_speed(engine: Any, work: Any, seconds: float) -> float:
+    """Trained tokens a second when nobody asks anything."""
+    from shoestring.engine.hooks import Spare
+
+    begun, end = work.stats()["training_tokens"], time.perf_counter() + seconds
+    began = time.perf_counter()
+    while time.perf_counter() < end:
+        work.work(Spare(engine.scheduler.max_tokens))
+    return float(work.stats()["training_tokens"] - begun) / (time.perf_counter() - began)
 
 
 def plain_loop(line: Any, model: str, folder: Path, seed: int, threads: int) -> None:

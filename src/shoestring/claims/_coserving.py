@@ -96,15 +96,6 @@ def trainer(engine: Engine, folder: Path, objectives: Objectives, seed: int, opt
     return made
 
 
-def peak_speed(engine: Engine, work: Any, seconds: float) -> float:
-    """Trained tokens a second when nobody asks anything."""
-    begun, end = work.stats()["training_tokens"], time.perf_counter() + seconds
-    began = time.perf_counter()
-    while time.perf_counter() < end:
-        work.work(Spare(engine.scheduler.max_tokens))
-    return float(work.stats()["training_tokens"] - begun) / (time.perf_counter() - began)
-
-
 def serve(
     model: str, sharing: str, load: Load, objectives: Objectives, folder: Path, *, threads: int = 1,
     warm: float = 4.0, options: Mapping[str, Any] | None = None,

@@ -26,15 +26,34 @@ from shoestring.engine.sequence import Sequence as Answer
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.lab import answering, tiny
 from shoestring.methods.decoding import _costs, _tree, _trigrams
+from shoestring.methods.decoding._latest import Latest
 from shoestring.methods.decoding._trigrams import Trigrams, count
-from shoestring.methods.decoding.aded import AdedConfig, AdedDrafter, Guesses, generate, search, whole
+from shoestring.methods.decoding.aded import (
+    WAYS,
+    AdedConfig,
+    AdedDrafter,
+    Guesses,
+    Known,
+    Text,
+    generate,
+    search,
+    whole,
+)
 
 PAPER = AdedConfig(prompts=False, always=True)
-EVEN = [0.5] * _trigrams.KINDS
 
 
 def table(texts: Sequence[Sequence[int]], **options: Any) -> Trigrams:
     return Trigrams(count(texts), **options)
+
+
+def known(table: Trigrams) -> Known:
+    """Where every guess is as likely as any other."""
+    return Known(table, Latest(1000), 0, [0.5] * WAYS)
+
+
+def pair(a: int, b: int) -> Text:
+    return Text(-1, a, b)
 
 
 def answer(tokens: list[int], isolation: str = "", temperature: float = 0.0) -> Answer:
@@ -166,6 +185,17 @@ def test_entries_are_capped_and_the_least_recent_goes() -> None:
     assert all(len(row.values) <= 4 * small.successors for row in small._rows.values())
 
 
+def test_what_came_last_is_known_to_its_owner() -> None:
+    latest = Latest(4)
+    text = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+    assert latest.learn(0, text[:7], 0, 0) == 0  # what follows 1 2 3 was not expected yet
+    assert latest.learn(0, text, 7, 0) == 3  # then three tokens came as the last time
+    assert latest.after(0, 4, 1, 2) == 3 and latest.after(1, 4, 1, 2) is None and latest.after(0, -1, 1, 2) is None
+    assert latest.learn(0, [1, 2, 3, 5], 3, 3) == 0 and latest.after(0, 1, 2, 3) == 5
+    latest.learn(0, [*range(20)], 0, 0)
+    assert len(latest) == 4 and latest.after(0, 16, 17, 18) == 19 and latest.after(0, 1, 2, 3) is None
+
+
 def test_many_threads_learn_and_draft_at_once() -> None:
     drafter = AdedDrafter(replace(PAPER, entries=200))
     errors: list[BaseException] = []
@@ -250,7 +280,7 @@ def test_visits_are_those_of_the_formula(iterations: int) -> None:
         (0, 1): {2: 1.0},
     }
     wanted = by_the_book(values, 1, 2, config)
-    found = search(table(TOY), 0, 1, 2, config)
+    found = search(known(table(TOY)), pair(1, 2), config)
     told: list[tuple[int, ...]] = []
     for i, parent in enumerate(found.parents):
         told.append((told[parent] if parent >= 0 else ()) + (found.tokens[i],))
@@ -260,17 +290,17 @@ def test_visits_are_those_of_the_formula(iterations: int) -> None:
 
 
 def test_paths_have_their_likeliest_successor_and_no_more_than_the_states() -> None:
-    found = search(table(TOY), 0, 1, 2, AdedConfig())
+    found = search(known(table(TOY)), pair(1, 2), AdedConfig())
     assert paths(found) == {(3,), (3, 1), (3, 1, 2), (3, 1, 2, 3), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)}
-    short = search(table(TOY), 0, 1, 2, AdedConfig(states=2))
+    short = search(known(table(TOY)), pair(1, 2), AdedConfig(states=2))
     assert paths(short) == {(3,), (3, 1), (0,), (0, 1)}
 
 
 def test_the_most_visited_paths_are_taken() -> None:
     wide = table([[1, 2, c] for c in range(3, 15) for _ in range(c * c)] + [[2, c, c + 20] for c in range(3, 15)])
-    found = search(wide, 0, 1, 2, AdedConfig(paths=4))
+    found = search(known(wide), pair(1, 2), AdedConfig(paths=4))
     taken = [(v, t) for v, t, p in zip(found.visits, found.tokens, found.parents) if p < 0]
-    everything = search(wide, 0, 1, 2, AdedConfig(paths=1000))
+    everything = search(known(wide), pair(1, 2), AdedConfig(paths=1000))
     best = sorted(((v, t) for v, t, p in zip(everything.visits, everything.tokens, everything.parents) if p < 0))
     assert sorted(taken) == best[-len(taken) :] and 14 in {t for _, t in taken}
 
@@ -278,19 +308,19 @@ def test_the_most_visited_paths_are_taken() -> None:
 def test_the_same_table_gives_the_same_draft() -> None:
     rng = random.Random(1)
     texts = [[rng.randrange(6) for _ in range(200)]]
-    one, two = (search(table(texts), 0, 1, 2, AdedConfig()) for _ in range(2))
+    one, two = (search(known(table(texts)), pair(1, 2), AdedConfig()) for _ in range(2))
     assert one == two and len(one.tokens) > 24
 
 
 def test_what_is_taken_whole_is_what_the_search_finds() -> None:
     for seed in range(30):
         rng = random.Random(seed)
-        known = table([[rng.randrange(12) for _ in range(40)]])
+        counted = known(table([[rng.randrange(12) for _ in range(40)]]))
         for a in range(12):
             for b in range(12):
-                everything = whole(known, 0, a, b, PAPER, EVEN, 0.0)
+                everything = whole(counted, pair(a, b), PAPER, 0.0)
                 if everything is not None and everything.tokens:
-                    assert paths(search(known, 0, a, b, PAPER)) == paths(everything)
+                    assert paths(search(counted, pair(a, b), PAPER)) == paths(everything)
 
 
 def test_the_search_beats_sampling_from_the_table() -> None:
@@ -300,7 +330,7 @@ def test_the_search_beats_sampling_from_the_table() -> None:
     text = [0, 1]
     for _ in range(40_000):
         text.append(rng.choices(range(8), chances[text[-2], text[-1]])[0])
-    known = table([text])
+    counted = table([text])
     config = AdedConfig(states=4, paths=12)
 
     def drawn(a: int, b: int, nodes: int) -> set[tuple[int, ...]]:
@@ -308,7 +338,7 @@ def test_the_search_beats_sampling_from_the_table() -> None:
         while len(made) < nodes:
             path: tuple[int, ...] = ()
             for _ in range(4):
-                view = known.view(0, *(a, b, *path)[-2:])
+                view = counted.view(0, *(a, b, *path)[-2:])
                 assert view is not None
                 path = (*path, rng.choices(view.tokens, view.values)[0])
                 made.add(path)
@@ -323,7 +353,7 @@ def test_the_search_beats_sampling_from_the_table() -> None:
     for _ in range(600):
         at = rng.randrange(len(text) - 10)
         a, b, *come = text[at : at + 6]
-        found = paths(search(known, 0, a, b, config))
+        found = paths(search(known(counted), pair(a, b), config))
         searched += accepted(found, tuple(come))
         sampled += accepted(drawn(a, b, len(found)), tuple(come))
     assert searched > 1.02 * sampled > 300
@@ -525,7 +555,7 @@ def test_nothing_is_drafted_where_further_tokens_cost_as_much_as_the_first() -> 
     steep = _costs.Costs([float(size) for size in _costs.SIZES])
     drafter = AdedDrafter(AdedConfig())
     drafter.costs = _costs.Costs([float(size) for size in _costs.SIZES])
-    nodes, speed = told(drafter, [3, 4, 5, 6, 7] * 60, steep, 200)
+    nodes, speed = told(drafter, [3, 4, 5, 6, 7] * 60, steep, 220)
     assert sum(nodes) == 4 and speed > 0.97  # two nodes, twice, to see whether it is still so
 
 
@@ -549,6 +579,34 @@ def test_guesses_that_never_come_true_are_given_up_and_taken_up_again() -> None:
     assert told(bare, noise, flat, 500)[1] < 0.9  # as it is without measuring
     nodes, speed = told(drafter, [23, 22, 21, 20, 23, 23, 21, 21, 22] * 60, flat, 200)
     assert speed > 2 and nodes[-1] >= 3
+
+
+def test_text_that_is_copied_is_drafted_in_long_pieces() -> None:
+    rng = random.Random(6)
+    piece = [rng.randrange(10) for _ in range(80)]  # many a pair has several successors
+    machine = [1 + 0.05 * (size - 1) for size in _costs.SIZES]
+    speeds = []
+    for entries in (1000, 0):
+        drafter = AdedDrafter(AdedConfig())
+        drafter.costs, drafter.latest = _costs.Costs(machine), Latest(entries)
+        nodes, speed = told(drafter, piece * 8, _costs.Costs(machine), 1000)
+        speeds.append(speed)
+        if entries:
+            assert sum(n > drafter.config.states for n in nodes[-20:]) >= 15
+    assert speeds[0] > 1.3 * speeds[1] > 1.3
+
+
+def test_text_that_is_hardly_looked_at_is_learnt_all_the_same() -> None:
+    drafter = AdedDrafter(replace(AdedConfig(), cap=100.0))
+    drafter.costs = _costs.Costs([float(size) for size in _costs.SIZES])
+    text = [*range(400)]
+    looks: list[int] = []
+    learn = drafter.table.learn
+    drafter.table.learn = lambda owner, tokens, steps=1: looks.append(steps) or learn(owner, tokens, steps)  # type: ignore
+    told(drafter, text, _costs.Costs([float(size) for size in _costs.SIZES]), 400)
+    assert len(looks) < 100 and sum(looks) > 380
+    values = [drafter.table.view(0, a, a + 1).values[0] for a in range(100, 300)]  # type: ignore[union-attr]
+    assert sum(values) / 200 == pytest.approx(14 * 0.04, rel=0.05) and min(values) >= 8 * 0.04 - 1e-9
 
 
 def test_branches_are_drafted_where_they_are_cheap_and_chains_where_not() -> None:

@@ -34,6 +34,11 @@ def kind_of(share: float, value: float) -> int:
     return min(int(share * _SHARES), _SHARES - 1) * (len(_LEVELS) + 1) + bisect_right(_LEVELS, value)
 
 
+def share_of(kind: int) -> float:
+    """The largest share that a kind stands for."""
+    return (kind // (len(_LEVELS) + 1) + 1) / _SHARES
+
+
 class Named(Protocol):
     """A tokenizer, as far as its ids are concerned."""
 
@@ -264,9 +269,9 @@ class Trigrams:
         row = self._rows.get(key) or self._taken(key)
         return row.view(self.successors) if row else None
 
-    def learn(self, owner: int, tokens: Sequence[int]) -> None:
-        """Reinforce the triples in the window at the end of `tokens`, each once."""  # (eq. 2)
-        self._reinforce(owner, tokens[-self.window :], self.increment)
+    def learn(self, owner: int, tokens: Sequence[int], steps: int = 1) -> None:
+        """Reinforce the triples in the window at the end of `tokens`, as in so many steps."""  # (eq. 2)
+        self._reinforce(owner, tokens[-self.window :], self.increment * steps)
 
     def learn_all(self, owner: int, tokens: Sequence[int]) -> None:
         """Reinforce all triples of a text as much as if the window had passed over it token by token."""

@@ -13,9 +13,10 @@ How it works
        childless state its children and step into one; roll out to L states, each token drawn in proportion to its row;
        add the Score, 1 + the sum of the values on the way (eq. 4), and a visit to all states on the path in the tree.
     4. The 24 most visited paths, each with its likeliest successor added, are merged into a tree of at most 64 nodes.
-    5. The chance to reach a node is estimated: the product along its path of how often guesses of such share and value
-       came true lately. With A(n) the sum over the n likeliest nodes, cost(n) the measured seconds of a pass over n
-       tokens, and s the seconds of the search, the draft is the n that maximises                               (eq. 5)
+    5. The chance to reach a node is estimated: the product along its path of how often guesses of its kind came true
+       lately. A kind is a share of the row, a value, whether the token came when the three before it last stood
+       together, and how many tokens in a row did so. With A(n) the sum over the n likeliest nodes, cost(n) the measured
+       seconds of a pass over n tokens, and s the seconds of the search, the draft is the n that maximises      (eq. 5)
            (1 + A(n)) / (cost(1 + n) + s)
        and nothing where that is not two hundredths better than 1 / cost(1). So it is a chain where branches do not pay,
        and nothing where guesses do not come true. What is not drafted is still compared with what comes, and now and
@@ -27,8 +28,10 @@ How it works
 
 Where it bends
     The authors keep a fixed number of tree tokens; step 5 is ours. Where at most 24 nodes are likely enough to pay,
-    they are taken without a search, which only ranks. `always=true` leaves step 5 out, and searches whatever has more
-    than 24 nodes. The authors learn from the last 16 tokens of a prompt, as `prompts=false` does; otherwise the window
+    they are taken without a search, which only ranks, and those that are still likely after L states go on, to at most
+    16 tokens: text that is copied comes in long pieces. `always=true` leaves step 5 out, and searches whatever has more
+    than 24 nodes. After 32 passes without a draft only every eighth token is looked at, and learnt eight times as
+    much. The authors learn from the last 16 tokens of a prompt, as `prompts=false` does; otherwise the window
     passes over the whole prompt once. Their sampling draws anew for each leaf and keeps the luckiest path, which
     over-represents what is drafted; step 6 does not. Tables are separate between clients whose cached prompts are: how
     fast an answer comes must not tell what others wrote. On the native runner a node gets the bits of plain decoding,
@@ -43,7 +46,7 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -52,7 +55,8 @@ from shoestring.core.method import Method, Paper
 from shoestring.engine.hooks import Draft, Hooks, Verified
 from shoestring.engine.sequence import Sequence as Answer
 from shoestring.methods.decoding import _costs, _trigrams
-from shoestring.methods.decoding._trigrams import KINDS, Trigrams, View
+from shoestring.methods.decoding._latest import Latest
+from shoestring.methods.decoding._trigrams import KINDS, Trigrams, View, share_of
 
 if TYPE_CHECKING:
     from shoestring.engine.open import Opened
@@ -74,6 +78,8 @@ _MARGIN = 1.02  # how much better than no draft a draft must look
 _UNLIKELY = 0.02  # a node that is reached less often is not looked at
 _RARELY, _RAREST, _FEW = 64, 1024, 2  # passes without a draft until some nodes are drafted to see what a pass costs
 _HALF = 512  # guesses of a kind after which old ones count half
+_DEEPEST = 16  # tokens of a draft that goes on because it is still likely
+_UNUSED, _GLANCE = 32, 8  # passes without a draft after which only every eighth token is looked at
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,12 @@ class AdedConfig:
 
     def __post_init__(self) -> None:
         least = {"successors": 1, "entries": 1, "window": 3, "states": 2, "iterations": 1, "paths": 1, "nodes": 1}
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            kind: Any = type(field.default)
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            kind: Any = type(setting.default)
             sound = isinstance(value, kind) and (kind is bool) == isinstance(value, bool)
             if not sound and not (kind is float and type(value) is int):
-                raise UsageError(f"{name}={value!r} is not of type {kind.__name__}", remedy=f"Try {field.default!r}")
+                raise UsageError(f"{name}={value!r} is not of type {kind.__name__}", remedy=f"Try {setting.default!r}")
             if kind in (int, float) and not least.get(name, 0) <= value < math.inf:
                 raise UsageError(f"{name}={value} is out of range", remedy=f"Give at least {least.get(name, 0)}")
         if self.settle == 0:
@@ -166,54 +172,96 @@ class Guesses:
     """A tree of tokens that may come: parents[i] < i, -1 for the first level.
 
     Attributes:
-        kinds: of each token in its pair's row.
+        kinds: of each token, as `Text.kinds`.
+        chances: that it is reached.
         visits: of the search; empty where there was none.
     """
 
-    tokens: list[int]
-    parents: list[int]
-    kinds: list[int]
-    visits: list[int]
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    visits: list[int] = field(default_factory=list)
+
+    def add(self, token: int, parent: int, kind: int, chance: float) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.kinds.append(kind)
+        self.chances.append(chance)
+        return len(self.tokens) - 1
 
 
-def whole(
-    table: Trigrams, owner: int, first: int, second: int, config: AdedConfig, rates: Sequence[float], floor: float
-) -> Guesses | None:
-    """Everything that may come with a chance of at least `floor`; None where that is more than the search may take.
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The end of a text, as far as guesses depend on it.
 
-    Args:
-        rates: chance of each kind of token, when what stands before it has come.
+    Attributes:
+        before, first, second: its last three tokens; `before` is -1 where there are only two.
+        run: how many tokens in a row came as the last time.
+        chance: that it comes to this, where the end is guessed.
     """
-    tokens: list[int] = []
-    parents: list[int] = []
-    kinds: list[int] = []
-    edge = [(-1, first, second, 1.0)]
-    for level in range(config.states):
+
+    before: int
+    first: int
+    second: int
+    run: int = 0
+    chance: float = 1.0
+
+    def then(self, token: int, kind: int, chance: float) -> Text:
+        """What it is behind a guess."""
+        return Text(self.first, self.second, token, self.run + 1 if kind >= AGAIN else 0, chance)
+
+
+class Known:
+    """What an owner's text is judged by: the table, what came last, and how often such guesses came true."""
+
+    def __init__(self, table: Trigrams, latest: Latest, owner: int, rates: Sequence[float]) -> None:
+        self.table, self.latest, self.owner, self.rates = table, latest, owner, rates
+
+    def row(self, text: Text) -> View | None:
+        return self.table.view(self.owner, text.first, text.second)
+
+    def kinds(self, text: Text, row: View) -> Sequence[int]:
+        """Of each token of the text's row: what the row says, and whether it is what came the last time."""
+        said = self.latest.after(self.owner, text.before, text.first, text.second)
+        if said is None:
+            return row.kinds
+        again = AGAIN + KINDS * bisect_right(_RUNS, text.run)
+        return [kind + (again if token == said else KINDS) for token, kind in zip(row.tokens, row.kinds)]
+
+
+def whole(known: Known, text: Text, config: AdedConfig, floor: float) -> Guesses | None:
+    """Everything that may come with a chance of at least `floor`; None where that is more than the search may take."""
+    found, rates = Guesses(), known.rates
+    edge = [(-1, text)]
+    for level in range(config.states if config.always else _DEEPEST):
+        last = level >= config.states - 1  # where each has its likeliest successor only
         further = []
-        for node, a, b, chance in edge:
-            view = table.view(owner, a, b)
-            if view is None:
+        for node, here in edge:
+            row = known.row(here)
+            if row is None:
                 continue
-            last = level == config.states - 1  # where each has its likeliest successor only
-            for token, kind in zip(view.tokens[:1] if last else view.tokens, view.kinds):
-                likely = chance * rates[kind]
-                if likely < floor:
-                    continue
-                further.append((len(tokens), b, token, likely))
-                tokens.append(token)
-                parents.append(node)
-                kinds.append(kind)
-            if len(tokens) > config.paths and not last:
+            kinds = known.kinds(here, row)
+            places: Sequence[int] = range(len(kinds))
+            if last:
+                places = places[:1] if config.always else [max(places, key=lambda i: rates[kinds[i]])]
+            for i in places:
+                chance = here.chance * rates[kinds[i]]
+                if chance >= floor:
+                    child = found.add(row.tokens[i], node, kinds[i], chance)
+                    further.append((child, here.then(row.tokens[i], kinds[i], chance)))
+            if len(found.tokens) > config.paths and not last:
                 return None
         edge = further
-    return Guesses(tokens, parents, kinds, [])
+    return found
 
 
-def search(table: Trigrams, owner: int, first: int, second: int, config: AdedConfig) -> Guesses:
+def search(known: Known, text: Text, config: AdedConfig) -> Guesses:
     """The most visited paths of a Monte-Carlo tree search from a pair, merged; no draw depends on what came before."""
-    look, states = table.view, config.states
+    look, owner, states = known.table.view, known.owner, config.states
+    first, second = text.first, text.second
     c1, c2 = config.explore, config.settle
-    tokens, parents, kinds, values = [second], [-1], [0], [0.0]
+    tokens, parents, values = [second], [-1], [0.0]
     befores, levels, sums = [first], [1], [1.0]  # the token before, states on the path, 1 + the values on it
     starts, ends, untried = [0], [0], [0]  # children, and the first of them that was never visited
     visits, scores = [0], [0.0]
@@ -242,7 +290,6 @@ def search(table: Trigrams, owner: int, first: int, second: int, config: AdedCon
             count, above, before = len(view.tokens), sums[node], tokens[node]
             tokens += view.tokens
             values += view.values
-            kinds += view.kinds
             sums += [above + value for value in view.values]
             parents += [node] * count
             befores += [before] * count
@@ -274,36 +321,49 @@ def search(table: Trigrams, owner: int, first: int, second: int, config: AdedCon
         while parents[node] > 0:
             node = parents[node]
             taken.add(node)
-    found = Guesses([], [], [], [])
+    found = Guesses()
     places = {0: -1}
+    ends_of = {-1: text}
 
-    def take(parent: int, token: int, kind: int, seen: int) -> int:
-        found.tokens.append(token)
-        found.parents.append(parent)
-        found.kinds.append(kind)
+    def take(parent: int, token: int, seen: int) -> int:
+        here = ends_of[parent]
+        row = known.row(here)
+        assert row is not None
+        kind = known.kinds(here, row)[row.tokens.index(token)]
+        chance = here.chance * known.rates[kind]
         found.visits.append(seen)
-        return len(found.tokens) - 1
+        child = found.add(token, parent, kind, chance)
+        ends_of[child] = here.then(token, kind, chance)
+        return child
 
     for node in sorted(taken):
-        places[node] = take(places[parents[node]], tokens[node], kinds[node], visits[node])
+        places[node] = take(places[parents[node]], tokens[node], visits[node])
     for node in sorted(taken):
         view = look(owner, befores[node], tokens[node])
         if view is not None and (starts[node] == ends[node] or starts[node] not in taken):
-            take(places[node], view.tokens[0], view.kinds[0], 0)
+            take(places[node], view.tokens[0], 0)
     return found
 
 
 # ---- what comes true ----
+
+# Kinds below KINDS are those of the row alone, where the three tokens before are new together; then come those of one
+# that did not follow them the last time, then of the one that did, by how many tokens in a row had come so.
+AGAIN, _RUNS = 2 * KINDS, (1, 3, 6)
+WAYS = AGAIN + KINDS * (len(_RUNS) + 1)
 
 
 class Rates:
     """How often guesses of each kind came true lately, where what stood before them had."""
 
     def __init__(self) -> None:
-        self._told = [4.0] * KINDS
-        # Before anything is known: rather hopeful, the more so the larger the share.
-        self._true = [4.0 * 0.7 * (kind + 1) / KINDS for kind in range(KINDS)]
-        self.rates = [t / n for t, n in zip(self._true, self._told)]
+        # Before anything is known: the more hopeful the larger the share, and the longer all came as the last time.
+        shares = [share_of(kind) for kind in range(KINDS)]
+        first = [most * share**1.3 for most in (0.5, 0.4) for share in shares]
+        first += [0.3 + 0.1 * run + 0.3 * share for run in range(len(_RUNS) + 1) for share in shares]
+        self._told = [4.0] * WAYS
+        self._true = [4.0 * rate for rate in first]
+        self.rates = first
 
     def add(self, kind: int, came: bool) -> None:
         told, true = self._told[kind] + 1, self._true[kind] + came
@@ -315,11 +375,16 @@ class Rates:
 
 @dataclass
 class _Expected:
-    """What is expected of one answer: its owner, the tokens that are known of it, and the guesses after them."""
+    """What is expected of one answer: its owner, the tokens that are known of it, and the guesses after them.
+
+    Attributes:
+        run: how many of these tokens, from the last one back, came as the last time.
+    """
 
     owner: int
     known: int
     rates: Rates
+    run: int = 0
     guesses: Guesses | None = None
 
 
@@ -348,16 +413,15 @@ class AdedDrafter:
             cap=config.cap,
             window=config.window,
         )
+        self.latest = Latest(4 * config.entries)
         self.costs = _costs.Costs()
         self._rates = (Rates(), Rates())  # of answers that take the likeliest token, and of those that are drawn
         self._expected: WeakKeyDictionary[Answer, _Expected] = WeakKeyDictionary()
         self._answers, self._others, self._luck = 1, 0.0, 0.0  # of the latest pass, for what the next will be like
         self._search = 1e-4  # seconds that a search lately took
         self._drafting = 0.0  # seconds of this step so far
-        self._idle, self._patience = (
-            0,
-            _RARELY,
-        )  # passes since the latest draft, and how many of them until one is tried
+        # Passes since the latest draft, and how many of them until one is tried.
+        self._idle, self._patience = 0, _RARELY
         self._total = dict.fromkeys(
             ("passes", "drafts", "nodes", "tokens", "searches", "drafting", "seconds", "plain"), 0.0
         )
@@ -374,25 +438,29 @@ class AdedDrafter:
         return draft
 
     def observe(self, verified: Sequence[Verified], tokens: int, seconds: float) -> None:
-        answers = len(verified)
-        nodes = sum(len(one.draft.tokens) for one in verified)
-        accepted = sum(len(one.accepted) for one in verified)
+        answers, drafts, nodes, accepted = len(verified), 0, 0, 0
+        for one in verified:
+            if one.draft.tokens:
+                drafts += 1
+                nodes += len(one.draft.tokens)
+                accepted += len(one.accepted)
         with self.table.lock:
             total, drafting = self._total, self._drafting
             self._drafting = 0.0
             if tokens > answers + nodes:
                 return  # prompts were computed as well
-            self.costs.observe(tokens, seconds)
-            self._idle = 0 if nodes else self._idle + 1
             rest = (answers - 1) / answers
             self._answers, self._others, self._luck = answers, nodes * rest, accepted * rest
+            self._idle = 0 if nodes else self._idle + 1
+            if self._idle < _UNUSED or self._idle % _GLANCE == 0:
+                self.costs.observe(tokens, seconds)
             total["passes"] += 1
-            total["drafts"] += sum(bool(one.draft.tokens) for one in verified)
+            total["drafts"] += drafts
             total["nodes"] += nodes
             total["tokens"] += answers + accepted
             total["drafting"] += drafting
             total["seconds"] += seconds + drafting
-            total["plain"] += self.costs.of(answers) * (answers + accepted) / answers
+            total["plain"] += self.costs.of(answers) * (answers + accepted) / answers if nodes else seconds
 
     def stats(self) -> dict[str, float]:
         """Of passes without prompts; `draft_gain` is how many times faster than plain decoding should have been."""
@@ -416,34 +484,48 @@ class AdedDrafter:
     def _propose(self, answer: Answer, limit: int) -> Draft:
         config, table, tokens = self.config, self.table, answer.tokens
         expected = self._expected.get(answer)
+        steps = 1
         if expected is None:
             # What follows the first \0 only keeps this request's own pages apart.
             owner = table.owner(answer.request.isolation.partition("\0")[0])
             rates = self._rates[answer.request.sampling.temperature > 0]
-            expected = self._expected[answer] = _Expected(owner, len(tokens), rates)
+            expected = self._expected[answer] = _Expected(owner, 0, rates)
             if config.prompts and answer.index == 0:
                 table.learn_all(owner, tokens[: answer.prompt_tokens])
-        elif expected.guesses is not None:
+            else:
+                expected.known = max(len(tokens) - config.window, 0)
+        elif self._idle >= _UNUSED and not config.always:
+            steps = len(tokens) - expected.known
+            if steps < _GLANCE:
+                return Draft()
+        if expected.guesses is not None:
             _compare(expected.guesses, expected.rates, tokens[expected.known :])
         owner, rates = expected.owner, expected.rates
-        table.learn(owner, tokens[-config.window :])
+        table.learn(owner, tokens[-config.window :], steps)
+        expected.run = self.latest.learn(owner, tokens, expected.known, expected.run)
         expected.known, expected.guesses = len(tokens), None
-        view = table.view(owner, tokens[-2], tokens[-1]) if len(tokens) > 1 else None
-        if view is None:
+        if len(tokens) < 2:
             return Draft()
-        try_out = self._idle >= self._patience
-        if not (config.always or try_out or self._may_pay(view, rates.rates)):
-            # Nothing to verify, but the first guesses are compared with what comes.
-            expected.guesses = Guesses(list(view.tokens), [-1] * len(view.tokens), list(view.kinds), [])
+        known = Known(table, self.latest, owner, rates.rates)
+        text = Text(tokens[-3] if len(tokens) > 2 else -1, tokens[-2], tokens[-1], expected.run)
+        row = known.row(text)
+        if row is None:
             return Draft()
+        if not (config.always or self._idle >= self._patience):
+            kinds = known.kinds(text, row)
+            chances = [rates.rates[kind] for kind in kinds]
+            if not self._may_pay(chances):
+                # Nothing to verify, but the first guesses are compared with what comes.
+                expected.guesses = Guesses(list(row.tokens), [-1] * len(kinds), list(kinds), chances)
+                return Draft()
         began = time.perf_counter()
         floor = 0.0 if config.always else self._floor()
-        guesses = whole(table, owner, tokens[-2], tokens[-1], config, rates.rates, floor)
+        guesses = whole(known, text, config, floor)
         if guesses is None:
-            guesses = search(table, owner, tokens[-2], tokens[-1], config)
+            guesses = search(known, text, config)
             self._total["searches"] += 1
         expected.guesses = guesses
-        draft = self._chosen(guesses, rates.rates, limit)
+        draft = self._chosen(guesses, limit)
         taken = min(time.perf_counter() - began, 4 * self._search)  # a search that was held up says little
         self._search += 0.05 * (taken - self._search)
         return draft
@@ -452,9 +534,8 @@ class AdedDrafter:
         """Tokens that the next pass brings without a draft here, and how many it computes for that."""
         return self._answers + self._luck, self._answers + round(self._others)
 
-    def _may_pay(self, view: View, rates: Sequence[float]) -> bool:
+    def _may_pay(self, chances: Sequence[float]) -> bool:
         """Whether a draft could pay if all that follows the first level were as likely as the best of it."""
-        chances = [rates[kind] for kind in view.kinds]
         best = max(chances)
         reached = min(sum(chances), 1.0) * sum(best**depth for depth in range(self.config.states))
         tokens, base = self._plain()
@@ -468,12 +549,9 @@ class AdedDrafter:
         each = (self.costs.of(base + 16) - plain) / 16
         return max(_UNLIKELY, 0.5 * each * tokens / plain)
 
-    def _chosen(self, guesses: Guesses, rates: Sequence[float], limit: int) -> Draft:
+    def _chosen(self, guesses: Guesses, limit: int) -> Draft:
         """The nodes that pay, likeliest first, so that parents stand before their children."""
-        config, parents = self.config, guesses.parents
-        reach: list[float] = []
-        for kind, parent in zip(guesses.kinds, parents):
-            reach.append(rates[kind] * (reach[parent] if parent >= 0 else 1.0))
+        config, parents, reach = self.config, guesses.parents, guesses.chances
         order = sorted(range(len(reach)), key=lambda n: -reach[n])
         if not config.tree:
             order = self._chain(parents, order)

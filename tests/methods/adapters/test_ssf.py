@@ -484,3 +484,23 @@ def test_a_model_that_could_not_be_adapted_is_left_clean() -> None:
 def test_a_site_that_is_no_layer_is_named() -> None:
     with pytest.raises(TypeError, match="model.layers.0.mlp is a LlamaMLP"):
         wrapped(target_modules=["mlp"])
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "GroupNorm", "InstanceNorm2d"])
+def test_norms_with_channels_second_scale_channels(kind: str) -> None:
+    torch.manual_seed(0)
+    made = {
+        "BatchNorm2d": lambda: nn.BatchNorm2d(4),
+        "GroupNorm": lambda: nn.GroupNorm(2, 4),
+        "InstanceNorm2d": lambda: nn.InstanceNorm2d(4, affine=True),
+    }
+    norm = made[kind]()
+    # As wide as it has channels, so that scaling the wrong axis would not show as an error.
+    x = torch.randn(2, 4, 4, 4)
+    plain = norm.eval()(x)
+    model = stirred(wrapped(nn.Sequential(norm), target_modules=["0"]))
+    site = model.base_model.model[0]
+    scale, shift = (entries["default"][0].view(1, 4, 1, 1) for entries in (site.ssf_scale, site.ssf_shift))
+    out = model(x)
+    torch.testing.assert_close(out, plain * scale + shift)
+    torch.testing.assert_close(model.merge_and_unload()(x), out)

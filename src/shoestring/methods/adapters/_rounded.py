@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from shoestring.core.shape import PROJECTIONS, Shape, Weight
 from shoestring.kernels import formats, layout
 from shoestring.methods.adapters import _shared
+from shoestring.methods.adapters._tied import shares_table
 from shoestring.models import packed
 
 BLOCK = 1 << 17  # numbers of a weight that are worked on at a time: they stay in a processor's cache
@@ -254,8 +255,7 @@ class RoundedLinear(_shared.LinearLayer):
         Raises:
             ValueError: several adapters, or (`safe_merge`) a weight that is not finite.
         """
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in wanted if self.has(name) and name not in self.merged_adapters]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
         if not names:
             return
         name = _one(names + self.merged_adapters)
@@ -307,7 +307,7 @@ class RoundedLinear(_shared.LinearLayer):
         place = device or self._base().weight.device
         for name in self.adapter_layer_names:
             own = getattr(self, name)[adapter_name]
-            if own.device != place:
+            if own.device != place and not own.is_meta:  # there is nothing to move before a file is read
                 own.data = own.data.to(place)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -335,7 +335,7 @@ class RoundedTuner(_shared.LinearTuner):
             _one(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def layers(self) -> Iterator[Any]:
+    def _layers(self) -> Iterator[Any]:
         return (module for module in self.model.modules() if isinstance(module, RoundedLinear))
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -344,7 +344,7 @@ class RoundedTuner(_shared.LinearTuner):
         for adapter_name, config in self.peft_config.items():
             own = [
                 getattr(layer, name)[adapter_name]
-                for layer in self.layers()
+                for layer in self._layers()
                 for name in self.slow
                 if adapter_name in getattr(layer, name)
             ]
@@ -362,9 +362,7 @@ class RoundedTuner(_shared.LinearTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        model: Any = self.model
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        if table is not None and getattr(target, "weight", None) is table.weight:
+        if shares_table(self.model, target):
             raise ValueError(
                 f"{current_key} shares its weight with the input embeddings, which stay floats; leave it out of "
                 "target_modules"
@@ -380,7 +378,7 @@ class RoundedTuner(_shared.LinearTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *rest: Any, **given: Any) -> Any:
         if merge:  # before the first layer is replaced
-            for layer in self.layers():
+            for layer in self._layers():
                 for name in layer.acting_on_merge(given.get("adapter_names")):
                     layer.rules[name].stored_group()
         model = super()._unload_and_optionally_merge(merge, *rest, **given)

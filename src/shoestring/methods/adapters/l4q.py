@@ -228,22 +228,22 @@ class L4qModel(_rounded.RoundedTuner):
 
     def update_and_allocate(self, global_step: int) -> None:
         """Switch the quantizer on after the last step of the warm-up."""
-        if global_step + 1 < self._until or all(layer.rounds for layer in self.layers()):
+        if global_step + 1 < self._until or all(layer.rounds for layer in self._layers()):
             return
-        for layer in self.layers():
+        for layer in self._layers():
             for name in layer.acting:
                 layer.settle(name, self._config(name).start)
         self._switch(True)
 
     def allocation_state(self) -> dict[str, Any]:
-        return {"rounds": all(layer.rounds for layer in self.layers())}
+        return {"rounds": all(layer.rounds for layer in self._layers())}
 
     def load_allocation_state(self, state: Mapping[str, Any]) -> None:
         self._switch(bool(state["rounds"]))
 
     def _switch(self, on: bool) -> None:
         self._begun = True
-        for layer in self.layers():
+        for layer in self._layers():
             layer.rounds = on
 
     def _config(self, name: str) -> Any:

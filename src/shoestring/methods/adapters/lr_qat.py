@@ -177,6 +177,8 @@ class Held(nn.Module):
         dtype: of the weight that it was.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     scales: Tensor
 
     def __init__(self, base: nn.Module, config: LrQatConfig) -> None:
@@ -196,9 +198,10 @@ class Held(nn.Module):
             if whole:
                 part = part.clamp_(rule.low, rule.high).mul_(2.0**self.point).round_()  # (eq. 2)
             counted[rows] = part.flatten(1).to(kind)
-        self.weight = nn.Parameter(counted, requires_grad=False)
+        # Registered by hand, because an adapter that waits for its file is made without memory and the base is not.
+        self._parameters["weight"] = nn.Parameter(counted, requires_grad=False)
         self.register_buffer("scales", steps.to(rule.dtype))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def unpacked(self) -> Tensor:
         """The weight it stands for, float32 (out, in)."""

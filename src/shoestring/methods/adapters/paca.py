@@ -44,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import PROJECTIONS, Shape
 from shoestring.methods.adapters import _shared
+from shoestring.methods.adapters._tied import shares_table
 
 METHOD = Method(
     paper=Paper(
@@ -242,9 +243,7 @@ class PacaModel(_shared.LinearTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        model: Any = self.model
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        if table is not None and getattr(target, "weight", None) is table.weight:
+        if shares_table(self.model, target):
             raise ValueError(
                 f"{current_key} shares its weight with the input embeddings, which would change with it; leave it out "
                 "of target_modules, or load the model with tie_word_embeddings=False"

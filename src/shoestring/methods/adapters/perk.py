@@ -196,7 +196,7 @@ class PerkModel(LinearTuner):
         rates = torch.full((config.inner_steps, len(self.start(adapter_name))), math.log(config.inner_rate))
         self.perk_rates[adapter_name] = nn.Parameter(rates.to(like.device))
         if config.weighting:
-            self.perk_weighting[adapter_name] = Weighting(model.get_input_embeddings().embedding_dim).to(like.device)  # type: ignore[operator,union-attr]
+            self.perk_weighting[adapter_name] = Weighting(_width(model)).to(like.device)
         self._train_shared(self.active_adapters)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -327,6 +327,17 @@ class PerkModel(LinearTuner):
             raise ValueError(f"gradient checkpointing keeps no graph for second derivatives; {remedy}")
         if any(is_packed(m.base_layer) for m in self.model.modules() if isinstance(m, PerkLinear)):
             raise ValueError(f"a base of packed integers has no second derivatives; {remedy}")
+
+
+def _width(model: Any) -> int:
+    """The width of the hidden states that the weighting net reads."""
+    try:
+        return int(model.get_input_embeddings().embedding_dim)
+    except (AttributeError, NotImplementedError):
+        raise ValueError(
+            f"{type(model).__name__} has no table of tokens, so the weighting net would have nothing to read; use "
+            "weighting=False, or a language model"
+        ) from None
 
 
 def _refuse_context(model: nn.Module, args: Any, kwargs: Any) -> None:

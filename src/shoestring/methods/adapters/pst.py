@@ -52,6 +52,7 @@ from transformers import TrainerCallback
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import PROJECTIONS, Shape
 from shoestring.methods.adapters import _shared
+from shoestring.methods.adapters._tied import shares_table
 from shoestring.training.between_steps import BetweenSteps
 
 METHOD = Method(
@@ -345,22 +346,22 @@ class PstModel(_shared.LinearTuner):
         """
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity!r} is not possible; it must be from 0 to below 1")
-        for layer in self.layers(adapter_name):
+        for layer in self._layers(adapter_name):
             layer.raise_sparsity(adapter_name, sparsity)
 
-    def layers(self, adapter_name: str) -> Iterator[PstLinear]:
+    def _layers(self, adapter_name: str) -> Iterator[PstLinear]:
         found = (module for module in self.model.modules() if isinstance(module, PstLinear))
         return (layer for layer in found if layer.has(adapter_name))
 
     def allocation_state(self) -> dict[str, Any]:
         """Zeros of every layer by adapter, to go on from a checkpoint."""
-        zeros = {name: [int(layer.pst_zeros[name]) for layer in self.layers(name)] for name in self.peft_config}
+        zeros = {name: [int(layer.pst_zeros[name]) for layer in self._layers(name)] for name in self.peft_config}
         return {"step": self._step, "zeros": zeros}
 
     def load_allocation_state(self, state: Mapping[str, Any]) -> None:
         self._step = int(state["step"])
         for name, kept in state["zeros"].items():
-            for layer, zeros in zip(self.layers(name), kept, strict=True):
+            for layer, zeros in zip(self._layers(name), kept, strict=True):
                 layer.pst_zeros[name].fill_(zeros)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -369,7 +370,7 @@ class PstModel(_shared.LinearTuner):
             {
                 "params": [
                     getattr(layer, score)[name]
-                    for layer in self.layers(name)
+                    for layer in self._layers(name)
                     for score in ("pst_A", "pst_B", "pst_R", "pst_C")
                 ],
                 "lr": learning_rate * config.score_rate,  # type: ignore[attr-defined]
@@ -388,10 +389,7 @@ class PstModel(_shared.LinearTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        model: Any = self.model
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if table is not None and getattr(base, "weight", None) is table.weight:
+        if shares_table(self.model, target):
             raise ValueError(
                 f"{current_key} shares its weight with the input embeddings, which would lose rows with it; leave it "
                 "out of target_modules"
@@ -401,7 +399,7 @@ class PstModel(_shared.LinearTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *rest: Any, **given: Any) -> Any:
         for name in (given.get("adapter_names") or self.active_adapters) if merge else ():
             config: Any = self.peft_config[name]
-            least = min((int(m.pst_zeros[name]) / m.weight.numel() for m in self.layers(name)), default=1.0)
+            least = min((int(m.pst_zeros[name]) / m.weight.numel() for m in self._layers(name)), default=1.0)
             if least < 0.99 * config.sparsity:
                 warnings.warn(
                     f"only {least:.0%} of the weights are pruned, of {config.sparsity:.0%} wanted: the training loop "

@@ -63,6 +63,8 @@ METHOD = Method(
 TRAINING = {"learning_rate": 2e-3}
 _SHIFTS = ("foldable", "always", "never")
 _EPSILON = 1e-8
+# Norms whose channels stand second, (batch, channels, ...), wherever the rest of torch's have them last.
+_CHANNELS_SECOND = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass
@@ -147,9 +149,10 @@ class SsfSite(SsfLayer):
     def containers(self) -> None:
         super().containers()
         self.ssf_scale, self.ssf_shift = nn.ParameterDict(), nn.ParameterDict()
-        weight: Any = self.get_base_layer().weight
-        self.is_norm = weight.dim() == 1
-        self.axis = 1 if weight.dim() > 2 and not _shared.is_packed(self.get_base_layer()) else -1
+        base: Any = self.get_base_layer()
+        self.is_norm = base.weight.dim() == 1
+        convolves = base.weight.dim() > 2 and not _shared.is_packed(base)
+        self.axis = 1 if convolves or isinstance(base, _CHANNELS_SECOND) else -1
 
     def fill(self, adapter_name: str, config: SsfConfig, key: str, **shared: Any) -> None:
         shape = config.pool, self.out_features
@@ -579,6 +582,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _offset(norm: nn.Module) -> float:
     """What a norm adds to its weight before it multiplies: 0 for most, 1 for those that store the way from 1."""
+    if isinstance(norm, _CHANNELS_SECOND):
+        return 0.0
     weight: Any = norm.weight
     state = {name: torch.zeros_like(p) for name, p in norm.named_parameters()}
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None, None]

@@ -1,0 +1,83 @@
+"""What users of peft do with any tuner, beyond what the room's contract tries on a tiny language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from shoestring.core import catalog
+from shoestring.lab import tiny
+
+CONTRACT = catalog.contract("adapters")
+ROUNDED = ("l4q", "lr_qat")
+
+
+class Stack(nn.Module):
+    """A network that is none of transformers' and calls its parts `layers`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, 32) -> (rows, 32)"""
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def wrapped(name: str, base: nn.Module, **options: Any) -> Any:
+    module = catalog.module(name)
+    module.register()
+    torch.manual_seed(0)
+    config = type(module.example())(**{**module.settings()[0], "target_modules": "all-linear", **options})
+    return get_peft_model(base, config).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*ROUNDED, "pst", "mos", "triadapt_lora"])
+def test_a_file_is_read_into_adapters_that_take_no_memory_before(name: str, tmp_path: Path) -> None:
+    model = CONTRACT._stir(wrapped(name, tiny.model(), **({"group_size": 32} if name in ROUNDED else {})))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.model(), str(tmp_path), low_cpu_mem_usage=True).eval()
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_merging_twice_is_said_to_do_nothing(name: str) -> None:
+    model = wrapped(name, tiny.model(), group_size=32)
+    model.merge_adapter()
+    merged = tiny.logits(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    assert torch.equal(tiny.logits(model), merged)
+
+
+@pytest.mark.parametrize("name", [*ROUNDED, "pst", "paca", "mos", "triadapt_lora"])
+def test_what_a_model_calls_layers_stays_within_reach(name: str) -> None:
+    model = wrapped(name, Stack(), target_modules=["0", "1"], **({"group_size": 32} if name in ROUNDED else {}))
+    assert model.layers[0] is model.base_model.model.layers[0] and model.layers[0].has("default")
+
+
+@pytest.mark.parametrize("name", ["paca", "pst", *ROUNDED, "ssf"])
+def test_a_model_that_reads_no_tokens(name: str) -> None:
+    torch.manual_seed(0)
+    settings = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
+    )
+    more = {"group_size": 32} if name in ROUNDED else {"target_modules": None} if name == "ssf" else {}
+    model = wrapped(name, ViTForImageClassification(settings), **more)
+    model.train()
+    model(pixel_values=torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_weighting_net_needs_a_language_model() -> None:
+    with pytest.raises(ValueError, match="Stack has no table of tokens.*weighting=False"):
+        wrapped("perk", Stack(), target_modules=["0"])
+    assert wrapped("perk", Stack(), target_modules=["0"], weighting=False)(torch.ones(1, 32)).shape == (1, 32)

@@ -66,6 +66,30 @@ def test_other_attention_is_refused_by_name(family: str) -> None:
     assert torch.equal(outputs(model, [5, 6, 7]), before)
 
 
+_DECODER = dict(
+    d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, vocab_size=96, init_std=0.2
+)
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("counts positions by itself", dict(_DECODER, max_position_embeddings=64)),
+    "bert": ("attention to later tokens", {}),
+    "diffllama": ("a second attention", dict(num_key_value_heads=2)),
+    "minimax": ("cannot be called", dict(num_key_value_heads=2, head_dim=8, num_local_experts=2)),
+}
+
+
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_what_would_be_computed_otherwise_is_refused(family: str) -> None:
+    """Their attention comes here, and pages would still give other tokens than the model does."""
+    said, more = OTHERWISE[family]
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    config = transformers.AutoConfig.for_model(family, **(more if "d_model" in more else {**sizes, **more}))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = outputs(model, [5, 6, 7])
+    with pytest.raises(UsageError, match=said):
+        TorchRunner(loaded(model))
+    assert torch.equal(outputs(model, [5, 6, 7]), before)
+
+
 @pytest.mark.parametrize(("family", "kind"), [("bert", "masked"), ("t5", "seq2seq")])
 def test_only_models_that_continue_text(family: str, kind: str) -> None:
     with pytest.raises(UsageError, match=kind):

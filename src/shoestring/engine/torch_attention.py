@@ -218,7 +218,7 @@ class Attention:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         scaling = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if self.batch_pass is None:
-            _refuse_unknown(module, mask, extra)
+            _refuse_unknown(module, mask, extra, layer in self.seen)
             self.windows |= isinstance(mask, Law) and mask.sees is not None
             self.seen[layer] = Head(k.shape[1], k.shape[2], v.shape[2])
             return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], kept
@@ -341,10 +341,12 @@ def _law(*, mask_function: Callable[..., Any] = causal_mask_function, **_: Any) 
     return Law(None if mask_function is causal_mask_function else mask_function)
 
 
-def _refuse_unknown(module: torch.nn.Module, mask: Any, extra: dict[str, Any]) -> None:
+def _refuse_unknown(module: torch.nn.Module, mask: Any, extra: dict[str, Any], again: bool) -> None:
     unknown = [name for name in _UNKNOWN if extra.get(name) is not None]
-    if extra.get("is_causal") is False:
+    if _sees_later(module, mask, extra):
         unknown.append("attention to later tokens")
+    if again:
+        unknown.append("a second attention in the same layer")
     if mask is not None and not isinstance(mask, Law):
         unknown.append("a mask of its own making")
     if unknown:
@@ -353,6 +355,15 @@ def _refuse_unknown(module: torch.nn.Module, mask: Any, extra: dict[str, Any]) -
             f"it needs {', '.join(unknown)}",
             "Use another model",
         )
+
+
+def _sees_later(module: torch.nn.Module, mask: Any, extra: dict[str, Any]) -> bool:
+    """Whether a token attends to those that come after it, as in a model that fills gaps."""
+    if isinstance(mask, Law) and mask.sees is not None:
+        zero, one = (torch.tensor(place, device=next(module.parameters()).device) for place in (0, 1))
+        return bool(mask.sees(zero, zero, zero, one))
+    asked = extra.get("is_causal")
+    return not (getattr(module, "is_causal", True) if asked is None else asked)
 
 
 def _refuse_worker(module: torch.nn.Module, law: Callable[..., Any] | None, extra: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -289,15 +289,26 @@ class TorchRunner:
         return self._call(part, zeros, zeros, _Span(end, end, some))
 
     def _look(self) -> list[Head]:
-        """Pass one token, to see that all attention comes here and how large keys and values are."""
-        zero, count = torch.zeros(1, 1, dtype=torch.long, device=self._device), len(self._blocks)
+        """Pass one token twice at one position, to see that all attention comes here, how large keys and values are,
+        and that nothing else tells the two apart."""
+        zeros, span = torch.zeros(1, 2, dtype=torch.long, device=self._device), _Span(0, len(self._blocks))
+        count = span.last
         self._attention.batch_pass = None
         try:
-            self._call(self._body, zero, zero, _Span(0, count))
+            self._call(self._body, zeros, zeros, span)
         except KeyError as error:
             self._refuse(f"it has attention outside its blocks ({error})")
-        except (TypeError, ValueError, AttributeError) as error:
+        except ShoestringError:
+            raise
+        except Exception as error:  # whatever the model's own code does
             self._refuse(f"it cannot be called with positions and a cache ({str(error)[:200]})")
+        left = span.left
+        if left is None or left.ndim != 2 or len(self._identity) != count:
+            self._refuse("its blocks do not hand one stream of hidden states on, each to the next")
+        first, second = left.float()
+        # Equal rows may be added up in another order; what a position does is far larger.
+        if (first - second).abs().max() > torch.finfo(self._dtype).eps ** 0.5 * first.abs().max():
+            self._refuse("it counts positions by itself, or mixes tokens outside its attention")
         # A block that was cut down to its feed-forward remembers nothing.
         seen = {i: Head(0, 0, 0) for i, block in enumerate(self._blocks) if not attends(block)} | self._attention.seen
         without = [i for i in range(count) if i not in seen]
@@ -305,7 +316,7 @@ class TorchRunner:
             self._refuse(f"layers {without[:5]} remember in another way than keys and values")
         return [seen[i] for i in range(count)]
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise UsageError(f"{self._name} cannot run in the engine", why, "Use another model, or `transformers` itself")
 
     # ---- checks ----

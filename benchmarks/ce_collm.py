@@ -1,6 +1,6 @@
 """An edge and a cloud beside the cloud alone: tokens asked for, bytes up, the cloud's passes, agreement, time a token.
 
-    python benchmarks/ce_collm.py [--heads FOLDER] [--rate 10e6] [--delay 0.04] [--prompts 8] [--rounds 3] [--json FILE]
+    python benchmarks/ce_collm.py [--heads FOLDER] [--rate 10e6] [--delay 0.04] [--prompts 4] [--rounds 3] [--json FILE]
 
 FOLDER holds two trained exit heads (`shoestring train smollm2 --method exit_heads --data ... --out ...`); without one
 they are trained now, on the default model's own answers, and kept. Edge and cloud are one process each way over a cable
@@ -36,19 +36,21 @@ def main() -> int:
     parser.add_argument("--heads")
     parser.add_argument("--rate", type=float, default=10e6)
     parser.add_argument("--delay", type=float, default=0.04)
-    parser.add_argument("--prompts", type=int, default=len(ASKED))
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--thresholds", default="1,0.9,0.8,0.6,0.5,0.3")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--thresholds", default="1,0.8,0.5,0.3")
     parser.add_argument("--transfer", default="fp16")
     given = parser.parse_args()
-    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 150, 0)
+    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 200, 0)
     arms = [*map(float, given.thresholds.split(",")), "edge alone"]
     report: dict[str, Any] = {"circumstances": circumstances(given.threads), "arms": {}}
     found: dict[str, list[dict[str, float]]] = {str(arm): [] for arm in arms}
     with Engine(given.model, threads=given.threads) as judge:
         prompts = [judge.prompt_ids([{"role": "user", "content": text}]) for text in ASKED[: given.prompts]]
-        for _, arm in turns(arms, given.rounds):  # type: ignore[arg-type]
+        for number, arm in turns(arms, given.rounds):  # type: ignore[arg-type]
             found[str(arm)].append(measured(arm, judge, prompts, given))
+            took = found[str(arm)][-1]["ms_per_token"]
+            print(f"round {number + 1}: {arm}, {took:.1f} ms a token", file=sys.stderr, flush=True)
         hidden = 2 * judge.facts.hidden
     again = sum(len(p) + i for p in prompts for i in range(given.tokens)) * hidden / (len(prompts) * given.tokens)
     names = ("agreement", "edge", "cloud", "bytes_up", "bytes_down", "cloud_passes", "ms_per_token")

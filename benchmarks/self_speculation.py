@@ -1,6 +1,6 @@
 """Drafts by a model's own lower layers: a fast stream and a plain head behind the same layer, beside plain decoding.
 
-    python benchmarks/self_speculation.py [--streams FOLDER] [--heads FOLDER] [--prompts 6] [--rounds 3] [--json FILE]
+    python benchmarks/self_speculation.py [--streams FOLDER] [--heads FOLDER] [--prompts 3] [--rounds 3] [--json FILE]
 
 Without folders both are trained now, on the default model's own answers, and kept. Given ones are those that
 `shoestring train` makes with --method m2r2 and --method exit_heads, trained alike, with the same first gate. Accepted
@@ -29,13 +29,13 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--streams")
     parser.add_argument("--heads")
-    parser.add_argument("--prompts", type=int, default=len(ASKED))
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--length", type=int, default=4)
-    parser.add_argument("--sure", type=float, default=0.3)
+    parser.add_argument("--sure", type=float, default=0.4)
     given = parser.parse_args()
-    given.streams = given.streams or trained("m2r2", {"gates": [10], "r": 48}, 150, 0)
-    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 150, 0)
+    given.streams = given.streams or trained("m2r2", {"gates": [10], "r": 48}, 200, 0)
+    given.heads = given.heads or trained("exit_heads", {"gates": [10, 20], "r": 256}, 200, 0)
     more = f"exact=true,length={given.length},sure={given.sure}"
     arms: dict[str, tuple[str, list[str]]] = {
         "torch, plain": ("torch", []),
@@ -46,7 +46,7 @@ def main() -> int:
     }
     times: dict[str, list[float]] = {name: [] for name in arms}
     drafts: dict[str, Any] = {}
-    for _, arm in turns(list(arms), given.rounds):
+    for number, arm in turns(list(arms), given.rounds):
         runner, plugs = arms[arm]
         chosen = {} if plugs and plugs[0].startswith("m2r2") else {"runner": runner}
         with Engine(given.model, threads=given.threads, plugs=plugs, **chosen) as engine:  # type: ignore[arg-type]
@@ -62,6 +62,7 @@ def main() -> int:
         steps = after.steps - before.steps
         tokens = after.generation_tokens - before.generation_tokens
         drafts[arm] = {"accepted": accepted / drafted if drafted else 0.0, "tokens_per_step": tokens / steps}
+        print(f"round {number + 1}: {arm}, {1e3 * times[arm][-1]:.1f} ms a token", file=sys.stderr, flush=True)
     report: dict[str, Any] = {"circumstances": circumstances(given.threads), "arms": {}}
     for arm, each in times.items():
         plain = times[f"{arm.split(',')[0]}, plain"]

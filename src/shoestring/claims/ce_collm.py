@@ -15,7 +15,7 @@ from shoestring.lab.split import cloud
 
 METHODS = ("ce_collm", "exit_heads")
 _HERE = (
-    "SmolLM2-135M-Instruct, exit heads of rank 256 behind the layers 10 and 20 of 30, trained for 150 steps of 4 x 96 "
+    "SmolLM2-135M-Instruct, exit heads of rank 256 behind the layers 10 and 20 of 30, trained for 200 steps of 4 x 96 "
     "tokens on 80 of the model's own answers; 16 other prompts x 60 tokens, greedy; fp16 states, HTTP on one machine"
 )
 _CANNOT = "13.81% less time on a wide-area link with GPUs; models that are pre-trained with exits"
@@ -94,7 +94,7 @@ ARMS = {"cloud-only": 1.0, "cloud-only-fp32": 1.0, "theta-0.8": 0.8, "theta-0.5"
 
 def run(arms: Arms) -> None:
     method = catalog.module("ce_collm")
-    steps, held, tokens = arms.size(2, 150), arms.size(2, 16), arms.size(8, 60)
+    steps, held, tokens = arms.size(2, 200), arms.size(2, 16), arms.size(8, 60)
     heads = trained("exit_heads", {"gates": list(GATES), "r": arms.size(8, 256)}, steps, arms.seed)
     prompts = [prompt for prompt, _ in own_answers()[-held:]]
     sampling = Sampling(max_tokens=tokens, ignore_eos=True)

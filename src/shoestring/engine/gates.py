@@ -155,15 +155,15 @@ class Guesser(ExitPolicy, Protocol):
     """An exit policy that can say what it would answer at its gate."""
 
     def guess(self, hidden: Any, answers: Sequence[Answer]) -> tuple[Sequence[int], Sequence[bool]]:
-        """From the newest tokens' states [answers, hidden]: the likeliest next token of each, and whether to go on
-        guessing after it."""
+        """From the newest tokens' states [answers, hidden]: the likeliest next token of each, and whether it is likely
+        enough to be drafted."""
 
 
 class SelfDraftDecoder(GatedDecoder):
     """Drafts with the layers below the one gate and verifies with those above it. The answer is that of plain decoding.
 
-    The drafter says how many tokens to guess (`unnamed`); the exit policy, a `Guesser`, names them. Nobody leaves.
-    Layers below the gate are computed once for each token.
+    The drafter says how many tokens to guess at most (`unnamed`); the exit policy, a `Guesser`, names them while it is
+    sure enough, or none: that pass is a plain one. Nobody leaves. Layers below the gate are computed once a token.
     """
 
     leaves_holes = False
@@ -194,7 +194,7 @@ class SelfDraftDecoder(GatedDecoder):
         for i, chunk in enumerate(chunks):
             self._describe(outcomes[i], int(starts[i]), hidden)
             some = guesses.get(i, [])
-            chunk.draft = len(some) or lengths.get(i, 0)
+            chunk.draft = len(some)
             chunk.sequence.draft, chunk.sequence.draft_parents = tuple(some), tuple(range(-1, len(some) - 1))
             if _wants(chunk):
                 wanting.append((i, len(rows)))
@@ -225,8 +225,7 @@ class SelfDraftDecoder(GatedDecoder):
         while going:
             answers = [chunks[i].sequence for i in going]
             tokens, on = self.exit.guess(_pick(hidden, rows), answers)
-            # The first guess is always taken, so that a draft that was planned is not empty.
-            taken = [(i, t) for i, t, go in zip(going, tokens, on) if go or not guesses[i]]
+            taken = [(i, t) for i, t, go in zip(going, tokens, on) if go]
             for i, token in taken:
                 guesses[i].append(int(token))
             going = [i for i, _ in taken]

@@ -31,7 +31,7 @@ _TOPICS = (
     "foxes", "the sea", "bread", "castles", "winter", "music", "computers", "the moon", "friendship", "tea", "trees",
     "cities", "mountains", "trains", "dogs", "light",
 )  # fmt: skip
-_VERSION = 1  # raise it when the same recipe gives other answers or parts
+_ANSWERS, _PARTS = 1, 2  # raise them when the same recipe gives other ones
 
 Answers = list[tuple[list[int], list[int]]]
 
@@ -49,19 +49,21 @@ def own_answers(count: int = 96, tokens: int = 100) -> Answers:
         rows = [(prompt, list(answer.tokens)) for prompt, (answer,) in zip(prompts, found)]
         (folder / "answers.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    recipe = {"model": MODEL, "count": count, "tokens": tokens, "version": _VERSION}
+    recipe = {"model": MODEL, "count": count, "tokens": tokens, "version": _ANSWERS}
     rows = json.loads((make_once("answers", recipe, make) / "answers.json").read_text(encoding="utf-8"))
     return [(prompt, answer) for prompt, answer in rows]
 
 
 def trained(
     method: str, options: Mapping[str, Any], steps: int, seed: int, *, held: int = 16, rows: int = 4, length: int = 96,
-    rate: float = 1e-3,
+    rate: float | None = None,
 ) -> Path:  # fmt: skip
-    """The folder of an adapter of `method` for the default model, trained on all answers but the last `held`."""
+    """The folder of an adapter of `method` for the default model, trained on all answers but the last `held`, at the
+    method's own rate unless another is given."""
+    rate = rate or catalog.module(method).TRAINING["learning_rate"]
     recipe = {
         "method": method, "options": dict(options), "steps": steps, "seed": seed, "held": held, "rows": rows,
-        "length": length, "rate": rate, "version": _VERSION,
+        "length": length, "rate": rate, "version": _PARTS,
     }  # fmt: skip
 
     def make(folder: Path) -> None:
@@ -73,7 +75,7 @@ def trained(
 
 def fit(
     method: str, options: Mapping[str, Any], steps: int, seed: int, *, held: int = 16, rows: int = 4, length: int = 96,
-    rate: float = 1e-3,
+    rate: float | None = None,
 ) -> PeftModel:  # fmt: skip
     """A new adapter after `learn` on stretches of `length` tokens that the seed chooses."""
     torch.manual_seed(seed)
@@ -86,10 +88,10 @@ def fit(
         ids = stretches(draw.sample(texts, rows), length, draw, pad)
         return ids, ids.masked_fill(ids == pad, -100)
 
-    return learn(model, batch, steps, rate)
+    return learn(model, batch, steps, rate or catalog.module(method).TRAINING["learning_rate"])
 
 
-def learn(model: Any, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float = 1e-3) -> Any:
+def learn(model: Any, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float) -> Any:
     """AdamW on what is still free, a tenth of the steps to warm up, then to zero; `batch` gives ids and labels."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     warm = max(1, steps // 10)

@@ -30,7 +30,7 @@ def random_heads(model: Path, gates: Sequence[int], rank: int = 4, seed: int = 0
         tensors[name + "down"] = rng.normal(0, spread, (rank, width)).astype(np.float32)
         tensors[name + "up"] = rng.normal(0, spread, (width, rank)).astype(np.float32)
         tensors[name + "norm.weight"] = np.ones(width, np.float32)
-        tensors[name + "log_temperature"] = np.zeros(1, np.float32)
+        tensors[name + "warmth"] = np.zeros(1, np.float32)
     out = model / "heads"
     out.mkdir(exist_ok=True)
     save_file(tensors, out / ADAPTER_WEIGHTS)

@@ -166,8 +166,11 @@ class Half:
     norm: str
 
 
-def halves(block: Block) -> dict[str, Half]:
+def halves(block: Block, plain: bool = True) -> dict[str, Half]:
     """The "attention" and the "mlp" of a block that normalises before each of the two and nowhere else.
+
+    Args:
+        plain: whether to refuse a block that normalises behind them too, or once before both.
 
     Raises:
         UsageError: a block of another build.
@@ -180,14 +183,15 @@ def halves(block: Block) -> dict[str, Half]:
         inside = own.get(role, "").removeprefix(block.name + ".").partition(".")[0]
         gone = [name for name, child in children.items() if isinstance(child, Absent) and child.part == part]
         found[part] = inside or (gone[0] if gone else "")
-    if len(norms) != 2 or len(children) != 4 or not all(found.values()):
+    if not (norms and all(found.values())) or plain and (len(norms) != 2 or len(children) != 4):
         raise UsageError(
             f"{block.name} is not an attention and an MLP with a norm before each",
             f"it holds {', '.join(children)}",
             "Use a Llama-like model",
         )
+    before = (norms[0], norms[len(norms) // 2])
     return {
-        part: Half(f"{block.name}.{name}", f"{block.name}.{norm}") for (part, name), norm in zip(found.items(), norms)
+        part: Half(f"{block.name}.{name}", f"{block.name}.{norm}") for (part, name), norm in zip(found.items(), before)
     }
 
 

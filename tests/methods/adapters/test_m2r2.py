@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
@@ -19,6 +21,7 @@ from shoestring.methods.adapters.m2r2 import StreamBlock
 from shoestring.models.anatomy import mixtures, route
 from shoestring.models.streams import side_by_side
 
+Train = Callable[..., list[float]]
 WIDE: dict[str, Any] = {"num_hidden_layers": 4, "initializer_range": 0.2}
 
 
@@ -28,21 +31,8 @@ def wrapped(**options: Any) -> Any:
     return catalog.contract("adapters").wrap(module, tiny.model(**WIDE), {"gates": [2, 3], "r": 16, **options})
 
 
-def train(model: Any, steps: int, rate: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
-    losses = []
-    for step in range(steps):
-        ids = 3 + torch.randint(60, (4, 24), generator=torch.Generator().manual_seed(step))
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, train: Train) -> tuple[Any, Path, Path]:
     """A wrapped model after some training, the folder of its fast stream, and the folder of its base."""
     model = wrapped()
     train(model, 60)
@@ -88,7 +78,7 @@ def test_it_starts_anew_behind_each_gate(trained: tuple[Any, Path, Path]) -> Non
     assert torch.allclose(found[3], slow(model, ids)[3], atol=1e-5)
 
 
-def test_it_learns_and_the_model_stays_what_it_was(trained: tuple[Any, Path, Path]) -> None:
+def test_it_learns_and_the_model_stays_what_it_was(trained: tuple[Any, Path, Path], train: Train) -> None:
     model = wrapped()
     losses = train(model, 40)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
@@ -120,7 +110,7 @@ def test_it_reads_keys_and_values_of_the_slow_stream(trained: tuple[Any, Path, P
     assert torch.allclose(fast, wanted[2], atol=1e-4)
 
 
-def test_padding_does_not_matter() -> None:
+def test_padding_does_not_matter(train: Train) -> None:
     model = wrapped()
     train(model, 3)
     ids = tiny.batch(1, 12)
@@ -131,7 +121,7 @@ def test_padding_does_not_matter() -> None:
     assert torch.allclose(model(input_ids=padded, attention_mask=mask, labels=labels).loss, short, atol=1e-4)
 
 
-def test_the_router_learns_where_gate_and_model_agree() -> None:
+def test_the_router_learns_where_gate_and_model_agree(train: Train) -> None:
     model = wrapped(gates=[3])
     train(model, 80)
     model.eval()
@@ -145,6 +135,41 @@ def test_the_router_learns_where_gate_and_model_agree() -> None:
     order = told.argsort()
     half = len(order) // 2
     assert right[order[half:]].float().mean() > right[order[:half]].float().mean() + 0.05
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_blocks_of_other_builds(family: str) -> None:
+    """Called by place and not by name, with dropout in training; or with norms behind attention and MLP too."""
+    small: Any = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0.5)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                vocab_size=64,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=3,
+                head_dim=16,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                sliding_window=4,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            )  # fmt: skip
+        ),
+    }
+    torch.manual_seed(0)
+    base = small[family]()
+    model = catalog.contract("adapters").wrap(catalog.module("m2r2"), base, {"gates": [1, 2], "r": 4})
+    ids = tiny.batch(2, 12)
+    for one in (model.eval(), model.train()):
+        found, final, _ = one.base_model.fast("default", {"input_ids": ids})
+        with torch.no_grad():
+            wanted = model.eval().base_model.model(input_ids=ids, output_hidden_states=True)
+        for gate, fast in found.items():
+            assert torch.allclose(fast, wanted.hidden_states[gate], atol=1e-5)
+        assert torch.allclose(final, wanted.hidden_states[-1], atol=1e-5)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    ups = [p for name, p in model.named_parameters() if name.endswith("up")]
+    assert len(ups) == 4 and all(p.grad is not None and p.grad.any() for p in ups)
 
 
 # ---- at work ----
@@ -183,7 +208,7 @@ def test_a_lower_threshold_leaves_more_often(trained: tuple[Any, Path, Path], by
             answers(engine)
             counts = engine.counts().plugged
             left.append(counts["exit_after_2"] + counts["exit_after_3"])
-            assert not engine.hooks.exit._past  # type: ignore[union-attr]
+            assert not getattr(engine.hooks.exit, "_past", None)
     assert left == sorted(left) and left[-1] == 96
 
 
@@ -251,7 +276,7 @@ def spread(**options: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+def mixed(tmp_path_factory: pytest.TempPathFactory, train: Train) -> tuple[Any, Path, Path]:
     """As `trained`, of a mixture."""
     model = spread()
     train(model, 30)
@@ -283,7 +308,7 @@ def test_through_a_mixture_it_starts_as_the_slow_stream(monkeypatch: pytest.Monk
         assert torch.allclose(fast, slow(model, ids)[gate], atol=1e-5)
 
 
-def test_through_a_mixture_it_learns_and_the_model_stays(mixed: tuple[Any, Path, Path]) -> None:
+def test_through_a_mixture_it_learns_and_the_model_stays(mixed: tuple[Any, Path, Path], train: Train) -> None:
     model = spread()
     before = tiny.logits(model.eval())
     losses = train(model.train(), 30)
@@ -378,16 +403,6 @@ def test_an_untrained_stream_is_refused(trained: tuple[Any, Path, Path], tmp_pat
     wrapped().save_pretrained(str(tmp_path))
     with pytest.raises(UsageError, match="never trained"):
         exact(trained[2], plugs=[f"m2r2,streams={tmp_path}"])
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [("m2r2", "needs streams"), ("m2r2,streams=x,threshold=2", "threshold=2"), ("m2r2,streams=x,by=luck", "by=luck"),
-     ("m2r2,streams=x,length=0", "length=0"), ("m2r2,streams=/nowhere", "is not a folder")],
-)  # fmt: skip
-def test_settings_that_cannot_be(trained: tuple[Any, Path, Path], word: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        exact(trained[2], plugs=[word])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What tuners of exits share: gates behind blocks, and their training against what the whole model says.
+"""What tuners of exits share: gates behind blocks, their training against what the whole model says, and their serving.
 
 A gate reads the hidden state behind a block and says what the model would say at its end. Nothing it does changes the
 model: the base answers as ever, before training and after it.
@@ -6,7 +6,8 @@ model: the base answers as ever, before training and after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,14 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from shoestring.core.errors import UsageError
+from shoestring.engine.exits import WARMTH
 from shoestring.methods.adapters._blocks import Beside, BlockTuner
 from shoestring.methods.adapters._shared import AdapterConfig, number, whole
 from shoestring.models.anatomy import inspect
 from shoestring.training.loss import IGNORED, last_hidden_and_head
 
+_PRIMES = (1, 1_000_003, 998_244_353, 754_974_721)
 _CHUNK = 1 << 25  # bytes of one set of logits; some of them are there at the same time
 
 
@@ -32,7 +36,8 @@ class ExitConfig(AdapterConfig):
         gates: the blocks behind which a gate stands, counted from 1, ascending, each below the last block.
         weights: of the gates' losses; None weighs them alike.
         temperature: T of both distributions in the loss.
-        epsilon: of the model's last norm, which the gates copy; read from the model.
+        epsilon, offset: of the model's last norm, which the gates copy: what it adds to the mean square, and to its
+            weight; read from the model.
 
     Raises:
         ValueError: a value that cannot be.
@@ -42,6 +47,7 @@ class ExitConfig(AdapterConfig):
     weights: list[float] | None = field(default=None, metadata={"help": "Weights of the gates' losses"})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the distributions in the loss"})
     epsilon: float | None = field(default=None, metadata={"help": "Of the model's last norm; read from the model"})
+    offset: float | None = field(default=None, metadata={"help": "Of the model's last norm; read from the model"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,13 +65,42 @@ class ExitConfig(AdapterConfig):
             raise ValueError(f"weights={self.weights} are not as many as gates={self.gates}")
 
 
+@dataclass(frozen=True)
+class ExitPlug:
+    """How trained gates are used in serving.
+
+    Attributes:
+        threshold: how sure a gate must be for a token to leave; 1 is never.
+        exact: draft with the layers below the first gate instead, and verify; the answer is that of plain decoding.
+        length: most tokens of a draft.
+        sure: how sure the gate must be of each. In layers, a guess pays that is right more often than the share of
+            the layers below the gate.
+    """
+
+    threshold: float = 0.9
+    exact: bool = False
+    length: int = 4
+    sure: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "sure"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not a confidence", remedy="Give 0 to 1")
+        if self.length < 1:
+            raise UsageError(f"length={self.length} drafts nothing", remedy="Give at least 1")
+
+
 class Gate(nn.Module):
     """x -> norm(x), the norm a trained copy of the model's last one; beside it the temperature of its confidence."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = deepcopy(norm).requires_grad_(True)
-        self.log_temperature = nn.Parameter(torch.zeros(1))
+        self.warmth = nn.Parameter(torch.zeros(1))
+
+    @property
+    def temperature(self) -> Tensor:
+        return (WARMTH * self.warmth.float()).exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width): what the model's head is applied to."""
@@ -76,7 +111,6 @@ class ExitTuner(BlockTuner):
     """Keeps gates behind blocks. A call with labels trains them; one without is the base model's own."""
 
     uses_shared_state = True
-    last: dict[str, float]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -86,8 +120,7 @@ class ExitTuner(BlockTuner):
             raise ValueError(f"{type(model).__name__} predicts no next token from its last norm and head")
         layers = len(self.blocks)
         config.gates = config.gates or gates_of(layers)
-        norm = final_norm(model)
-        config.epsilon = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5)
+        config.epsilon, config.offset = _form_of(final_norm(model))
         if not config.gates or config.gates[-1] >= layers:
             raise ValueError(f"gates={config.gates} do not stand below the last of {layers} blocks")
 
@@ -124,9 +157,21 @@ def wanted_rows(labels: Tensor) -> Tensor:
     return after
 
 
+def kept_rows(ids: Tensor) -> Tensor:
+    """bool, as ids (batch, length): one position in eight, the same ones whenever a text comes again.
+
+    Gates learn at the others. At these their temperatures are fitted, so that a gate is judged where it was not taught.
+    """
+    last_four = torch.zeros_like(ids)
+    for back, prime in enumerate(_PRIMES):
+        last_four = last_four + (torch.roll(ids, back, 1) + 1) * prime
+    return (last_four * 0x9E3779B1 & 0xFFFFFFFF) >> 29 == 0
+
+
 def gates_loss(
-    gates: Sequence[Any], states: Sequence[Tensor], weights: Sequence[float], head: Any, final: Tensor, at: float
-) -> tuple[Tensor, Tensor]:
+    gates: Sequence[Any], states: Sequence[Tensor], weights: Sequence[float], head: Any, final: Tensor, at: float,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean over rows of sum_k w_k KL(final || gate k), beside the cross-entropies that teach the gates' temperatures;
     and (gates, rows) whether a gate's first choice is the model's.
 
@@ -135,13 +180,16 @@ def gates_loss(
         head: a linear layer; nothing flows into its weight.
         final: (rows, width), what the head is applied to at the model's end.
         at: T of both distributions.
+        kept: bool (rows): those that teach the temperatures, and the temperatures alone.
     """
     read = torch.stack([gate(x).to(final.dtype) for gate, x in zip(gates, states)])
-    warmth = torch.cat([gate.log_temperature.float() for gate in gates])
-    divergence, calibration, agree = _Divergence.apply(read, warmth, final, head, at)
+    warmth = WARMTH * torch.cat([gate.warmth.float() for gate in gates])
+    divergence, calibration, agree = _Divergence.apply(read, warmth, final, head, at, kept)
     weigh = torch.tensor(weights, device=read.device)
+    count = kept.sum()
+    calibration = calibration.sum() / count.clamp_min(1)
     # Of the calibration only the gradient counts: what a gate is sure of is no part of how well it guesses.
-    loss = ((divergence * weigh).sum() + calibration.sum() - calibration.sum().detach()) / max(1, len(final))
+    loss = (divergence * weigh).sum() / (len(kept) - count).clamp_min(1) + calibration - calibration.detach()
     return loss, agree
 
 
@@ -153,7 +201,7 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, read: Tensor, warmth: Tensor, final: Tensor, head: Any, at: float) -> Any:
+    def forward(ctx: Any, read: Tensor, warmth: Tensor, final: Tensor, head: Any, at: float, kept: Tensor) -> Any:
         count = len(read)
         sums, sure, into_warmth = (torch.zeros(count, device=read.device) for _ in range(3))
         into_read = torch.zeros_like(read)
@@ -165,16 +213,18 @@ class _Divergence(torch.autograd.Function):
             best = said.argmax(-1, keepdim=True)
             said = (said / at).log_softmax(-1)
             chance = said.exp()
+            judges = kept[here].float()
+            taught = 1 - judges
             for k in range(count):
                 guess = head(read[k, here]).float()
                 agree[k, here] = guess.argmax(-1) == best[:, 0]
                 scaled = guess / warmth[k].exp()
                 q = scaled.softmax(-1)
-                sure[k] -= scaled.log_softmax(-1).gather(-1, best).sum()
-                into_warmth[k] += (scaled.gather(-1, best)[:, 0] - (q * scaled).sum(-1)).sum()
+                sure[k] -= (scaled.log_softmax(-1).gather(-1, best)[:, 0] * judges).sum()
+                into_warmth[k] += ((scaled.gather(-1, best)[:, 0] - (q * scaled).sum(-1)) * judges).sum()
                 guess = (guess / at).log_softmax(-1)
-                sums[k] += (chance * (said - guess)).sum()
-                into_read[k, here] = ((guess.exp() - chance) / at).to(read.dtype) @ head.weight
+                sums[k] += ((chance * (said - guess)).sum(-1) * taught).sum()
+                into_read[k, here] = ((guess.exp() - chance) * taught[:, None] / at).to(read.dtype) @ head.weight
         ctx.save_for_backward(into_read, into_warmth)
         ctx.mark_non_differentiable(agree)
         return sums, sure, agree
@@ -182,7 +232,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         into_read, into_warmth = ctx.saved_tensors
-        return (into_read * grads[0][:, None, None]).to(into_read.dtype), into_warmth * grads[1], None, None, None
+        return (into_read * grads[0][:, None, None]).to(into_read.dtype), into_warmth * grads[1], None, None, None, None
 
 
 def gates_of(layers: int) -> list[int]:
@@ -195,7 +245,49 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def whole_pass(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, nn.Module]:
-    """What the head is applied to, (batch, length, width), and the head; without gradients."""
-    with torch.no_grad():
-        hidden, head, _ = last_hidden_and_head(model, batch)
+    """What the head is applied to, (batch, length, width), and the head; without gradients.
+
+    Raises:
+        UsageError: the model scales or caps its logits after the head, which gates do not.
+    """
+    with torch.no_grad(), at_rest(model):
+        hidden, head, output = last_hidden_and_head(model, batch)
+        told, ours = output.logits[:, -1].float(), head(hidden[:, -1]).float()
+    if not torch.allclose(told, ours, rtol=0.02, atol=0.02 * float(ours.abs().max())):
+        raise UsageError(
+            f"{type(model).__name__} changes its logits after its head", "gates would learn other chances than it has"
+        )
     return hidden, head
+
+
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """As it answers, without dropout."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _form_of(norm: nn.Module) -> tuple[float, float]:
+    """What a norm adds to the mean square, and to its weight.
+
+    Raises:
+        ValueError: it is neither a norm of the root mean square nor one of the deviation.
+    """
+    epsilon = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5)
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return epsilon, 0.0
+    sign = torch.ones_like(weight)
+    sign[1::2] = -1
+    with torch.no_grad():
+        scale = (norm(sign) - (0 if bias is None else bias)) * sign  # of numbers with mean 0 and deviation 1
+        offset = round(float((scale - weight).float().median()))
+    if not torch.allclose(scale.float(), weight.float() + offset, rtol=0.02, atol=0.02):
+        raise ValueError(f"{type(norm).__name__} is no norm that a gate can copy")
+    return epsilon, float(offset)

@@ -6,15 +6,16 @@ How it works
        p_e = softmax(head(norm_e(x)))      norm_e starts as the model's last norm, head is the model's own       (eq. 2)
     2. Training minimises over all positions  sum_e w_e KL(p || p_e),  p what the whole model says.              (eq. 3)
        The model runs once, without gradients; nothing flows into a tied embedding.
-    3. A temperature t_e for each gate is fitted on the way, on texts before they are trained on: it minimises the
-       cross-entropy of softmax(logits_e / t_e) with the token that the whole model likes best.                  (eq. 4)
+    3. A temperature t_e for each gate is fitted on the way, at one position in eight, which the gates are not trained
+       at: it minimises the cross-entropy of softmax(logits_e / t_e) with the token that the whole model likes
+       best.                                                                                                     (eq. 4)
     4. At work a token leaves at the first gate whose calibrated confidence max softmax(logits_e / t_e) reaches the
        threshold; the keys and values that it lacks above are computed if a later token needs them.
 
 Where it bends
     Models made for exits are trained with them from the beginning; heads that are added afterwards are sure of few
     tokens of a small model. Answers change with any threshold below 1, which means never. An untrained gate is refused:
-    it is sure and wrong.
+    it is sure and wrong; so is a model that scales or caps its logits after its head.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from torch import Tensor, nn
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
+from shoestring.engine.exits import ConfidentExit, drafts, read_exits
+from shoestring.engine.hooks import Hooks
 from shoestring.methods.adapters._blocks import SPREAD, Beside, width_of
 from shoestring.methods.adapters._exits import (
     ExitConfig,
+    ExitPlug,
     ExitTuner,
     Gate,
     final_norm,
     gates_loss,
     gates_of,
+    kept_rows,
     wanted_rows,
     whole_pass,
 )
@@ -45,7 +50,6 @@ from shoestring.methods.adapters._shared import join, whole
 from shoestring.models.anatomy import Block
 
 if TYPE_CHECKING:
-    from shoestring.engine.hooks import Hooks
     from shoestring.engine.open import Opened
 
 METHOD = Method(
@@ -72,7 +76,7 @@ METHOD = Method(
         "check_transformers_trainer": "no gate changes what the model itself answers",
     },
 )
-TRAINING = {"learning_rate": 1e-3}
+TRAINING = {"learning_rate": 3e-3}
 
 
 @dataclass
@@ -96,31 +100,19 @@ class ExitHeadsConfig(ExitConfig):
 
 
 @dataclass(frozen=True)
-class ExitHeadsPlug:
-    """How trained gates are used in serving.
+class ExitHeadsPlug(ExitPlug):
+    """How trained heads are used in serving.
 
     Attributes:
         heads: the adapter's folder.
-        threshold: calibrated confidence from which a token leaves; 1 is never.
-        exact: draft with the layers below the first gate instead, and verify; the answer is that of plain decoding.
-        length: most tokens of a draft.
-        sure: confidence below which a draft goes no further.
     """
 
     heads: str = ""
-    threshold: float = 0.9
-    exact: bool = False
-    length: int = 4
-    sure: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.heads:
             raise UsageError("exit_heads needs heads=FOLDER", remedy="`shoestring train --method exit_heads` makes one")
-        for name in ("threshold", "sure"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)} is not a confidence", remedy="Give 0 to 1")
-        if self.length < 1:
-            raise UsageError(f"length={self.length} drafts nothing", remedy="Give at least 1")
+        super().__post_init__()
 
 
 PLUG = ExitHeadsPlug
@@ -187,7 +179,8 @@ class ExitHeadsModel(ExitTuner):
         weights: Sequence[float] = config.weights or [1.0] * len(gates)
         states = [seen[gate][rows] for gate in gates]
         heads = [layer.gate[name] for layer in gates.values()]
-        return gates_loss(heads, states, weights, head, final[rows], config.temperature)[0]  # eq. 3
+        kept = kept_rows(batch["input_ids"])[rows]
+        return gates_loss(heads, states, weights, head, final[rows], config.temperature, kept)[0]  # eq. 3, 4
 
 
 def register() -> None:
@@ -216,12 +209,7 @@ def plug(config: ExitHeadsPlug, opened: Opened) -> Hooks:
     Raises:
         UsageError: gates of another model, or a folder without any.
     """
-    from shoestring.engine.exits import ConfidentExit, HeadDraft, read_exits
-    from shoestring.engine.gates import SelfDraftDecoder
-    from shoestring.engine.hooks import Hooks
-
     heads = read_exits(Path(config.heads), opened.runner)
-    if not config.exact:
-        return Hooks(exit=ConfidentExit(heads, config.threshold))
-    both = HeadDraft(heads, config.length, config.sure)
-    return Hooks(exit=both, drafter=both, decoder=SelfDraftDecoder)
+    if config.exact:
+        return drafts(heads, config.length, config.sure)
+    return Hooks(exit=ConfidentExit(heads, config.threshold))

@@ -6,10 +6,11 @@ How it works
     2. In each block between gates, n = norm1(p), m = norm2(p):
        p := p + Attn(q from n; keys and values of the slow stream) + A n,   A n = U phi(V n)                   (eq. 2)
        p := p + MLP(m) + B m                                                                                   (eq. 3)
-       U = 0 at the start, so that p = h. Keys and values are those of h: the cache does not grow, and one pass computes
-       both streams, so that weights are read once.
+       U = 0 at the start, so that p = h; V makes V n about 1. Keys and values are those of h: the cache does not grow,
+       and one pass computes both streams, so that weights are read once.
     3. Training freezes the base and minimises sum_k w_k KL(p_L || p_k), p_k = softmax(head(norm_k(p at e_k))), with
-       norm_k a trained copy of the last norm; all positions at once.                                          (eq. 4)
+       norm_k a trained copy of the last norm; all positions at once. One in eight only fits a temperature: how sure a
+       gate says it is shall be how often it is right.                                                         (eq. 4)
     4. A router tells from the fast stream whether a token may leave: c = W p, a small attention of the newest token
        over the latents c of the last few, and a logistic unit on both, trained on whether gate and model agree. (eq. 5)
     5. Used as an exit, a token leaves where router or calibrated confidence reach the threshold; keys and values above
@@ -23,7 +24,8 @@ Where it bends
     guesses about as well as a plain head behind the same block, and is more reliable where it is sure; in a mixture of
     few layers it names the next experts about as well as the slow one. Both streams pass through the torch runner; on a
     CPU a pass over few rows is not free, so drafts pay only where most are right.
-    The narrower MLP that the paper mentions for large models is not here.
+    Where a block norms what attention and MLP give, A and B add before that norm. A model that scales or caps its
+    logits after its head is refused. The narrower MLP that the paper mentions for large models is not here.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,14 +48,19 @@ from shoestring import models
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape
+from shoestring.engine.exits import ConfidentExit, drafts, largest
+from shoestring.engine.hooks import Hooks
 from shoestring.methods.adapters._blocks import SPREAD, Beside, changed, stream, width_of
 from shoestring.methods.adapters._exits import (
     ExitConfig,
+    ExitPlug,
     ExitTuner,
     Gate,
+    at_rest,
     final_norm,
     gates_loss,
     gates_of,
+    kept_rows,
     wanted_rows,
     whole_pass,
 )
@@ -60,8 +69,8 @@ from shoestring.models.anatomy import Block, halves
 from shoestring.models.streams import side_by_side, tokens_of_first
 
 if TYPE_CHECKING:
-    from shoestring.engine.hooks import Draft, Hooks
     from shoestring.engine.open import Opened
+    from shoestring.engine.runner import Runner
     from shoestring.engine.sequence import Sequence as Answer
 
 METHOD = Method(
@@ -84,7 +93,7 @@ METHOD = Method(
         "check_transformers_trainer": "the fast stream changes nothing of what the model itself answers",
     },
 )
-TRAINING = {"learning_rate": 1e-3}
+TRAINING = {"learning_rate": 5e-3}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -118,47 +127,35 @@ class M2R2Config(ExitConfig):
 
 
 @dataclass(frozen=True)
-class M2R2Plug:
+class M2R2Plug(ExitPlug):
     """How a trained fast stream is used in serving.
 
     Attributes:
         streams: the adapter's folder.
-        threshold: of router or confidence, from which a token leaves; 1 is never.
-        by: who decides: router or confidence.
-        exact: draft with the layers below the first gate instead, and verify; the answer is that of plain decoding.
-        length: tokens of a draft.
-        sure: confidence below which a draft goes no further.
+        by: who decides whether a token leaves: router or confidence.
     """
 
     streams: str = ""
-    threshold: float = 0.9
     by: str = "confidence"
-    exact: bool = False
-    length: int = 4
-    sure: float = 0.3
 
     def __post_init__(self) -> None:
         if not self.streams:
             raise UsageError("m2r2 needs streams=FOLDER", remedy="`shoestring train --method m2r2` makes one")
-        for name in ("threshold", "sure"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)} is not a confidence", remedy="Give 0 to 1")
         if self.by not in ("router", "confidence"):
             raise UsageError(f"by={self.by} is unknown", remedy="Give router or confidence")
-        if self.length < 1:
-            raise UsageError(f"length={self.length} drafts nothing", remedy="Give at least 1")
+        super().__post_init__()
 
 
 PLUG = M2R2Plug
 
 
 class Addition(nn.Module):
-    """x -> U phi(V x), with U zero at the start."""
+    """x -> U phi(V x), with U zero at the start and V of a `spread` that makes V x about 1."""
 
-    def __init__(self, width: int, rank: int, activation: str) -> None:
+    def __init__(self, width: int, rank: int, activation: str, spread: float) -> None:
         super().__init__()
         self.activation = activation
-        self.down = nn.Parameter(torch.randn(rank, width) * SPREAD)
+        self.down = nn.Parameter(torch.randn(rank, width) * spread)
         self.up = nn.Parameter(torch.zeros(width, rank))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,10 +197,10 @@ class StreamBlock(Beside):
     adapter_layer_names = ("attention", "mlp", "gate")
 
     def __init__(self, block: Block, model: nn.Module) -> None:
-        parts = {part: model.get_submodule(half.module) for part, half in halves(block).items()}
+        parts = {part: model.get_submodule(half.module) for part, half in halves(block, plain=False).items()}
         super().__init__(block.module)
         self.attention, self.mlp, self.gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.seen: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        self.seen: list[dict[str, Any]] | None = None  # what the block was called with, by name
         self.plain = self.takes_over(block.module, self.watched)
         self.plain_attention = self.takes_over(parts["attention"], self.attends)
         self.plain_mlp = self.takes_over(parts["mlp"], self.feeds)
@@ -213,7 +210,7 @@ class StreamBlock(Beside):
 
     def watched(self, *args: Any, **kwargs: Any) -> Any:
         if self.seen is not None:
-            self.seen.append((args, kwargs))
+            self.seen.append(kwargs | dict(zip(signature(self.plain).parameters, args)))
         return self.plain(*args, **kwargs)
 
     @property
@@ -230,7 +227,7 @@ class StreamBlock(Beside):
         if saving:
             block.gradient_checkpointing = False
         try:
-            with side_by_side(tokens):
+            with side_by_side(tokens), at_rest(block):
                 out = self.plain(x, **kwargs)
         finally:
             if saving:
@@ -283,8 +280,9 @@ class M2R2Model(ExitTuner):
     def attach(self, name: str, config: Any, block: Block) -> None:
         layer: Any = getattr(block.module, StreamBlock.child, None) or StreamBlock(block, self.model)
         width = width_of(self.model, block)
-        for part in ("attention", "mlp"):
-            layer.put(part, name, Addition(width, config.r, config.activation), block.module)
+        for part, half in halves(block, plain=False).items():
+            spread = 1 / (width**0.5 * _size(self.model.get_submodule(half.norm), width))
+            layer.put(part, name, Addition(width, config.r, config.activation, spread), block.module)
         if block.index + 1 in config.gates:
             gate = FastGate(final_norm(self.model), width, config.latent, config.window)
             layer.put("gate", name, gate, block.module)
@@ -309,10 +307,10 @@ class M2R2Model(ExitTuner):
                 layer.seen = None
         found, start = {}, 0
         for gate in config.gates:
-            slow = stream(*calls[start])
+            slow = calls[start]["hidden_states"]
             x = torch.cat([slow, slow], 1)  # eq. 1
-            for layer, (args, kwargs) in zip(layers[start:gate], calls[start:gate]):
-                run = partial(layer.both, slow.shape[1], _doubled(slow, args, kwargs))
+            for layer, given in zip(layers[start:gate], calls[start:gate]):
+                run = partial(layer.both, slow.shape[1], _doubled(slow, given))
                 x = checkpoint(run, x, use_reentrant=False) if layer.saving else run(x)
             found[gate], start = x[:, slow.shape[1] :], gate
         return found, final, head
@@ -323,7 +321,8 @@ class M2R2Model(ExitTuner):
         gates: list[Any] = [self.layers(name)[gate - 1].gate[name] for gate in config.gates]
         rows, weights = wanted_rows(labels), config.weights or [1.0] * len(gates)
         states = [found[gate][rows] for gate in config.gates]
-        loss, agree = gates_loss(gates, states, weights, head, final[rows], config.temperature)  # eq. 4
+        kept = kept_rows(batch["input_ids"])[rows]
+        loss, agree = gates_loss(gates, states, weights, head, final[rows], config.temperature, kept)  # eq. 4
         decided = [gate.whole(found[at].detach())[rows] for gate, at in zip(gates, config.gates)]
         routed = sum(
             F.binary_cross_entropy_with_logits(one.float(), right.float()) for one, right in zip(decided, agree)
@@ -331,12 +330,21 @@ class M2R2Model(ExitTuner):
         return loss + routed - routed.detach()  # type: ignore[union-attr]
 
 
-def _doubled(slow: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _size(norm: nn.Module, width: int) -> float:
+    """Root mean square of what a norm gives: some families' norms shrink what they pass on to a twentieth."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return 1.0
+    sign = torch.ones(width, dtype=weight.dtype, device=weight.device)
+    sign[1::2] = -1
+    with torch.no_grad():
+        return max(float(norm(sign).float().square().mean().sqrt()), 1e-3)
+
+
+def _doubled(slow: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     """What a block is called with beside its states, for two streams of which the second sees the first's keys."""
     length = slow.shape[1]
-    if len(args) > 1:
-        raise ValueError("the blocks of this model are not called by name, so a second stream cannot pass")
-    given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    given = {name: value for name, value in given.items() if name != "hidden_states"}
     mask = given.get("attention_mask")
     if mask is None:
         seen = torch.ones(length, length, dtype=torch.bool, device=slow.device).tril()[None, None]
@@ -402,53 +410,54 @@ def plug(config: M2R2Plug, opened: Opened) -> Hooks:
     Raises:
         UsageError: a fast stream that was never trained.
     """
-    from shoestring.engine.gates import SelfDraftDecoder
-    from shoestring.engine.hooks import Hooks
-
     model: Any = opened.runner.model  # type: ignore[attr-defined]
     blocks = [module for module in model.modules() if isinstance(module, StreamBlock)]
-    gates: dict[int, Any] = {i: b.gate["default"] for i, b in enumerate(blocks, 1) if "default" in b.gate}
     if not any(p.any() for block in blocks for n, p in block.attention.named_parameters() if n.endswith("up")):
         raise UsageError(f"The fast stream in {config.streams} was never trained", remedy="Train it first")
-    if not config.exact:
-        return Hooks(exit=FastExit(config, opened, gates))
-    first = min(gates)
-    both = FastDraft(config, opened, {first: gates[first]})
-    return Hooks(exit=both, drafter=both, decoder=SelfDraftDecoder)
+    modules: dict[int, Any] = {i: b.gate["default"] for i, b in enumerate(blocks, 1) if "default" in b.gate}
+    gates = FastGates(opened.runner, modules)
+    if config.exact:
+        return drafts(gates, config.length, config.sure, streams=2)
+    return Hooks(exit=(RoutedExit if config.by == "router" else ConfidentExit)(gates, config.threshold, streams=2))
 
 
-class FastExit:
-    """Leaves by what the fast stream says."""
+class FastGates:
+    """The gates of a fast stream, which is the second of those that come to them."""
 
-    streams = 2
+    def __init__(self, runner: Runner, modules: Mapping[int, Any]) -> None:
+        self.runner, self.modules = runner, dict(modules)
 
-    def __init__(self, config: M2R2Plug, opened: Opened, gates: Mapping[int, nn.Module]) -> None:
-        self.config, self.runner = config, opened.runner
-        self.gates: dict[int, Any] = dict(gates)
-        self.layers = tuple(gates)
+    @property
+    def layers(self) -> Sequence[int]:
+        return tuple(self.modules)
+
+    @torch.inference_mode()
+    def logits(self, layer: int, hidden: Tensor) -> np.ndarray:
+        return self.runner.head(self.modules[layer](hidden[:, 1]).float().cpu().numpy())
+
+    def confidence(self, layer: int, logits: np.ndarray) -> np.ndarray:
+        return largest(logits, self.modules[layer].temperature.item())
+
+
+class RoutedExit(ConfidentExit):
+    """Leaves where the router of a gate says so."""
+
+    gates: FastGates
+
+    def __init__(self, gates: FastGates, threshold: float, streams: int) -> None:
+        super().__init__(gates, threshold, streams)
         self._past: dict[tuple[Answer, int], deque[tuple[int, Tensor]]] = {}
 
     @torch.inference_mode()
-    def leave(self, layer: int, hidden: Tensor, answers: Sequence[Answer]) -> list[Any]:
-        if self.config.threshold >= 1:  # a confidence may round to 1
-            return [False] * len(answers)
-        gate, fast = self.gates[layer], hidden[:, 1]
-        logits = self.said(layer, fast)
-        if self.config.by == "router":
-            sure = [self._routed(gate, layer, p, answer) for p, answer in zip(fast, answers)]
-        else:
-            sure = (logits / gate.log_temperature.exp()).softmax(-1).amax(-1).tolist()
-        return [row.numpy() if s >= self.config.threshold else False for row, s in zip(logits, sure)]
-
-    def said(self, layer: int, fast: Tensor) -> Tensor:
-        """Logits (rows, vocab) of the gate."""
-        return torch.from_numpy(self.runner.head(self.gates[layer](fast).float().cpu().numpy()))
+    def sure(self, layer: int, hidden: Tensor, logits: np.ndarray, answers: Sequence[Answer]) -> Sequence[float]:
+        return [self._routed(layer, p, answer) for p, answer in zip(hidden[:, 1], answers)]
 
     def ended(self, answer: Answer) -> None:
         for layer in self.layers:
             self._past.pop((answer, layer), None)
 
-    def _routed(self, gate: Any, layer: int, p: Tensor, answer: Answer) -> float:
+    def _routed(self, layer: int, p: Tensor, answer: Answer) -> float:
+        gate = self.gates.modules[layer]
         past = self._past.setdefault((answer, layer), deque(maxlen=gate.window))
         now = len(answer.tokens)
         while past and past[-1][0] >= now:  # computed again after a preemption
@@ -457,22 +466,3 @@ class FastExit:
         before = torch.stack([latent for _, latent in past])
         seen = torch.ones(1, len(past), dtype=torch.bool)
         return float(gate.decision(p[None], before, seen).sigmoid())
-
-
-class FastDraft(FastExit):
-    """Guesses by the fast stream at the first gate; how many at most is `length`."""
-
-    def propose(self, answer: Answer, limit: int) -> Draft:
-        from shoestring.engine.gates import unnamed
-
-        return unnamed(min(self.config.length, limit))
-
-    def observe(self, verified: Sequence[Any], tokens: int, seconds: float) -> None:
-        pass
-
-    @torch.inference_mode()
-    def guess(self, hidden: Tensor, answers: Sequence[Answer]) -> tuple[list[int], list[bool]]:
-        (layer,) = self.layers
-        logits = self.said(layer, hidden[:, 1])
-        sure = (logits / self.gates[layer].log_temperature.exp()).softmax(-1).amax(-1)
-        return logits.argmax(-1).tolist(), (sure >= self.config.sure).tolist()

@@ -107,25 +107,6 @@ def test_the_timing_model_agrees_with_the_circuit(blocks: int, keep: int) -> Non
     assert _timing.duration(instruction, board) == pytest.approx(cycles, rel=0.05)
 
 
-def test_two_products_share_a_multiplier_at_every_corner() -> None:
-    corners = (-128, -127, -2, -1, 0, 1, 2, 126, 127)
-    for low, high, weight in itertools.product(corners, repeat=3):
-        assert _sparse.parted(_sparse.pair(low, high, weight)) == (low * weight, high * weight)
-
-
-def test_a_field_holds_eight_products_and_no_more() -> None:
-    corners = (-128, -1, 127)
-    for low, high, weight in itertools.product(corners, repeat=3):
-        for other_low, other_high, other in itertools.product(corners, repeat=3):
-            chained = 7 * _sparse.pair(low, high, weight) + _sparse.pair(other_low, other_high, other)
-            assert _sparse.parted(chained) == (
-                7 * low * weight + other_low * other,
-                7 * high * weight + other_high * other,
-            )
-    nine = 9 * _sparse.pair(-128, 0, -128)
-    assert _sparse.parted(nine) != (9 * 16384, 0)
-
-
 @pytest.mark.parametrize(("groups", "window"), [(4, 6), (4, 32), (3, 8)])
 def test_impossible_circuits_are_refused(groups: int, window: int) -> None:
     with pytest.raises(UsageError, match="power of two"):
@@ -454,6 +435,10 @@ def test_models_without_templates_are_named(tmp_path: Path) -> None:
     tiny.model("qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=32).save_pretrained(tmp_path / "qwen3")
     with pytest.raises(UsageError, match="no template for norms of heads"):
         flightllm.network(tmp_path / "qwen3")
+    tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UsageError, match="no templates for this model.*GPT2LMHeadModel.*smollm2") as error:
+        flightllm.network(tmp_path / "gpt2")
+    assert "runner=torch" not in str(error.value), "there is no other runner to map with"
     with pytest.raises(UsageError, match="no attention template"):
         replace(SMALL, head_dim=16)
     with pytest.raises(UsageError, match="inner = 90 is no multiple of 16"):
@@ -479,7 +464,8 @@ def test_bad_requests_are_clear_errors(folder: Path) -> None:
     for given, words in (
         ({"bits": 3}, "two widths"), ({"head_bits": 2}, "2 bits"),
         ({"keep": 0.01}, "2 to 16"), ({"sparse": "q+nose"}, "nose"),
-        ({"watts": -1}, "watts"),
+        ({"watts": -1}, "watts"), ({"keep": "half"}, "no number"), ({"watts": True}, "no number"),
+        ({"on_chip": "perhaps"}, "no truth value"), ({"sparse": 3}, "called 3"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
             Config(**given)

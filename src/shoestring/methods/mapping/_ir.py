@@ -11,6 +11,7 @@ from shoestring.methods.mapping._targets import BLOCK
 
 if TYPE_CHECKING:
     from shoestring.models.llama_like import LlamaLike
+    from shoestring.models.tensors import Source
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -101,6 +102,25 @@ def operators(network: Network, layers: int) -> Iterator[Operator]:
         yield Operator("linear", n, "down", "g", "x", "add", "x")
     yield Operator("norm", -1, "final", "x", "h")
     yield Operator("linear", -1, "head", "h", "logits")
+
+
+def described(source: Source) -> LlamaLike:
+    """The Llama-like model of a folder or file.
+
+    Raises:
+        UsageError: a model of another kind, or one that is not whole.
+    """
+    from shoestring.models.llama_like import NotNative, describe
+
+    try:
+        return describe(source)
+    except NotNative as error:
+        # Its remedy is another runner, and there is none here.
+        raise UsageError(
+            "the compiler has no templates for this model",
+            f"it compiles what the native runner computes: {error.what}",
+            "Choose a plain Llama, such as smollm2",
+        ) from None
 
 
 def network_of(model: LlamaLike) -> Network:

@@ -10,7 +10,7 @@ import numpy as np
 from shoestring.methods.mapping import _numbers as numbers
 from shoestring.methods.mapping._compiler import Program, buckets, compile_step
 from shoestring.methods.mapping._interpreter import Machine
-from shoestring.methods.mapping._ir import MATRICES, Network, network_of
+from shoestring.methods.mapping._ir import MATRICES, Network, described, network_of
 from shoestring.methods.mapping._memory import Memory, write
 from shoestring.methods.mapping._numbers import Array
 from shoestring.methods.mapping._sparse import Packed, pack
@@ -53,11 +53,10 @@ def read(
     Raises:
         UsageError: an operator without a template, or a model that cannot be read.
     """
-    from shoestring.models.llama_like import describe
     from shoestring.models.tensors import floats, open_source
 
     source = open_source(path)
-    model = describe(source)
+    model = described(source)
     network = network_of(model)
     layers = network.layers if layers is None else layers
 

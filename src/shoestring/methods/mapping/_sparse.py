@@ -156,19 +156,3 @@ def _pruned(weight: Array, keep: float) -> tuple[Array, Array]:
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(BLOCK), order.shape), -1)
     pruned = np.where(rank < keeps[..., None, None], split, 0)
     return keeps, pruned.transpose(0, 2, 1, 3).reshape(weight.shape)
-
-
-def pair(low: int, high: int, weight: int) -> int:
-    """One multiplier's product of a weight and two activations, packed 18 bits apart: an integer of 48 bits."""
-    return weight * (low + (high << 18))
-
-
-def parted(packed: int) -> tuple[int, int]:
-    """The sums of up to 8 chained packed products: low field and high field.
-
-    The low field borrows from the high one when it is negative. Eight products of -128 by -128 fill all 18 bits with
-    100...0, which no negative sum reaches (the least is 8 x -128 x 127), so that pattern is read as +2^17.
-    """
-    field = packed & 0x3FFFF
-    low = field - (1 << 18) if field > 1 << 17 else field
-    return low, (packed - low) >> 18

@@ -69,10 +69,6 @@ class Target:
 
     # Bytes of a core's buffers. A is 256 bytes wide per channel in matrix mode and 64 in vector mode.
     @property
-    def a_matrix(self) -> int:
-        return self.a_depth * self.together * 256
-
-    @property
     def a_vector(self) -> int:
         return self.a_depth * self.together * 64
 

@@ -23,11 +23,6 @@ INSIDE = 128  # bytes a cycle between the global buffer and B or A
 _TWICE = ("softmax", "layernorm", "rmsnorm")  # reduce first, then pass again
 
 
-def strip_cycles(kept: int, lanes: int, window: int = BLOCK) -> int:
-    """Cycles of `lanes` multipliers for `window` outputs that keep so many weights each, without the fill."""
-    return -(-window * kept // lanes)
-
-
 def moved(instruction: Instruction) -> int:
     """Bytes outside that a transfer reads or writes."""
     i = instruction

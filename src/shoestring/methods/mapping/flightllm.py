@@ -44,7 +44,7 @@ import numpy as np
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
 from shoestring.methods.mapping._compiler import MOST, buckets, compile_step
-from shoestring.methods.mapping._ir import MATRICES, Network, network_of
+from shoestring.methods.mapping._ir import MATRICES, Network, described, network_of
 from shoestring.methods.mapping._model import Accelerated, Reference, read
 from shoestring.methods.mapping._numbers import Array
 from shoestring.methods.mapping._sparse import Planned
@@ -92,17 +92,23 @@ class FlightLLMConfig:
     watts: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.sparse, str):
-            object.__setattr__(self, "sparse", tuple(filter(None, self.sparse.split("+"))))
-        object.__setattr__(self, "sparse", tuple(self.sparse))
-        strange = set(self.sparse) - set(MATRICES)
+        for name, kind, word in (
+            ("keep", int | float, "number"), ("watts", int | float, "number"),
+            ("on_chip", bool, "truth value"), ("merged", bool, "truth value"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError(f"{name}={value!r} is no {word}")
+        roles = self.sparse.split("+") if isinstance(self.sparse, str) else self.sparse
+        strange = [roles] if not isinstance(roles, list | tuple) else [r for r in roles if r and r not in MATRICES]
         if strange:
             raise UsageError(
-                f"no matrix is called {', '.join(sorted(strange))}", remedy=f"sparse: some of {', '.join(MATRICES)}"
+                f"no matrix is called {', '.join(map(str, strange))}", remedy=f"sparse: some of {', '.join(MATRICES)}"
             )
+        object.__setattr__(self, "sparse", tuple(filter(None, roles)))
         for bits in (self.bits, self.head_bits):
             if bits not in (4, 8):
-                raise UsageError(f"weights of {bits} bits", "the compact layout has two widths", "Choose 4 or 8")
+                raise UsageError(f"weights of {bits!r} bits", "the compact layout has two widths", "Choose 4 or 8")
         if not 0.125 <= self.keep <= 1:
             raise UsageError(f"keep={self.keep}", "a block keeps 2 to 16 of 16", "Choose 0.125 to 1")
         if self.watts < 0:
@@ -136,10 +142,9 @@ def network(source: Path) -> Network:
     Raises:
         UsageError: an operator without a template, or a model that cannot be read.
     """
-    from shoestring.models.llama_like import describe
     from shoestring.models.tensors import open_source
 
-    return network_of(describe(open_source(source)))
+    return network_of(described(open_source(source)))
 
 
 def mapped(source: Path, config: FlightLLMConfig, name: str, prompt: int, tokens: int) -> dict[str, Any]:

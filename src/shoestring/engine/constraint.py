@@ -26,8 +26,8 @@ _LIMITS: dict[str, Any] = dict(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-# Without a bound a small model may write line breaks for ever, all of them allowed.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{0,40}"}
+# A line break and its indentation. With more a small model may write line breaks for ever, all of them allowed.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"\n? {0,39}"}
 
 
 class Described(Protocol):

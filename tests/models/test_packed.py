@@ -10,15 +10,20 @@ import torch
 from families import tiny
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
 from shoestring.core.errors import UsageError
+from shoestring.methods.quantizers.dfloat11 import Dfloat11Config
+from shoestring.methods.quantizers.int4 import Int4Config
 from shoestring.methods.quantizers.int8 import Int8Config
-from shoestring.models.packed import Packed, parameters_of
+from shoestring.models.packed import Packed, PackedEmbedding, parameters_of, tied_to_table
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 
@@ -84,3 +89,42 @@ def test_a_packed_model_stands_for_as_many_numbers(tied: bool, tmp_path: Path) -
     original.save_pretrained(tmp_path / "plain")
     wanted = sum(p.numel() for p in original.parameters())
     assert parameters_of(original) == parameters_of(packed(tmp_path / "plain")) == wanted
+
+
+@pytest.mark.parametrize(("family", "changes"), [("t5", {}), ("bart", {"scale_embedding": True})])
+def test_two_stacks_share_one_table(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    given = {"input_ids": IDS, "decoder_input_ids": IDS}
+    original = tiny(family, **changes)
+    original.save_pretrained(tmp_path / "plain")
+    wanted = original(**given).logits
+    for config, near in ((Int8Config(), 0.05), (Int4Config(group_size=32), 0.5)):
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "plain", quantization_config=config).eval()
+        table, sharing = tied_to_table(model)
+        tables = [name for name in (table, *sharing) if isinstance(model.get_submodule(name), PackedEmbedding)]
+        assert len(tables) == 3 and len({id(model.get_submodule(name).weight) for name in (table, *sharing)}) == 1
+        made = model(**given).logits
+        assert (made - wanted).norm() < near * wanted.norm()
+        model.save_pretrained(tmp_path / "packed")
+        again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "packed").eval()
+        assert torch.equal(again(**given).logits, made)
+        assert (again.dequantize()(**given).logits - made).norm() < 0.05 * made.norm()
+
+
+def test_a_table_that_scales_what_it_looks_up_still_does(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("biogpt", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, scale_embedding=True)  # fmt: skip
+    original = AutoModelForCausalLM.from_config(config).eval()
+    original.save_pretrained(tmp_path / "plain")
+    wanted = original(IDS).logits
+    assert (packed(tmp_path / "plain")(IDS).logits - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_head_with_a_bias_over_codes_that_are_one_run_of_bytes(tmp_path: Path) -> None:
+    original = tiny("bert").bfloat16()
+    nn.init.normal_(original.get_output_embeddings().bias)
+    original.save_pretrained(tmp_path / "plain")
+    model = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.bfloat16, quantization_config=Dfloat11Config("fixed")
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, original(IDS).logits)

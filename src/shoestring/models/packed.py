@@ -8,7 +8,7 @@ under `packing`, so a folder is read without knowing what made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,8 +108,8 @@ class Packed(nn.Module):
         if name == "weight":
             self.weight = nn.Parameter(value, requires_grad=False)
         else:
-            # Buffers: a model's dtype is that of its first floating-point parameter, which must not be the scales. A
-            # tied head borrows the table's and stores none.
+            # Buffers: a model's dtype is that of its first floating-point parameter, which must not be the scales. Who
+            # shares the table's weight borrows its scales too and stores none.
             self.register_buffer(name, value, persistent=not self.tied)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -160,12 +160,19 @@ class PackedEmbedding(Packed, nn.Embedding):
     """An embedding table over packed rows. Input (...) of ids, output (..., embedding_dim) in `dtype`."""
 
     def __init__(
-        self, rows: int, width: int, format: Format, padding_idx: int | None, scale: float, dtype: torch.dtype
+        self,
+        rows: int,
+        width: int,
+        format: Format,
+        padding_idx: int | None,
+        scale: float,
+        dtype: torch.dtype,
+        tied: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx  # type: ignore[assignment]
         self.scale, self.dtype = scale, dtype
-        self._hold(format, rows, width)
+        self._hold(format, rows, width, tied)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         layout = self.format.layout
@@ -219,8 +226,7 @@ def replace_embedding(model: PreTrainedModel, name: str, format: Format, tensors
     rows, columns, dtype = table.num_embeddings, table.embedding_dim, table.weight.dtype
     head, owner = model.get_output_embeddings(), tied_head(model)
     with torch.device("meta"):
-        scale = float(getattr(table, "scalar_embed_scale", 1.0))
-        made = PackedEmbedding(rows, columns, format, table.padding_idx, scale, dtype)
+        made = PackedEmbedding(rows, columns, format, table.padding_idx, scale_of(table), dtype)
     made.hold(format, tensors)
     surgery.replace_module(model, name, made.train(table.training))
     if owner and isinstance(head, nn.Linear):
@@ -307,22 +313,22 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         dtype = kwargs.get("dtype") or model.dtype
-        tied = tied_head(model)
-        shared = self._format_of_table(model, tied) if tied else None
+        table, sharing = tied_to_table(model)
+        shared = self._format_of_table(model, table, sharing) if sharing else None
         replacements: list[tuple[str, nn.Module]] = []
         for name, module in list(model.named_modules()):
-            format = shared if name == tied else self._format(model, name, module)
+            tied = name in sharing
+            format = shared if tied or (sharing and name == table) else self._format(model, name, module)
             if format is None:
                 continue
             with torch.device("meta"):
                 if isinstance(module, nn.Embedding):
-                    scale = float(getattr(module, "scalar_embed_scale", 1.0))
-                    rows, columns = module.num_embeddings, module.embedding_dim
-                    new: nn.Module = PackedEmbedding(rows, columns, format, module.padding_idx, scale, dtype)
+                    rows, columns, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
+                    new: nn.Module = PackedEmbedding(rows, columns, format, padding, scale_of(module), dtype, tied)
                 else:
                     rows, columns = linear_dims(module)
                     bias = module.bias is not None or self._has_bias(model, name)
-                    new = PackedLinear(columns, rows, format, bias, dtype, tied=name == tied)
+                    new = PackedLinear(columns, rows, format, bias, dtype, tied)
             if isinstance(module, Conv1D):
                 self.transposed.add(name)
             replacements.append((name, new))
@@ -349,16 +355,15 @@ class PackedQuantizer(HfQuantizer):
             return config.format_of(name, module.num_embeddings, module.embedding_dim, True)  # type: ignore[arg-type]
         return config.format_of(name, *linear_dims(module), False)
 
-    def _format_of_table(self, model: PreTrainedModel, head: str) -> Format | None:
-        """The format of a head that shares the token table's weight: the table's."""
-        table = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is table)
-        format = self._format(model, name, table)
-        if format is not None and not self.pre_quantized and self.quantization_config.left_alone(head):
+    def _format_of_table(self, model: PreTrainedModel, table: str, sharing: Sequence[str]) -> Format | None:
+        """The format of the token table, which is that of all who share its weight."""
+        format = self._format(model, table, model.get_submodule(table))
+        alone = [name for name in sharing if not self.pre_quantized and self.quantization_config.left_alone(name)]
+        if format is not None and alone:
             raise UsageError(
-                f"{head} of {type(model).__name__} cannot be left alone by itself",
-                f"it shares the weight of {name}",
-                f"Name {name} in modules_to_not_convert to leave both alone, or neither",
+                f"{alone[0]} of {type(model).__name__} cannot be left alone by itself",
+                f"it shares the weight of {table}",
+                f"Name {table} in modules_to_not_convert to leave both alone, or neither",
             )
         return format
 
@@ -407,11 +412,29 @@ if PLAIN not in AUTO_QUANTIZATION_CONFIG_MAPPING:
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Give a tied head what stands beside the codes that it shares with the embedding."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding) and head.weight is table.weight:
-        head.hold(table.format, table.tensors())
-        head.weight = table.weight  # type: ignore[assignment]
+    """Give those who share the token table's codes what stands beside them."""
+    name, sharing = tied_to_table(model)
+    table: Any = model.get_submodule(name) if name else None
+    for other in map(model.get_submodule, sharing if isinstance(table, PackedEmbedding) else ()):
+        if isinstance(other, Packed) and other.weight is table.weight:
+            other.hold(table.format, table.tensors())
+            other.weight = table.weight
+            if isinstance(other, PackedLinear) and other.bias is not None:
+                # transformers makes a head's bias as long as the weight is, which it takes for one of floats.
+                other.bias.data = other.bias.data[: other.rows]
+
+
+def tied_to_table(model: PreTrainedModel) -> tuple[str, list[str]]:
+    """The name of the token table that holds the weight, and of the modules that share it."""
+    found = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is found), "")
+    sources = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in _tied(model)}
+    table = sources.get(name, name)
+    return table, [other for other, source in sources.items() if source == table]
+
+
+def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
+    return [pair for pair in model.all_tied_weights_keys.items() if pair[0].endswith(".weight")]
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int]:
@@ -433,8 +456,8 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Whether a module's weight is one that formats are made for."""
     if isinstance(module, nn.Embedding):
         # Only the token table: position and type tables are small and often indexed in other ways.
-        return module is model.get_input_embeddings()
-    if not isinstance(module, nn.Linear | Conv1D) or _of_task(model, name):
+        return name == tied_to_table(model)[0]
+    if not isinstance(module, nn.Linear | Conv1D) or _of_task(model, name) or _kept_in_floats(model, name):
         return False
     # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
     return module is not model.get_output_embeddings() or name == tied_head(model)
@@ -444,6 +467,17 @@ def _of_task(model: PreTrainedModel, name: str) -> bool:
     """Whether a module belongs to a head that classifies, which is small, and random until it is trained."""
     alone = model.base_model is model or model.get_output_embeddings() is not None
     return not alone and not name.startswith(f"{model.base_model_prefix}.")
+
+
+def _kept_in_floats(model: PreTrainedModel, name: str) -> bool:
+    """Whether the family keeps a module in float32: it asks for the type of its weight, and computes in that."""
+    return any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules or ())
+
+
+def scale_of(table: nn.Embedding) -> float:
+    """By what an embedding multiplies the rows that it looks up."""
+    scale = getattr(table, "scalar_embed_scale", None)
+    return float(getattr(table, "embed_scale", 1.0) if scale is None else scale)
 
 
 def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:

@@ -12,6 +12,7 @@ from shoestring.core import catalog, survey
 from shoestring.core.errors import UsageError
 from shoestring.jobs import recommend as job
 from shoestring.jobs.recommend import RecommendRequest, recommend
+from shoestring.lab import tiny_mixture
 from shoestring.planner.plan import by_verb
 
 GIGABYTE = 1e9
@@ -103,10 +104,20 @@ def test_bandwidth_is_measured_when_it_is_not_given(tiny: Path, floor: None, mon
     assert asked == [3]
 
 
+def test_a_mixture_has_ways_of_its_own_and_those_that_cannot_be_are_passed_over(tmp_path: Path, floor: None) -> None:
+    tiny_mixture.model(hidden_size=32, intermediate_size=32).save_pretrained(tmp_path)
+    ways = recommend(RecommendRequest(str(tmp_path), memory="1GB", bandwidth="1GB"))["ways"]
+    plain, fewer = way(ways, ""), way(ways, "expert_pruning")
+    assert fewer["storage"] < plain["storage"] and plain["fits"]
+    # Two of four experts work on a token.
+    assert 0.5 < plain["read"] / plain["storage"] < 0.8
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [({"memory": "much"}, "memory"), ({"bandwidth": "20GB/h"}, "bandwidth"), ({"bandwidth": "20"}, "no unit"),
-     ({"threads": 0}, "threads")],
+     ({"threads": 0}, "threads"), ({"threads": 100_000}, "threads"), ({"memory": ""}, "memory"),
+     ({"bandwidth": "/s"}, "bandwidth")],
 )  # fmt: skip
 def test_quantities_that_are_none(tiny: Path, given: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -44,4 +44,5 @@ def command(**given: Any) -> None:
     screen.show(found, lambda: table(header, rows))
     if not any(way["fits"] for way in ways):
         least = text.show(ways[0]["memory"], "B")
-        raise DoesNotFit("nothing fits", f"the least, {ways[0]['step']}, takes {least}", "Bring a smaller model")
+        name = ways[0]["step"] or "the model as it is"
+        raise DoesNotFit("nothing fits", f"the least, {name}, takes {least}", "Bring a smaller model")

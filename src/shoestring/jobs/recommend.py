@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shoestring.core import catalog, survey, text
-from shoestring.core.errors import UsageError
+from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.shape import Shape, Weight
 from shoestring.core.step import Step
 from shoestring.kernels.layout import FOR_FILES
 from shoestring.planner.cost import predict, read_per_token
 from shoestring.planner.machine import bandwidth, engine_floor, machine
 from shoestring.planner.plan import by_verb
+
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ def recommend(request: RecommendRequest) -> dict[str, Any]:
     """
     from shoestring import models
 
-    if request.threads is not None and request.threads < 1:
-        raise UsageError(f"threads={request.threads} is not above zero", remedy="Give 1 or more")
-    memory = text.quantity(request.memory, text.BYTES, "memory") if request.memory else machine().memory
-    said = (request.bandwidth or "").removesuffix("/s")
-    speed = text.quantity(said, text.BYTES, "bandwidth") if said else bandwidth(request.threads or _cores())
+    if request.threads is not None and not 1 <= request.threads <= _MOST_THREADS:
+        raise UsageError(f"threads={request.threads} is not possible", remedy=f"Give 1 to {_MOST_THREADS}")
+    memory = machine().memory if request.memory is None else text.quantity(request.memory, text.BYTES, "memory")
+    speed = (
+        bandwidth(request.threads or _cores())
+        if request.bandwidth is None
+        else text.quantity(request.bandwidth.removesuffix("/s"), text.BYTES, "bandwidth")
+    )
     shape = models.shape_of(models.resolve(request.model), trust_remote_code=request.trust_remote_code)
     floor = engine_floor()
     ways = [_way(step, after, shape.parameters, floor, memory, speed) for step, after in _made(shape)]
@@ -100,7 +105,7 @@ def _made(shape: Shape) -> Iterator[tuple[Step | None, Shape]]:
         for settings in module.settings():
             try:
                 after = module.price(shape, settings).shape
-            except UsageError:  # it is for models of another kind
+            except (UsageError, DoesNotFit):  # it is for models of another kind, or cannot make this one so small
                 continue
             made = catalog.contract(method.room).config(module, dict(settings))
             yield Step("compress", method.name, settings), after.change(lambda w: _loaded(w, made))  # noqa: B023

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,3 +235,27 @@ def test_a_file_that_shrinks(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match="became shorter"):
         Tensors(found)
+
+
+def test_what_is_needed_soon_is_asked_for_in_order_beside_other_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({name: torch.arange(3 * n, dtype=torch.int64) for n, name in enumerate("abc", 1)}, tmp_path / "t")
+    tensors = open_safetensors(tmp_path / "t")
+    asked: list[tuple[int, int]] = []
+    done, main = threading.Event(), threading.get_ident()
+
+    def advise(handle: int, begin: int, size: int, advice: int) -> None:
+        assert os.fstat(handle).st_ino == (tmp_path / "t").stat().st_ino and advice == os.POSIX_FADV_WILLNEED
+        assert threading.get_ident() != main
+        asked.append((begin, size))
+        if len(asked) == 2:
+            done.set()
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    tensors.ahead(["c", "a"])
+    assert done.wait(10)
+    assert [size for _, size in asked] == [72, 24] and asked[0][0] > asked[1][0]
+    (tmp_path / "t").unlink()
+    tensors.ahead(["b"])  # only advice: the mapped bytes are still there
+    assert tensors["b"].data.view(np.int64).tolist() == list(range(6))

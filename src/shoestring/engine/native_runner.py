@@ -219,12 +219,14 @@ class _Loader:
         model = self.model
         away = {layer for layer in range(model.layers) if not self.span[0] <= layer < self.span[1]}
         skipped = {model.name(role, layer) for layer in away for role in PROJECTIONS}
-        for name, spec in self.packing_of.items():
-            if name in skipped:
-                continue
-            # What is read once from end to end; a cold disk is slow to notice that by itself.
-            if not parse(spec.partition("+")[0]).used_as_stored and f"{name}.weight" in self.tensors:
-                self.tensors.ahead(f"{name}.weight")
+        # What is read once from end to end; a cold disk is slow to notice that by itself.
+        self.tensors.ahead(
+            f"{name}.weight"
+            for name, spec in self.packing_of.items()
+            if name not in skipped
+            and not parse(spec.partition("+")[0]).used_as_stored
+            and f"{name}.weight" in self.tensors
+        )
         embedding = self.matrix("embedding")
         head = embedding if model.tied else self.matrix("head")
         blocks = tuple(self.block(layer) for layer in range(*self.span))

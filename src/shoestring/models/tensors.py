@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Iterator, Mapping
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +57,12 @@ class Tensors(Mapping[str, Stored]):
     def dims(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].dims
 
-    def ahead(self, name: str) -> None:
-        """Have the system read a tensor's bytes from the disk while other work is done; they will be needed soon."""
-        tensor, page = self._tensors[name], mmap.PAGESIZE
-        begin = tensor.offset // page * page
-        if tensor.size and hasattr(mmap, "MADV_WILLNEED"):
-            self._maps[tensor.file].madvise(mmap.MADV_WILLNEED, begin, tensor.offset + tensor.size - begin)
+    def ahead(self, names: Iterable[str]) -> None:
+        """Have the system read tensors from the disk, in this order, while other work is done."""
+        wanted = [self._tensors[name] for name in names]
+        if wanted and hasattr(os, "posix_fadvise"):
+            # Asking takes as long as finding memory for what is read, so another thread asks.
+            threading.Thread(target=_ask_for, args=(wanted,), daemon=True).start()
 
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system; its bytes stay readable, from the file."""
@@ -125,6 +128,15 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 def aligned(data: np.ndarray, width: int) -> np.ndarray:
     """The bytes themselves when they begin at a multiple of `width`, else a copy: files promise no alignment."""
     return data if data.ctypes.data % width == 0 else data.copy()
+
+
+def _ask_for(tensors: Iterable[Tensor]) -> None:
+    with contextlib.ExitStack() as files, contextlib.suppress(OSError):  # a file that is gone is no loss here
+        opened: dict[Path, int] = {}
+        for tensor in tensors:
+            if tensor.file not in opened:
+                opened[tensor.file] = files.enter_context(tensor.file.open("rb")).fileno()
+            os.posix_fadvise(opened[tensor.file], tensor.offset, tensor.size, os.POSIX_FADV_WILLNEED)
 
 
 def _map(file: Path) -> mmap.mmap:

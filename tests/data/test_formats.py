@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 
 import pytest
 
@@ -254,6 +255,17 @@ def test_ragged_table(tmp_path):
     assert len(read(tmp_path / "a.csv", skip_bad=1)) == 1
     (tmp_path / "b.csv").write_text('prompt,completion\n"a,b\n')
     refused(tmp_path / "b.csv", "b.csv", "not a table")
+
+
+def test_a_header_that_names_a_column_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,prompt,completion\na,b,c\n")
+    refused(tmp_path / "a.csv", "a.csv:1", "'prompt' twice")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    refused(tmp_path / "a.jsonl", "a.jsonl", "a pipe or a device")
 
 
 def test_options(tmp_path):

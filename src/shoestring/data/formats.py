@@ -123,6 +123,10 @@ def _items(name: str, limit: int | None) -> Iterator[_Item]:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         remedy = nearest(path.name, beside) if 0 < len(beside) <= 50 else ""
         raise UsageError(f"data file {name} does not exist", remedy=remedy or "Check the path")
+    if not path.is_file():
+        raise UsageError(
+            f"data file {name} is a pipe or a device", "it would be waited for", "Write it to a file first"
+        )
     if suffix[0] not in SUFFIXES:
         raise UsageError(
             f"data file {name} has the unknown ending {path.suffix or '(none)'}",
@@ -252,6 +256,13 @@ def _table(stream: BinaryIO, name: str, delimiter: str) -> Iterator[_Item]:
         before = csv.field_size_limit(MAX_LINE)
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            header = list(reader.fieldnames or ())
+            twice = next((column for column in header if header.count(column) > 1), None)
+            if twice is not None:
+                raise UsageError(
+                    f"{name}:1: the header names the column {twice!r} twice", "only one of them would be read",
+                    "Give each column a name of its own",
+                )  # fmt: skip
             for row in reader:
                 if None in row:
                     yield reader.line_num, BadRow("has more cells than the header")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -84,6 +85,8 @@ def exit_code(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     screen = Screen()
     _no_bars_in_logs()
+    # What one library asks of another is nothing that whoever types a command can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # Threads that spin at every barrier make torch ten times slower as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -31,7 +31,6 @@ from shoestring.engine.engine import Engine
 from shoestring.engine.request import Request, Sampling
 
 METHOD = catalog.module("attention_offloading")
-WORKER = "shoestring.methods.serving._attention_worker"
 SPACE, OURS, THEIRS, PORT = "shoestring-attention", "10.213.7.1", "10.213.7.2", 7413
 LINKS = {"10 Gbit/s, 0.1 ms": ("10gbit", "0.05ms"), "1 Gbit/s, 0.5 ms": ("1gbit", "0.25ms")}
 
@@ -112,11 +111,14 @@ def across(rate: str, delay: str) -> Iterator[None]:
             ) if rate else ()),
         ):  # fmt: skip
             subprocess.run(line.split(), check=True, capture_output=True, text=True)
-        core = str(max(os.sched_getaffinity(0)))
-        words = [*inside, sys.executable, "-m", WORKER, "--listen", f"tcp://{THEIRS}:{PORT}", "--cpu", core]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            process.stdout.readline()
+        role = ["serve", "--role", "attention", "--host", THEIRS, "--port", str(PORT), "--no-auth"]
+        words = [*inside, sys.executable, "-m", "shoestring", *role]
+        core = max(os.sched_getaffinity(0))
+        with subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core})
+        ) as process:
+            assert process.stderr
+            process.stderr.readline()
             try:
                 yield
             finally:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoestring.core import catalog
 from shoestring.core.errors import UsageError
+from shoestring.engine.plug import configured, spelled
 from shoestring.server.keys import VARIABLE, Keys
 from shoestring.server.settings import Settings
 
@@ -40,6 +42,8 @@ def serve(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     Raises:
         UsageError: settings that cannot be, an address that cannot be had, a model that cannot be opened.
     """
+    if settings.worker:
+        return _work(settings, say)
     keys = Keys.load(settings.api_key_file)
     if not (settings.loopback or keys or settings.no_auth):
         raise UsageError(
@@ -55,6 +59,18 @@ def serve(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
         return _run(settings, keys, listener, loading, say)
     finally:
         listener.close()
+
+
+def _work(settings: Settings, say: Callable[[str], None]) -> int:
+    """Work for the engines of others, without HTTP. `say` is given the address."""
+    if not (settings.loopback or settings.no_auth):
+        raise UsageError(
+            f"{settings.host} can be reached from other machines, and a worker asks nobody for a key",
+            remedy="Inside a network that you trust, --no-auth lets everybody in",
+        )
+    name, options = spelled(settings.worker)
+    code: int = catalog.module(name).worker(configured(name, options), settings, say)
+    return code
 
 
 def _run(settings: Settings, keys: Keys, listener: socket.socket, loading: _Loading, say: Callable[[str], None]) -> int:

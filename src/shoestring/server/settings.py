@@ -45,7 +45,7 @@ class Settings:
         draft: the method that guesses tokens ahead, as NAME or NAME,OPTION=VALUE,...; answers stay the same.
         exit: the method that ends passes early, as NAME or NAME,OPTION=VALUE,...
         plug: any other method to plug into the engine, as NAME or NAME,OPTION=VALUE,...; repeat for more.
-        role: this server's part of a model that several serve, as edge or cloud, with ROLE,OPTION=VALUE,...
+        role: this process's part in a model that several serve: edge, cloud or attention, as ROLE,OPTION=VALUE,...
         cloud: where an edge finds its cloud, as http://HOST:PORT.
         replicas: engines in processes of their own behind this address; needs Ray Serve.
         front: a method that answers in front of other servers, with no MODEL of its own, as NAME,OPTION=VALUE,...
@@ -153,14 +153,16 @@ class Settings:
             raise UsageError(f"--metrics-prefix {self.metrics_prefix} is not a name of letters, digits and _")
         if self.cloud and spelled(self.role)[0] != "edge":
             raise UsageError(f"--cloud {self.cloud} is for an edge", remedy="Add --role edge,heads=FOLDER")
-        if self.role:
-            self._part()
+        kind, _ = self._part()
         if self.front:
             method_for(spelled(self.front)[0], "front", "front")
-            engine = [n for n in ("draft", "exit", "plug", "adapter") if getattr(self, n)]
-            if engine or self.model != type(self).model:
-                asked = f"--{engine[0]}" if engine else self.model
-                raise UsageError(f"{asked} needs an engine, and --front has none", remedy="Give one of the two")
+        if self.front or kind == "worker":
+            asked = [f"--{n}" for n in ("draft", "exit", "plug", "adapter") if getattr(self, n)]
+            if asked or self.model != type(self).model:
+                without = "--front" if self.front else f"--role {self.role}"
+                raise UsageError(
+                    f"{[*asked, self.model][0]} needs an engine, and {without} has none", remedy="Give one of the two"
+                )
         if self.replicas > 1:
             alone = [name for name in ("front", "role", "fine_tune") if getattr(self, name)]
             if alone:
@@ -199,12 +201,18 @@ class Settings:
         return word if kind == "front" else self.front
 
     @property
+    def worker(self) -> str:
+        """The method whose worker this process is, as NAME,OPTION=VALUE,...; empty for a server."""
+        kind, word = self._part()
+        return word if kind == "worker" else ""
+
+    @property
     def forwards(self) -> bool:
         """Whether answers come from elsewhere than an engine in this process."""
         return bool(self.fronted) or self.replicas > 1
 
     def _part(self) -> tuple[str, str]:
-        """How `--role` is played, "plug" or "front", and by what method with what options; empty without one."""
+        """How `--role` is played, "plug", "front" or "worker", and by what method with what options; else empty."""
         if not self.role:
             return "", ""
         role, *options = self.role.split(",", 1)
@@ -222,7 +230,9 @@ class Settings:
     @property
     def title(self) -> str:
         """What is served, in a word."""
-        return spelled(self.front)[0] if self.front else self.model + (f" as {self.role}" if self.role else "")
+        if self.front or self.worker:
+            return spelled(self.front or self.role)[0]
+        return self.model + (f" as {self.role}" if self.role else "")
 
     @property
     def queue(self) -> int:

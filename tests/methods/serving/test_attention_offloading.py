@@ -183,7 +183,7 @@ def test_bytes_are_those_of_the_formula(model: Path) -> None:
 
 def test_a_worker_has_its_memory(model: Path) -> None:
     refused = pytest.raises(UsageError, match="keys and values are not to be had")
-    with listening("--memory", str(1 << 16)) as address, refused:
+    with listening("--kv-memory", "64KiB") as address, refused:
         answering.exact(model, plugs=[f"attention_offloading,workers={address}"])
 
 
@@ -316,13 +316,14 @@ def test_an_answer_survives_its_worker(model: Path, wanted: Any, word: str) -> N
 
 @contextmanager
 def listening(*options: str) -> Iterator[str]:
-    words = [sys.executable, "-m", protocol.__name__, "--listen", "tcp://127.0.0.1:0", *options]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
+    words = [sys.executable, "-m", "shoestring", "serve", "--role", "attention", "--port", "0", *options]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
         try:
-            yield process.stdout.readline().split()[-1]
+            yield process.stderr.readline().split()[-1]
         finally:
-            process.kill()
+            process.terminate()
+            assert process.wait(5) in (0, 143)  # 143 when somebody needed it still
 
 
 def test_workers_on_other_machines(model: Path, wanted: Any) -> None:
@@ -332,6 +333,17 @@ def test_workers_on_other_machines(model: Path, wanted: Any) -> None:
                 assert answering.answers(engine, GREEDY, PROMPTS[:10]) == wanted[0][:10]
                 with pytest.raises(UsageError, match="at work for another model"):
                     answering.exact(model, plugs=[f"attention_offloading,workers={one}"])
+
+
+def test_a_worker_is_a_role_of_the_command(tmp_path: Path) -> None:
+    for words, said in (
+        (["--host", "0.0.0.0"], "--no-auth"),
+        (["--draft", "aded"], "--draft needs an engine"),
+        (["other-model", "--port", "0"], "other-model needs an engine"),
+    ):
+        command = [sys.executable, "-m", "shoestring", "serve", "--role", "attention", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_worker_that_stays_away_is_said_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

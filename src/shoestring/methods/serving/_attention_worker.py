@@ -21,16 +21,14 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
+from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.text import show_bytes
 from shoestring.engine.memory import free_memory
 from shoestring.kernels.pages import Pages, page_bytes
@@ -138,12 +136,18 @@ class Worker:
         self.pages: Pages | None = None
         self.lanes: list[_Lane] = []
         self.events: list[tuple[float, ...]] = []
+        self.ending = 0  # set to an exit code, it ends `serve`
+
+    @property
+    def needed(self) -> bool:
+        """Whether it keeps something for somebody."""
+        return any(lane.greeted for lane in self.lanes)
 
     def serve(self, links: Sequence[Link], door: socket.socket | None = None) -> None:
-        """Answer until no link is left; with a door, newcomers are let in and it never ends."""
+        """Answer until no link is left; with a door, newcomers are let in, and it is for a signal to end it."""
         self.lanes = [_Lane(link) for link in links]
         idle = 0
-        while self.lanes or door:
+        while (self.lanes or door) and not self.ending:
             by_link = {id(lane.link): lane for lane in self.lanes}
             found = _link.wait_for_any(
                 [lane.link for lane in self.lanes], [door] if door else [], min(_link.NAP * 2**idle, _LONGEST_NAP)
@@ -428,30 +432,36 @@ def greeting(session: str, share: Share) -> np.ndarray:
     return _text(json.dumps({"version": VERSION, "session": session, "share": asdict(share)}))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def work_at(address: str, memory: int | None, ready: Callable[[str], None]) -> int:
+    """Be a worker at tcp://host:port for whoever connects, until SIGINT or SIGTERM; returns the exit code."""
+    worker = Worker(memory)
+
+    def end(number: int, _: Any) -> None:
+        worker.ending = 128 + number
+
+    with _link.listen(address) as door:
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            host, port = door.getsockname()[:2]
+            ready(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
+            worker.serve([], door)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return worker.ending if worker.needed else 0
+
+
+def main() -> None:
+    """A worker that was started by the engine it works for, and ends when that closes its links."""
     parser = argparse.ArgumentParser(prog="attention worker", description="Hold keys and values; compute attention.")
-    parser.add_argument("--listen", help="tcp://host:port")
-    parser.add_argument("--memory", type=int, help="bytes for keys and values, at most")
     parser.add_argument("--cpu", type=int, help="the core to stay on")
-    parser.add_argument("--inherit", action="append", default=[], help="descriptors of a link, with commas")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--inherit", action="append", required=True, help="descriptors of a link, with commas")
+    given = parser.parse_args()
     if given.cpu is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {given.cpu})
-    links = [Link(_link.inherited([int(n) for n in text.split(",")])) for text in given.inherit]
-    if links:  # the model's process says when it is time to go, by closing its ends
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with _link.listen(given.listen) if given.listen else nullcontext() as door:
-            if door is not None:
-                print(f"attention worker at tcp://{':'.join(map(str, door.getsockname()[:2]))}", flush=True)
-            Worker(given.memory).serve(links, door)
-    except KeyboardInterrupt:
-        return 130
-    except ShoestringError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine's process says when it is time to go
+    Worker().serve([Link(_link.inherited([int(n) for n in text.split(",")])) for text in given.inherit])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

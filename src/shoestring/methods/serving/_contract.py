@@ -14,7 +14,11 @@ TRAITS = ("plugs",)
 #       opened. Its `traits["plugs"]` names the fields of Hooks that it fills, with commas.
 #   front(config, settings: server.settings.Settings) -> ASGI application: answers in front of other servers, with no
 #       engine of its own; `traits["plugs"]` is "front".
+# A method that has part in a model which several processes serve says so in its `traits["roles"]`, as ROLE=WORD with
+# commas: what `--role ROLE` calls, `plug`, `front` or `worker`.
 # A method may also define
+#   worker(config, settings, ready) -> exit code: is a process that works for the engines of others, without HTTP, at
+#       settings.host and settings.port until a signal; `ready` is given its address.
 #   routes(config, service) -> list of starlette Routes: beside those of the server.
 #   load(config, folder: Path, *, dtype, trust_remote_code) -> models.Loaded: reads the model in its own way, before
 #       `plug` is asked; the torch runner runs it. One that adds to another's model has a parameter `read`: how that is

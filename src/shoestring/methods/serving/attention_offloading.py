@@ -71,7 +71,7 @@ METHOD = Method(
     ),
     provides="AttentionOffloading",
     saves=("money", "memory"),
-    traits={"plugs": "attention, decoder"},
+    traits={"plugs": "attention, decoder", "roles": "attention=worker"},
 )
 
 SPLITS = ("auto", "heads", "sequence")
@@ -164,9 +164,21 @@ def plug(config: AttentionOffloading, opened: Opened) -> Hooks:
     )
 
 
-def worker(address: str, memory: int | None = None) -> int:
-    """Be a worker at tcp://host:port until interrupted; `memory` bytes of keys and values at most."""
-    return protocol.main(["--listen", address, *([] if memory is None else ["--memory", str(memory)])])
+def worker(config: AttentionOffloading, settings: Any, ready: Callable[[str], None]) -> int:
+    """Work for engines elsewhere, at the address and with the memory for keys and values that the settings give.
+
+    Returns:
+        0 when a signal ended it while nobody needed it, 130 or 143 when somebody did.
+
+    Raises:
+        UsageError: options, which are the engine's to have, or an address that is not to be had.
+    """
+    if config != AttentionOffloading():
+        raise UsageError(
+            "A worker takes no options", "the engine that it works for tells it what to do", "Give them to --plug there"
+        )
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return protocol.work_at(f"tcp://{host}:{settings.port}", settings.cache_bytes, ready)
 
 
 def splits(model: Any, tokens: int = 4) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -94,9 +95,26 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert gguf_tokenizer.end_tokens(values)[0] == own.eos_token_id
 
 
+def test_what_begins_a_text_and_what_ends_an_answer_comes_along(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    inner = tokenizer().backend_tokenizer
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.save(str(source / "tokenizer.json"))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3, 4]}))
+    values = open_source(write_gguf(source, tmp_path / "model.gguf")).values
+    made = gguf_tokenizer.build(values)
+    assert made is not None and made.encode("!").ids == inner.encode("!").ids and made.encode("").ids == [0]
+    assert gguf_tokenizer.end_tokens(values) == (1, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"sliding_window": 8, "family": "mistral"}, "no exact form in GGUF"), ({"family": "granite"}, "no exact form")],
+    [
+        ({"sliding_window": 8, "family": "mistral"}, "no exact form in GGUF"),
+        ({"family": "granite"}, "no exact form"),
+        ({"family": "smollm3", "no_rope_layers": [0], "pad_token_id": 0}, "no exact form"),
+        ({"family": "llama", "hidden_act": "gelu_pytorch_tanh"}, "no exact form"),
+    ],
 )
 def test_families_that_gguf_does_not_carry(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     from transformers import AutoConfig

@@ -18,7 +18,15 @@ from shoestring.core.files import atomic_file
 from shoestring.kernels.layout import Layout, parse
 from shoestring.models.folder import end_tokens
 from shoestring.models.gguf_tokenizer import cut_of
-from shoestring.models.llama_like import GGUF_FAMILIES, GGUF_NAMES, PROJECTIONS, LlamaLike, describe, packing
+from shoestring.models.llama_like import (
+    GGUF_FAMILIES,
+    GGUF_NAMES,
+    PROJECTIONS,
+    LlamaLike,
+    describe,
+    packing,
+    usual_rotation,
+)
 from shoestring.models.tensors import Source, Stored, aligned, floats, open_source
 
 # What transformers calls the family -> what GGUF does.
@@ -42,13 +50,15 @@ def write_gguf(folder: Path, out: Path) -> Path:
     if (
         architecture is None
         or any(model.windows)
+        or model.rotates != usual_rotation(model.family, model.layers)
         or model.rotary.factor != 1
+        or model.activation != "silu"
         or model.layer_kv_heads
         or model.layer_intermediate
     ):
         raise UsageError(
             f"{folder} has no exact form in GGUF",
-            f"not for a {model.family} model with these layers, windows and rotary positions",
+            f"not for a {model.family} model with these layers, windows, rotary positions and activation",
             f"Families: {', '.join(_ARCHITECTURES)}",
         )
     tensors = list(_tensors(source, model))
@@ -151,6 +161,8 @@ def _blocks(
 
 def _tokenizer(folder: Path, vocab: int) -> Iterator[tuple[str, Any]]:
     """The metadata of the folder's byte-level tokenizer."""
+    import tokenizers
+
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UsageError(f"{folder} has no tokenizer.json, which GGUF needs in the file", remedy="Add its tokenizer")
@@ -178,14 +190,16 @@ def _tokenizer(folder: Path, vocab: int) -> Iterator[tuple[str, Any]]:
     said = folder / "tokenizer_config.json"
     config = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
     for key in ("bos", "eos", "unk", "pad"):
-        token = config.get(f"{key}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _text(config.get(f"{key}_token"))
         if token in numbers:
             yield f"tokenizer.ggml.{ {'unk': 'unknown', 'pad': 'padding'}.get(key, key) }_token_id", numbers[token]
     ends = [number for number in end_tokens(folder) if number != numbers.get(_text(config.get("eos_token")))]
-    if ends:
-        yield "tokenizer.ggml.eot_token_id", ends[0]
-    yield "tokenizer.ggml.add_bos_token", bool(config.get("add_bos_token", False))
+    for key, number in zip(("eot", "eom"), ends):
+        yield f"tokenizer.ggml.{key}_token_id", number
+    around = tokenizers.Tokenizer.from_file(str(file)).encode("").ids
+    for key in ("bos", "eos"):
+        own = numbers.get(_text(config.get(f"{key}_token")))
+        yield f"tokenizer.ggml.add_{key}_token", own in around or bool(config.get(f"add_{key}_token"))
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     if isinstance(text, str):
@@ -193,7 +207,8 @@ def _tokenizer(folder: Path, vocab: int) -> Iterator[tuple[str, Any]]:
 
 
 def _text(token: Any) -> str:
-    return str(token.get("content") if isinstance(token, dict) else token)
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

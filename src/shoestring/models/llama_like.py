@@ -289,9 +289,6 @@ def from_gguf(
     window = own.get("attention.sliding_window") or 0
     if window and window < context:
         raise NotNative("The native runner does not know which layers of this GGUF file have a sliding window")
-    # GGUF writes no list of layers without rotation: the family's own step is what it means.
-    step = FAMILIES[family].get("no_rope_layer_interval")
-    rotates = tuple(not step or (layer + 1) % step != 0 for layer in range(layers))
     biased = frozenset(r for r in PROJECTIONS if GGUF_NAMES[r].format(0) + ".bias" in dims)
     return _checked(
         LlamaLike(
@@ -307,7 +304,7 @@ def from_gguf(
             epsilon=_number(own, "attention.layer_norm_rms_epsilon"),
             activation="silu",
             rotary=_gguf_rotary(own, rotated, context, frequencies),
-            rotates=rotates,
+            rotates=usual_rotation(family, layers),
             windows=(0,) * layers,
             biased=biased,
             head_norms="blk.0.attn_q_norm.weight" in dims,
@@ -317,6 +314,12 @@ def from_gguf(
             names=GGUF_NAMES,
         )
     )
+
+
+def usual_rotation(family: str, layers: int) -> tuple[bool, ...]:
+    """Which layers rotate where no list says so. GGUF writes no list: the family's own step is what it means."""
+    step = FAMILIES[family].get("no_rope_layer_interval")
+    return tuple(not step or (layer + 1) % step != 0 for layer in range(layers))
 
 
 def check_names(model: LlamaLike, tensors: Collection[str], packing: Mapping[str, str] | None = None) -> None:

@@ -132,6 +132,20 @@ def test_read_part_by_part_it_is_the_same_model(tmp_path: Path) -> None:
     eo.offloader(loaded.model).close()  # type: ignore[union-attr]
 
 
+def test_a_file_of_experts_that_were_changed_since_is_written_anew(tmp_path: Path) -> None:
+    """Their routers are the same, as those of a model whose experts alone were tuned or pruned."""
+    model, config = mixture(), Config(slots=4, folder=str(tmp_path / "experts"))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "model")
+        loaded = eo.load(config, tmp_path / "model", dtype="float32")
+        assert equal(passes(model), passes(loaded.model))
+        eo.offloader(loaded.model).close()  # type: ignore[union-attr]
+        with torch.no_grad():
+            model.get_submodule(mixtures(model)[0].experts).down_proj.mul_(1.5)
+    with pytest.raises(UsageError, match="has other experts"):
+        eo.offload(model, config)
+
+
 # ---------------------------------------------------------------- caches and traces
 
 
@@ -538,5 +552,9 @@ def test_the_onlooker_writes_what_a_replay_reads(tmp_path: Path) -> None:
     assert trace.counts == (8, 8, 8) and 0 < replay(trace.as_decoding(), "lru", 16).hit_rate < 1
     assert all(0 < beta < 1 for beta in expert_routing.median_ratios(trace))
     assert replace(expert_routing.Meter.read({"slots": "0.5"})).slots == (0.5,)
-    with pytest.raises(UsageError, match="no option"):
-        expert_routing.Meter.read({"slot": 1})
+    for wrong, words in (
+        ({"slot": 1}, "no option"), ({"tokens": "many"}, "no whole number"), ({"devices": 2.5}, "no whole number"),
+        ({"load_ms": "slow"}, "no number"), ({"bits": 9}, "2 to 6"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            expert_routing.Meter.read(wrong)

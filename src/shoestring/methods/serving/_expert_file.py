@@ -67,6 +67,7 @@ class ExpertFile:
 
     Attributes:
         widths: what it has of each expert: `EXACT`, and formats of fewer bits.
+        source: what `write` was told of where they come from.
 
     Raises:
         UsageError: it is no such file, or one of another model.
@@ -89,6 +90,7 @@ class ExpertFile:
                 "their routers differ",
                 "Give the file of this model, or let it be written anew",
             )
+        self.source = str(said.get("source", ""))
         end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != end:
             raise _no_file(path, f"it has {path.stat().st_size} bytes instead of {end}")
@@ -147,6 +149,16 @@ class ExpertFile:
             os.posix_fadvise(self._file, record.at + first, last - first, os.POSIX_FADV_DONTNEED)
         return done
 
+    def holds(self, key: Key, own: Mapping[str, Tensor]) -> bool:
+        """Whether an expert's bytes are those of these parameters."""
+        record = self.records[key, EXACT]
+        raw = torch.empty(record.size, dtype=torch.uint8)
+        self.read([(key, EXACT)], [raw])
+        return all(
+            torch.equal(raw[piece.at : piece.at + piece.size], own[piece.name].contiguous().view(-1).view(torch.uint8))
+            for piece in record.pieces
+        )
+
     def follows(self, first: tuple[Key, str], second: tuple[Key, str]) -> bool:
         """Whether the bytes of the second begin where those of the first end."""
         return self.records[first].at + self.records[first].size == self.records[second].at
@@ -177,6 +189,7 @@ def write(
     layer: Callable[[int], Mapping[str, Tensor]],
     model: str,
     widths: Sequence[str] = (),
+    source: str = "",
 ) -> None:
     """Write the experts of a model, one layer after another; no more than one layer is asked for at a time.
 
@@ -187,8 +200,9 @@ def write(
         layer: of a layer's number, parameter -> tensor (experts, ...).
         model: its `fingerprint`.
         widths: formats of fewer bits to write beside, such as `int4/32`; matrices that do not fit one stay as they are.
+        source: a mark of what the experts are read from, by which their file is known to be that of other ones.
     """
-    header: dict[str, Any] = {"__metadata__": {"kind": _KIND, "model": model}}
+    header: dict[str, Any] = {"__metadata__": {"kind": _KIND, "model": model, "source": source}}
     at = 0
     for width in (EXACT, *widths):
         for number, mixture in enumerate(mixtures):

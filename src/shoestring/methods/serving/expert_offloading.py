@@ -36,6 +36,8 @@ Where it bends
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -199,18 +201,18 @@ def load(
         experts = reader.model.get_submodule(name)
         return {tensor: experts.get_parameter(tensor) for tensor in found[number].tensors}
 
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    source = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
     def make(to: Path) -> None:
-        files.write(to / "experts.safetensors", found, kinds, streamed.dtype, layer, mark, widths)
+        files.write(to / "experts.safetensors", found, kinds, streamed.dtype, layer, mark, widths, source)
 
     if config.folder:
         path = Path(config.folder).expanduser() / "experts.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        # Routers alike do not say that the experts are: those of a model that was tuned or pruned are others.
+        if not path.is_file() or _source(path, mark) != source:
             make(path.parent)
     else:
-        stats = [
-            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))
-        ]
         said = {"folder": str(folder.resolve()), "files": stats, "dtype": str(streamed.dtype), "widths": widths}
         path = make_once("experts", {**said, "routers": mark}, make) / "experts.safetensors"
     _replace(model, found, config, ExpertFile(path, mark), predictor)
@@ -247,9 +249,16 @@ def offload(
         return {tensor: experts.get_parameter(tensor) for tensor in found[number].tensors}
 
     if held or not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, found, kinds, dtype, layer, mark, (config.small_width,) if config.small else ())
-    made = _replace(model, found, config, ExpertFile(path, mark), predictor)
+    file = ExpertFile(path, mark)
+    for number in range(0 if held else len(found)):
+        if not file.holds((number, 0), {name: tensor[0].detach() for name, tensor in layer(number).items()}):
+            raise UsageError(
+                f"{path} has other experts than this model",
+                "only their routers are alike",
+                "Delete it, so that it is written anew",
+            )
+    made = _replace(model, found, config, file, predictor)
     made.held = held
     return made
 
@@ -468,6 +477,12 @@ def _replace(
     return made
 
 
+def _source(path: Path, mark: str) -> str:
+    file = ExpertFile(path, mark)
+    file.close()
+    return file.source
+
+
 def _predictor(model: nn.Module, found: Sequence[Mixture], config: ExpertOffloadingConfig) -> Predictor:
     counts, guesses = [mixture.count for mixture in found], config.guesses or max(m.chosen for m in found)
     history = ByHistory(counts, guesses, config.confidence)
@@ -507,9 +522,9 @@ def _check(model: nn.Module, found: Sequence[Mixture]) -> None:
         how = getattr(getattr(experts, "config", None), "_experts_implementation", None)
         if how not in COMPUTE:
             raise UsageError(
-                f"The experts of this {name} are computed by {how}",
+                f"The experts of this {name} are computed {f'by {how}' if how else 'in a way of its own'}",
                 f"only {' and '.join(COMPUTE)} compute an expert alone as among others",
-                'Load it with experts_implementation="grouped_mm"',
+                'Load it with experts_implementation="grouped_mm"' if how else "Use Mixtral, OLMoE or their kin",
             )
         others = [n for n, _ in experts.named_parameters() if n not in mixture.tensors]
         kinds = {experts.get_parameter(n).dtype for n in mixture.tensors}

@@ -39,7 +39,7 @@ from shoestring.core.method import Method, Paper
 from shoestring.core.step import Work
 from shoestring.lab import tiny_mixture
 from shoestring.methods.serving import _placement
-from shoestring.methods.serving._expert_bits import allocate, errors
+from shoestring.methods.serving._expert_bits import BITS, allocate, errors
 from shoestring.methods.serving._expert_guess import ByHistory, ByRouter, Predictor, fit_linear, recalls
 from shoestring.methods.serving._expert_replay import ORACLE, Together, replay
 from shoestring.methods.serving._expert_slots import POLICIES
@@ -119,7 +119,13 @@ class Meter:
                 raise UsageError(
                     f"slots={given['slots']!r} is no list of shares", remedy="Write slots=0.25,0.5"
                 ) from None
+        for name, value in given.items():
+            kind = int if name in ("tokens", "devices", "replicas") else int | float
+            if name != "slots" and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise UsageError(f"{name}={value!r} is no {'whole ' if kind is int else ''}number")
         made = cls(**given)
+        if not BITS[0] <= made.bits <= BITS[-1]:
+            raise UsageError(f"{made.bits} bits on average are not possible", f"there are {BITS[0]} to {BITS[-1]}")
         if made.tokens < 16 or made.devices < 1 or made.replicas < 0 or min(made.compute_ms, made.load_ms) < 0:
             raise UsageError(
                 "the meter refuses its options", "tokens are 16 or more, devices 1 or more, times not below 0"

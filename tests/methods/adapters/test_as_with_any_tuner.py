@@ -81,3 +81,24 @@ def test_a_weighting_net_needs_a_language_model() -> None:
     with pytest.raises(ValueError, match="Stack has no table of tokens.*weighting=False"):
         wrapped("perk", Stack(), target_modules=["0"])
     assert wrapped("perk", Stack(), target_modules=["0"], weighting=False)(torch.ones(1, 32)).shape == (1, 32)
+
+
+@pytest.mark.parametrize("name", ["perk", "mos", "ssf", "intrinsic_dimension", "invertible", "connected"])
+def test_two_files_are_read_into_one_model_and_written_apart(name: str, tmp_path: Path) -> None:
+    module = catalog.module(name)
+    module.register()
+    options = {"form": "seq_bn"} if name == "invertible" else {}
+    answers = {}
+    for seed, called in enumerate(("one", "two"), 1):
+        torch.manual_seed(seed)
+        model = CONTRACT._stir(CONTRACT.wrap(module, tiny.model(), options), seed).eval()
+        model.save_pretrained(tmp_path / called)
+        answers[called] = tiny.logits(model)
+    both = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "one"), "one")
+    both.load_adapter(str(tmp_path / "two"), "two")
+    for called, answer in answers.items():
+        both.set_adapter(called)
+        assert torch.equal(tiny.logits(both.eval()), answer), called
+    both.save_pretrained(str(tmp_path / "again"), selected_adapters=["two"])
+    again = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "again" / "two")).eval()
+    assert torch.equal(tiny.logits(again), answers["two"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from serving import command, toy
 from test_bad_requests import raw
 
 from shoestring.lab import answering
+from shoestring.server.fine_tuning import FineTuning, _Job
 
 ASKED = [{"role": "user", "content": "w7 w8"}]
 ROWS = [
@@ -119,6 +121,46 @@ def test_from_upload_to_answer(client: openai.OpenAI) -> None:
     assert client.files.delete(data).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(data)
+
+
+def test_what_was_left_to_us_is_said_and_models_can_be_deleted(client: openai.OpenAI, folder: Path) -> None:
+    data = _upload(client)
+    job = _create(client, data, suffix="brief", hyper={"n_epochs": 1})
+    done = _ended(client, job.id)
+    hyper = done.hyperparameters
+    assert (hyper.n_epochs, hyper.batch_size, hyper.learning_rate_multiplier) == (1, 8, 1.0)
+    name = done.fine_tuned_model
+    assert client.models.delete(name).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(name)
+    for kept in client.fine_tuning.jobs.checkpoints.list(job.id).data:
+        assert client.models.delete(kept.fine_tuned_model_checkpoint).deleted
+    assert not list((folder / "jobs" / job.id).glob("checkpoint-*"))
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.delete("tiny")
+    again = _create(client, data, suffix="brief", hyper={"n_epochs": 1})  # its name is free again
+    assert _ended(client, again.id).status == "succeeded"
+
+
+def test_a_job_outlives_its_disk(tmp_path: Path) -> None:
+    """A line of events that a kill has cut, a file that is no job, a folder that can be written no more."""
+    job = _Job(tmp_path / "jobs" / "one", {"id": "one", "created_at": 1, "status": "running"}, "ft:tiny:one", "")
+    job.save()
+    job.event("first")
+    with (job.folder / "events.jsonl").open("a") as out:
+        out.write('{"id": "cut')
+    again = _Job.read(job.folder)
+    assert [event["message"] for event in again.events] == ["first"]
+    again.event("second")
+    assert [event["message"] for event in _Job.read(job.folder).events] == ["first", "second"]
+    (tmp_path / "jobs" / "two").mkdir()
+    (tmp_path / "jobs" / "two" / "job.json").write_text("{}")
+    assert list(FineTuning(None, tmp_path)._jobs) == ["one"]  # type: ignore[arg-type]
+    shutil.rmtree(job.folder)
+    job.folder.write_text("no folder")
+    job.event("third")
+    job.change("failed")
+    assert job.shown["status"] == "failed" and job.events[-1]["message"] == "third"
 
 
 def test_pause_resume_and_cancel(client: openai.OpenAI) -> None:

@@ -12,9 +12,12 @@ import asyncio
 import csv
 import io
 import json
+import os
 import re
 import secrets
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,7 @@ class FineTuning:
         self._tuner: Tuner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()  # what is told is acted upon in the order in which it was told
-        for about in (folder / "jobs").glob("*/job.json"):
-            job = _Job.read(about.parent)
+        for job in sorted(_kept(folder / "jobs"), key=lambda job: (job.shown["created_at"], job.id)):
             self._jobs[job.id] = job
 
     async def open(self) -> None:
@@ -66,7 +68,7 @@ class FineTuning:
         objectives = Objectives(settings.ttft / 1000, settings.tpot / 1000)
         self._tuner = await asyncio.to_thread(catalog.module(methods[0].name).tuner, opened, objectives)
         await engine.run(inner.plug_filler, self._tuner)
-        for job in sorted(self._jobs.values(), key=lambda job: job.shown["created_at"]):
+        for job in list(self._jobs.values()):
             for name, path in list(job.served.items()):
                 if not ((job.folder / path).is_dir() and await self._serve(job, name, job.folder / path)):
                     job.served.pop(name)
@@ -90,7 +92,7 @@ class FineTuning:
         if given.suffix is not None and not _SUFFIX.fullmatch(given.suffix):
             raise bad("suffix", "At most 64 letters, digits and ._-, beginning with a letter or digit")
         name = f"ft:{service.names[0]}:{given.suffix or job_id[-8:]}"
-        taken = {job.name for job in self._jobs.values() if job.shown["status"] not in ("failed", "cancelled")}
+        taken = {job.name for job in self._jobs.values() if job.shown["status"] in _OPEN}
         if name in taken or name in service.engine.engine.adapters:
             raise ApiError(409, f"There is a model {name} already", param="suffix", code="name_taken")
         chosen = given.chosen
@@ -122,7 +124,10 @@ class FineTuning:
             "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
         }
         job = _Job(self.folder / "jobs" / job_id, shown, name, client.digest)
-        job.save()
+        try:
+            job.save()
+        except (ShoestringError, OSError):
+            raise ApiError(503, "The job could not be kept: the disk may be full", code="disk_full") from None
         self._jobs[job_id] = job
         job.event(f"Created fine-tuning job: {job_id}")
         self._begin(job)
@@ -137,8 +142,7 @@ class FineTuning:
 
     def all(self, client: Client) -> list[dict[str, Any]]:
         """Those of a client, newest first."""
-        newest = sorted(self._of(client), key=lambda job: (job.shown["created_at"], job.id), reverse=True)
-        return [job.shown for job in newest]
+        return [job.shown for job in self._of(client)][::-1]
 
     async def cancel(self, job_id: str, client: Client) -> dict[str, Any]:
         job = self._open(job_id, client, _OPEN, "cancelled")
@@ -166,6 +170,27 @@ class FineTuning:
         for job in self._jobs.values():
             if job.shown["status"] in _OPEN and file_id in (job.shown["training_file"], job.shown["validation_file"]):
                 raise ApiError(409, f"The job {job.id} needs this file", code="file_in_use")
+
+    async def delete(self, name: str, client: Client) -> dict[str, Any]:
+        """Serve a model no more that a job has made, and give back its place on the disk.
+
+        Raises:
+            ApiError: 404 when this client has none of that name; 403 when no job has made it; 409 while its job goes
+                on.
+        """
+        self.service.pick(name, client)
+        job = next((job for job in self._of(client) if name in job.served), None)
+        if job is None:
+            raise ApiError(403, "Only what was fine-tuned here can be deleted", param="model")
+        if job.shown["status"] in _OPEN:
+            raise ApiError(409, f"The job {job.id} has not ended", param="model", code="job_not_ended")
+        path = job.served.pop(name)
+        job.checkpoints = [made for made in job.checkpoints if made["fine_tuned_model_checkpoint"] != name]
+        job.note()
+        await self._drop(name)
+        if path not in job.served.values():
+            await asyncio.to_thread(shutil.rmtree, job.folder / path, ignore_errors=True)
+        return {"id": name, "object": "model", "deleted": True}
 
     # ---- what happens to a job ----
 
@@ -202,6 +227,7 @@ class FineTuning:
                 seed=shown["seed"],
             )
             prepared = await asyncio.to_thread(self._tuner.prepare, asked)
+            job.take(prepared.epochs, prepared.batch_size)
             if shown["status"] == "cancelled":
                 return
             await self.service.engine.run(self._tuner.start, prepared, tell)
@@ -215,9 +241,8 @@ class FineTuning:
         except ApiError as error:
             log.warning("job %s waits: %s", job.id, error.detail)  # the server is ending; it goes on at the next start
         except ShoestringError as error:
-            # Without the remedy, which speaks of flags, and without our folders.
-            said = str(ShoestringError(error.what, error.why)).replace(f"{job.folder}/", "")
-            self._fail(job, said, "training_file")
+            # Without the remedy, which speaks of flags.
+            self._fail(job, str(ShoestringError(error.what, error.why)), "training_file")
         except Exception as error:
             log.error("job %s could not begin: %s", job.id, type(error).__name__, exc_info=error)
             self._fail(job, "The job could not begin", None)
@@ -262,15 +287,21 @@ class FineTuning:
             self._fail(job, "The adapter could not be loaded", None)
             return
         job.served[job.name] = path.name
-        table = io.BytesIO(job.table().encode())
-        kept = await asyncio.to_thread(self.files.add, "step_metrics.csv", "fine-tune-results", table, job.owner)
-        job.shown |= {"fine_tuned_model": job.name, "trained_tokens": told.tokens, "result_files": [kept["id"]]}
+        job.shown |= {"fine_tuned_model": job.name, "trained_tokens": told.tokens}
+        try:
+            table = io.BytesIO(job.table().encode())
+            kept = await asyncio.to_thread(self.files.add, "step_metrics.csv", "fine-tune-results", table, job.owner)
+            job.shown["result_files"] = [kept["id"]]
+        except (ShoestringError, OSError) as error:
+            log.warning("job %s: %s", job.id, error)
+            job.event("The table of its steps could not be kept", "warn")
         job.end("succeeded")
         job.event(f"New fine-tuned model created: {job.name}")
         job.event("The job has successfully completed")
 
     def _fail(self, job: _Job, message: str, param: str | None) -> None:
         code = "invalid_training_file" if param else "training_failed"
+        message = message.replace(f"{job.folder}/", "")  # where things are here is nobody's business
         job.shown["error"] = {"code": code, "message": message, "param": param}
         job.end("failed")
         job.event(message, "error")
@@ -320,7 +351,7 @@ class FineTuning:
     def _linked(self, job: _Job, file_id: str) -> Path:
         """The file under a name whose ending says what it is."""
         link = job.folder / f"{file_id}.jsonl"
-        if not link.exists():
+        if not link.is_symlink():
             link.symlink_to(self.files.path(file_id).resolve())
         return link
 
@@ -352,20 +383,38 @@ class _Job:
         job = cls(folder, kept["shown"], kept["name"], kept.get("owner", ""))
         job.served, job.checkpoints = kept["served"], kept["checkpoints"]
         events = folder / "events.jsonl"
-        for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
+        whole = 0
+        for line in events.read_bytes().splitlines(keepends=True) if events.is_file() else ():
             try:
-                job.events.append(json.loads(line))
-            except ValueError:
-                break  # the last line of a server that was killed
+                job.events.append(json.loads(line if line.endswith(b"\n") else b""))
+            except ValueError:  # the last line of a server that was killed: what comes next must not go on in it
+                os.truncate(events, whole)
+                break
+            whole += len(line)
         return job
 
     def save(self) -> None:
+        """Raises ShoestringError when the disk is full."""
         names = ("shown", "name", "owner", "served", "checkpoints")
         write_text(self.folder / "job.json", json.dumps({name: getattr(self, name) for name in names}, indent=1))
 
+    def note(self) -> None:
+        """As `save`, of what has come to pass: where it cannot be written now, it is written with what follows."""
+        try:
+            self.save()
+        except (ShoestringError, OSError) as error:
+            log.warning("job %s: %s", self.id, error)
+
     def change(self, status: str) -> None:
         self.shown["status"] = status
-        self.save()
+        self.note()
+
+    def take(self, epochs: int, batch_size: int) -> None:
+        """What it is done with, where that was left to us."""
+        for hyper in (self.shown["hyperparameters"], self.shown["method"]["supervised"]["hyperparameters"]):
+            hyper |= {"n_epochs": epochs, "batch_size": batch_size}
+            if hyper["learning_rate_multiplier"] == "auto":
+                hyper["learning_rate_multiplier"] = 1.0
 
     def end(self, status: str) -> None:
         self.shown |= {"finished_at": int(time.time()), "estimated_finish": None}
@@ -382,8 +431,11 @@ class _Job:
             "data": data or {},
         }
         self.events.append(made)
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps(made) + "\n")
+        try:
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(made) + "\n")
+        except OSError as error:
+            log.warning("job %s: an event is not kept: %s", self.id, error.strerror)
 
     def step(self, told: Told, now: float) -> None:
         data = {"step": told.step, "total_steps": told.steps, **told.figures}
@@ -408,7 +460,7 @@ class _Job:
         }
         kept = [old for old in self.checkpoints if old["fine_tuned_model_checkpoint"] in self.served]
         self.checkpoints = [*(old for old in kept if old["step_number"] != told.step), made]
-        self.save()
+        self.note()
         self.event(f"Checkpoint created at step {told.step}")
 
     def table(self) -> str:
@@ -424,8 +476,17 @@ class _Job:
         return out.getvalue()
 
 
+def _kept(folder: Path) -> Iterator[_Job]:
+    """The jobs on the disk that can be read."""
+    for about in folder.glob("*/job.json"):
+        try:
+            yield _Job.read(about.parent)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("job %s cannot be read and is left out: %s", about.parent.name, error)
+
+
 def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
-    """`/v1/fine_tuning/jobs`; `answer` makes a response of JSON."""
+    """`/v1/fine_tuning/jobs`, and the end of what they have made; `answer` makes a response of JSON."""
     base = "/v1/fine_tuning/jobs"
 
     def of(request: Request, job_id: str) -> _Job:
@@ -464,6 +525,10 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
     @app.post(base + "/{fine_tuning_job_id}/pause", response_model=schema.FineTuningAnswer)
     async def pause(fine_tuning_job_id: str, request: Request) -> Response:
         return answer(await service.tuning.pause(fine_tuning_job_id, client_of(request)))
+
+    @app.delete("/v1/models/{model:path}", response_model=schema.ModelGone)
+    async def delete_model(model: str, request: Request) -> Response:
+        return answer(await service.tuning.delete(model, client_of(request)))
 
     @app.post(base + "/{fine_tuning_job_id}/resume", response_model=schema.FineTuningAnswer)
     async def resume(fine_tuning_job_id: str, request: Request) -> Response:

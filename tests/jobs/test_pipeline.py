@@ -66,6 +66,14 @@ def test_other_options_are_another_result(done: list[str], run: Callable[..., An
     assert run(Step("compress", "int8", {"group_size": 32}))[0] in folders and len(done) == 3
 
 
+def test_lists_and_nothing_are_options_too(done: list[str], run: Callable[..., Any]) -> None:
+    made = {
+        run(Step("compress", "int8", {**PACK, **more}))[0].name
+        for more in ({}, {"embeddings": None}, *({"modules_to_not_convert": names} for names in (["q"], ["k"], [])))
+    }
+    assert len(done) == len(made) == 5
+
+
 def test_no_step_is_the_source(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert run() == (tmp_path / "source", [])
 

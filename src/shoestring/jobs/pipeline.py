@@ -163,7 +163,8 @@ def _one(step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
 
 
 def _label(step: Step) -> str:
-    options = "-".join(str(v) for v in step.options.values() if isinstance(v, int | float | str))
-    if len(options) > _LONGEST or "/" in options:  # a path, say: folders have short names, and one step one name
-        options = hashlib.sha256(options.encode()).hexdigest()[:12]
+    options = "-".join(map(str, step.options.values()))
+    said = all(isinstance(value, int | float | str) for value in step.options.values())
+    if not said or len(options) > _LONGEST or "/" in options:  # a list or a path: folders have short names
+        options = hashlib.sha256(options.encode()).hexdigest()[:12]  # and one step one name
     return "-".join(filter(None, (step.method or step.verb, options)))

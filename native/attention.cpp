@@ -13,14 +13,14 @@ constexpr int64_t SPAN = 256;
 constexpr int64_t BEYOND = 96, WIDTH = SPAN + BEYOND;
 constexpr int ROWS = LANES == 16 ? 12 : 4;  // queries together: keys and values are widened once for all of them
 constexpr int KEYS = 2;                     // registers of keys together
-constexpr int FETCHED = ROWS - 1;           // so few queries wait for memory; more of them find it in a cache
+constexpr int64_t FETCHED = 2 * ROWS - 1;   // so few queries wait for memory; of more of them others have just met the page
 constexpr float LOWEST = -1e30f;            // a maximum of no scores; finite, so that differences are numbers
 constexpr int64_t MOST_DIM = 512;
 
 struct Rows {  // some queries while they pass over the spans
   alignas(64) float q[ROWS][MOST_DIM + 16];  // times scale and log2(e)
   alignas(64) float score[ROWS][WIDTH];    // then the weight of each value
-  alignas(64) int32_t seen[ROWS][WIDTH];   // -1 where a key is visible, else 0; filled where slots alone do not tell
+  alignas(64) int32_t seen[ROWS][WIDTH];   // -1 where a key is visible, else 0; of the first row of each token
   alignas(64) float sum[ROWS][MOST_DIM];   // of weighted values
   float highest[ROWS], total[ROWS];
   int64_t limit[ROWS];  // slots before this one may be visible
@@ -34,7 +34,7 @@ struct Span {
 };
 
 template <int R, int TYPE>
-void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
+void scores(const SkPageLayout& layout, const Span& span, Rows& rows, bool fetch) {
   const int64_t dims = layout.head_dim;
   for (int64_t key = 0; key < span.keys; key += KEYS * LANES) {
     const uint8_t *k[KEYS], *later[KEYS];
@@ -51,7 +51,7 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
         Floats key_dim[KEYS];
         for (int v = 0; v < KEYS; ++v) {
           read(k[v] + d * (SK_PAGE * 4), key_dim[v]);
-          if (R <= FETCHED) {
+          if (fetch) {
             __builtin_prefetch(later[v] + d * (SK_PAGE * 4));
             __builtin_prefetch(k[v] + layout.values + d * (SK_PAGE * 4));
           }
@@ -66,7 +66,7 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
         for (int v = 0; v < KEYS; ++v) {
           Words pair;
           read(k[v] + d * (SK_PAGE * 2), pair);
-          if (R <= FETCHED) {
+          if (fetch) {
             __builtin_prefetch(later[v] + d * (SK_PAGE * 2));
             __builtin_prefetch(k[v] + layout.values + d * (SK_PAGE * 2));
           }
@@ -86,7 +86,7 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows) {
         for (int v = 0; v < KEYS; ++v) {
           Words four;
           read(k[v] + d * SK_PAGE, four);
-          if (R <= FETCHED) {
+          if (fetch) {
             __builtin_prefetch(later[v] + d * SK_PAGE);
             __builtin_prefetch(k[v] + layout.values + d * SK_PAGE);
           }
@@ -116,21 +116,23 @@ int64_t depth_of(const SkAttention& a, int64_t token) {
   return depth;
 }
 
-// Adds the weights of a token and of its ancestors in the chunk to the lanes of the slots that they count as standing in.
-void add_line(const SkAttention& a, const Span& span, int64_t token, const float* score, float* lanes) {
-  int64_t depth = depth_of(a, token);
-  for (int64_t at = token; at >= 0; at = a.parents[at], --depth) {
-    const int64_t slot = a.context + depth - span.first, key = a.context + at - span.first;
-    if (slot < 0 || slot >= SPAN || key >= span.keys) continue;
-    lanes[slot % 16] += score[key];
-  }
+// Adds the weights of a token and of its ancestors in the chunk to the lanes of the slots that they count as standing in, in
+// the order of these. Keys before `own` are not the chunk's; the others that are seen stand in slots side by side.
+void add_line(const SkAttention& a, const Span& span, int64_t token, const int32_t* seen, int64_t own, const float* score,
+              float* lanes) {
+  const int64_t deepest = a.context + depth_of(a, token) - span.first;
+  int64_t slot = deepest < SPAN ? deepest + 1 : SPAN;
+  for (int64_t key = own < 0 ? 0 : own; key < span.keys; ++key) slot += seen[key];
+  for (int64_t key = own < 0 ? 0 : own; key < span.keys; ++key)
+    if (seen[key]) lanes[slot++ % 16] += score[key];
 }
 
 // Scores of one query become weights relative to the span's highest score; the span joins the running maximum and total.
-// Gives what the earlier sum and this span's values are multiplied with.
-void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t token, float& before, float& now) {
+// Gives what the earlier sum and this span's values are multiplied with. `seen_keys` is null where slots
+// alone tell what is visible.
+void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t token, const int32_t* seen_keys, float& before,
+           float& now) {
   const SkPageLayout& layout = *a.layout;
-  const bool masked = a.parents || a.window > 0;
   float* score = rows.score[r];
   const int32_t left = int32_t(rows.limit[r] - span.first < span.keys ? rows.limit[r] - span.first : span.keys);
   const int32_t own = a.parents ? int32_t(a.context - span.first < span.keys ? a.context - span.first : span.keys) : left;
@@ -139,8 +141,8 @@ void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t to
   Floats highest = Floats{} + LOWEST;
   for (int64_t key = 0; key < span.keys; key += LANES) {
     Ints visible = lane + int32_t(key) < left, seen;
-    if (masked) {
-      read(rows.seen[r] + key, seen);
+    if (seen_keys) {
+      read(seen_keys + key, seen);
       visible &= seen;
     }
     Floats s;
@@ -163,7 +165,7 @@ void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t to
   }
   float lanes[16], sum = 0;
   for (int64_t i = 0; i < 16 / LANES; ++i) write(lanes + i * LANES, total[i]);
-  if (a.parents && span.keys > own) add_line(a, span, token, score, lanes);
+  if (a.parents && span.keys > own) add_line(a, span, token, seen_keys, own, score, lanes);
   if (layout.type == SK_CACHE_INT8)
     for (int64_t key = 0; key < span.keys; key += LANES) {
       Floats weight, scale;
@@ -254,7 +256,6 @@ template <int R, int TYPE>
 void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
   const SkPageLayout& layout = *a.layout;
   const int64_t dims = layout.head_dim, width = layout.value_width, group = a.group;
-  const bool masked = a.parents || a.window > 0;
   const float scale = a.scale * 1.44269504f;
   int64_t most = 0;
   for (int r = 0; r < R; ++r) {
@@ -277,14 +278,19 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
       const int64_t page = first / SK_PAGE + p, last = (most - 1) / SK_PAGE;
       span.heads[p] = a.head + int64_t(a.table[page < last ? page : last]) * layout.bytes;
     }
-    if (masked) {
+    const int32_t* seen[R] = {};
+    if (a.window > 0 || (a.parents && first + span.keys > a.context)) {
       bool any = false;
-      for (int r = 0; r < R; ++r) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
+      for (int r = 0; r < R; ++r) {
+        const bool same = r > 0 && (row + r) % group != 0;  // as the row before, of another head
+        seen[r] = same ? seen[r - 1] : rows.seen[r];
+        if (!same) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
+      }
       if (!any) continue;
     }
-    scores<R, TYPE>(layout, span, rows);
+    scores<R, TYPE>(layout, span, rows, row == 0 && a.count * group <= FETCHED);
     float before[R], now[R];
-    for (int r = 0; r < R; ++r) weigh(a, span, rows, r, a.first + (row + r) / group, before[r], now[r]);
+    for (int r = 0; r < R; ++r) weigh(a, span, rows, r, a.first + (row + r) / group, seen[r], before[r], now[r]);
     constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
     int64_t dim = 0;
     for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, TYPE>(layout, span, rows, dim, before, now);

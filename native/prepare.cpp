@@ -6,32 +6,47 @@ namespace {
 
 constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
-void quantize(const float* x, int64_t cols, int64_t group, int64_t groups, int8_t* codes, float* scales, float* sums,
-              int32_t* offsets) {
-  for (int64_t g = 0; g < groups; ++g) {
-    float v[128];
-    const int64_t start = g * group, here = cols - start < group ? cols - start : group;
-    for (int64_t j = 0; j < here; ++j) v[j] = x[start + j];
-    for (int64_t j = here; j < group; ++j) v[j] = 0;
+// A group's length is known when this is compiled: its loops then are a few registers each.
+template <int GROUP>
+void quantize(const float* x, int64_t cols, int8_t* codes, float* scales, float* sums, int32_t* offsets) {
+  constexpr int32_t WHOLE = 0x4b400000;  // the bits of ROUND
+  for (int64_t start = 0; start < cols; start += GROUP, codes += GROUP, ++scales, ++sums, ++offsets) {
+    float last[GROUP];
+    const float* v = x + start;
+    if (cols - start < GROUP) {
+      for (int64_t j = 0; j < GROUP; ++j) last[j] = start + j < cols ? v[j] : 0;
+      v = last;
+    }
     // As integers, the bits of |v| are ordered like |v| with infinity and NaN on top, so neither is lost.
-    int32_t top = 0;
-    for (int64_t j = 0; j < group; ++j) {
+    int32_t top = 0, sum = 0;
+    for (int j = 0; j < GROUP; ++j) {
       const int32_t bits = int32_t(as_bits(v[j]) & 0x7fffffff);
       top = bits > top ? bits : top;
     }
-    int32_t sum = 0;
     // Below 2^-120 the reciprocal overflows: such a group counts as zero.
     if (top < 0x03800000 || top >= 0x7f800000) {
-      for (int64_t j = 0; j < group; ++j) codes[start + j] = 0;
-      scales[g] = top < 0x03800000 ? 0.f : as_float(0x7fc00000);
+      for (int j = 0; j < GROUP; ++j) codes[j] = 0;
+      *scales = top < 0x03800000 ? 0.f : as_float(0x7fc00000);
     } else {
       const float inverse = 127.f / as_float(uint32_t(top));
-      for (int64_t j = 0; j < group; ++j) codes[start + j] = int8_t(as_bits(v[j] * inverse + ROUND));
-      for (int64_t j = 0; j < group; ++j) sum += codes[start + j];
-      scales[g] = as_float(uint32_t(top)) / 127.f;
+      for (int j = 0; j < GROUP; ++j) {
+        const int32_t bits = int32_t(as_bits(v[j] * inverse + ROUND));
+        codes[j] = int8_t(bits);
+        sum += bits - WHOLE;
+      }
+      *scales = as_float(uint32_t(top)) / 127.f;
     }
-    sums[g] = scales[g] * float(sum);
-    offsets[g] = -8 * sum;
+    *sums = *scales * float(sum);
+    *offsets = -8 * sum;
+  }
+}
+
+void quantize(const float* x, int64_t cols, int64_t group, int8_t* codes, float* scales, float* sums, int32_t* offsets) {
+  switch (group) {
+    case 16: return quantize<16>(x, cols, codes, scales, sums, offsets);
+    case 32: return quantize<32>(x, cols, codes, scales, sums, offsets);
+    case 64: return quantize<64>(x, cols, codes, scales, sums, offsets);
+    case 128: return quantize<128>(x, cols, codes, scales, sums, offsets);
   }
 }
 
@@ -71,7 +86,7 @@ void prepare(const float* x, int64_t x_stride, int64_t cols, SkKind kind, int64_
     } else {
       const int64_t groups = (cols + group - 1) / group, at = t * in.group_stride;
       int8_t* to = static_cast<int8_t*>(rows) + t * in.stride;
-      quantize(from, cols, group, groups, to, const_cast<float*>(in.scales) + at, const_cast<float*>(in.sums) + at,
+      quantize(from, cols, group, to, const_cast<float*>(in.scales) + at, const_cast<float*>(in.sums) + at,
                const_cast<int32_t*>(in.offsets) + at);
       for (int64_t j = groups * group; j < in.stride; ++j) to[j] = 0;
       if (kind == SK_Q8_TABLES) tabulate(to, in.stride, const_cast<uint8_t*>(in.tables) + t * in.table_stride);

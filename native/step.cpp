@@ -41,6 +41,7 @@ struct Run {  // neighbouring tokens of one adapter
 
 struct Tile {  // queries of one sequence
   int64_t sequence, first, count;
+  const int32_t* parents;  // of its chunk, or null: each token follows the one before
 };
 
 struct Job {  // matrices that are multiplied with the same tokens, in one space of rows
@@ -449,7 +450,7 @@ void attend_tile(const Step& s, const Tile& tile, int64_t head) {
   a.table = b.tables + tile.sequence * b.table_stride;
   a.context = b.contexts[tile.sequence];
   a.first = tile.first;
-  a.parents = b.parents ? b.parents + start : nullptr;
+  a.parents = tile.parents;
   a.positions = b.positions + start;
   a.window = s.block->window;
   a.scale = float(m.attention_scale);
@@ -469,7 +470,7 @@ void whole_head_chunk(void* context, int64_t head) {
     place_queries(s, t, head, head + 1);
     place_keys(s, t, head, head + 1);
   }
-  const Tile tile{s.sequence_of[0], 0, s.count};
+  const Tile tile{s.sequence_of[0], 0, s.count, s.tiles[0].parents};
   attend_tile(s, tile, head);
 }
 
@@ -586,6 +587,15 @@ void embed_chunk(void* context, int64_t chunk) {
   }
 }
 
+// Where tokens of a sequence branch, and null where each follows the one before: then slots alone tell what is visible.
+const int32_t* branches(const SkBatch& b, int64_t sequence) {
+  if (!b.parents) return nullptr;
+  const int32_t* parents = b.parents + b.starts[sequence];
+  for (int64_t t = 0; t < b.starts[sequence + 1] - b.starts[sequence]; ++t)
+    if (parents[t] != t - 1) return parents;
+  return nullptr;
+}
+
 // Which sequence a token belongs to, runs of adapters, and queries that are attended together, none across two parts.
 void divide(Step& s) {
   const SkBatch& b = *s.batch;
@@ -593,9 +603,10 @@ void divide(Step& s) {
   Tile* tile = s.tiles;
   for (int64_t q = 0; q < b.sequences; ++q) {
     for (int64_t t = b.starts[q]; t < b.starts[q + 1]; ++t) s.sequence_of[t] = int32_t(q);
+    const int32_t* parents = branches(b, q);
     for (int64_t t = b.starts[q]; t < b.starts[q + 1];) {
       const int64_t end = smaller(smaller(t + most, b.starts[q + 1]), (t / PART + 1) * PART);
-      *tile++ = {q, t - b.starts[q], end - t};
+      *tile++ = {q, t - b.starts[q], end - t, parents};
       t = end;
     }
   }

@@ -383,8 +383,8 @@ struct Product {
   }
 
   static void all(const SkMatrix& m, const SkInput& x, const Output& out, int64_t row) {
-    // Two tiles share the loads of their tokens; with few tokens one stream is read better than two.
-    if (TILES == 2 && x.count > 4)
+    // Two tiles share the loads of their tokens; tokens that pass a tile once read one stream better than two.
+    if (TILES == 2 && x.count > MOST)
       for (; row + SK_TILE < out.rows; row += 2 * SK_TILE) all_tokens<TILES>(m, x, out, row);
     for (; row < out.rows; row += SK_TILE) all_tokens<1>(m, x, out, row);
   }

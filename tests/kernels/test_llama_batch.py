@@ -89,6 +89,26 @@ def test_a_tree_is_its_chains(setting, isa):
         np.testing.assert_allclose(got[path], want, rtol=0, atol=2e-3 * np.abs(want).max())
 
 
+def test_a_long_line_of_a_tree_has_the_bits_of_plain_decoding(setting, isa):
+    """More than sixteen deep, across the end of a span of 256 slots, among guesses that were wrong."""
+    model, type = setting
+    prompt, line, wrong = tokens(230), tokens(40, 9), tokens(40, 3)
+    tree, parents, depth, places = [line[0]], [-1], [0], [0]
+    for i in range(1, len(line)):
+        for guess in (wrong[i], line[i]) if i % 3 == 0 else (line[i],):
+            tree.append(guess)
+            parents.append(places[-1])
+            depth.append(i)
+        places.append(len(tree) - 1)
+    cache, chain = dirty_cache(model, 24, type), Chain(pages(300))
+    feed(model, cache, chain, prompt)
+    made = batch([(chain, np.array(tree))], parents=parents, positions=[230 + d for d in depth])
+    got = model.logits(model.run(cache, made, threads=2), np.array(places))
+    cache, chain = dirty_cache(model, 24, type), Chain(pages(300))
+    feed(model, cache, chain, prompt)
+    np.testing.assert_array_equal(got, np.concatenate([feed(model, cache, chain, [token]) for token in line]))
+
+
 def test_moved_slots_continue_the_accepted_branch(setting):
     model, type = setting
     prompt, tree, parents, depth = tokens(30), tokens(5, 1), [-1, -1, 1, 1, 3], [0, 0, 1, 1, 2]

@@ -273,6 +273,8 @@ def test_what_cannot_be_is_refused(client: openai.OpenAI) -> None:
         with pytest.raises(error) as found:
             create(**given)  # type: ignore[call-overload]
         assert found.value.param == param
+    with pytest.raises(openai.BadRequestError, match="n_epochs: Input should be greater than or equal to 1"):
+        _create(client, data, hyper={"n_epochs": 0})
     with pytest.raises(openai.BadRequestError) as found:
         client.files.create(file=("a.jsonl", b"x"), purpose="batch")
     assert found.value.param == "purpose"

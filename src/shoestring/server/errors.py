@@ -93,7 +93,8 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     # Each alternative that a field may be has faults of its own; the one that got furthest was meant.
     same = [(param, fault) for param, fault in faults if fault["loc"][:2] == faults[0][1]["loc"][:2]]
     param = max((param for param, _ in same), key=lambda param: param.count(".") + param.count("["))
-    fault = next(fault for path, fault in reversed(same) if path == param)
+    there = [fault for path, fault in reversed(same) if path == param]
+    fault = max(there, key=lambda fault: fault["type"].startswith(("greater_", "less_")))  # of the right kind, at least
     message = str(fault["msg"]).removeprefix("Value error, ")
     said = f"{param}: {message}" if param else message
     return respond(ApiError(400, said, param=param or None, code=_KINDS.get(fault["type"], "invalid_value")))

@@ -299,6 +299,16 @@ def test_the_table_is_linear_between_and_careful_beyond() -> None:
     assert table.largest("forward", 5000, 0.045, 512) < 64 == table.largest("forward", 0, 0.045, 512)
 
 
+def test_a_few_figures_do_not_shut_a_size_out() -> None:
+    table = Table()
+    table.add("forward", 8, 0, 60.0)  # a bad moment
+    for _ in range(40):
+        table.add("forward", 64, 0, 0.010)
+    table.add("forward", 128, 0, 0.018)  # the first one, which might be twice as much the next time
+    assert table.likely("forward", 128, 0) == pytest.approx(0.020, rel=0.05)
+    assert table.largest("forward", 0, 0.022, 512) == 128
+
+
 def test_training_gets_what_the_objective_leaves() -> None:
     clock = Clock(first_token=1.0, each_token=0.1, share=1.0)
     for _ in range(40):

@@ -46,11 +46,14 @@ class Table:
             return None
         sizes = sorted(cells)
         at = bisect_left(sizes, tokens)
-        if at < len(sizes) and sizes[at] == tokens or at == 0:
-            return cells[sizes[at]].likely
+        if at == 0:
+            return cells[sizes[0]].likely
         low = cells[sizes[at - 1]].likely
+        beyond = low * tokens / sizes[at - 1]
         if at == len(sizes):
-            return low * tokens / sizes[-1]
+            return beyond
+        if sizes[at] == tokens:  # of which the first figures say more than it will be
+            return min(cells[tokens].likely, beyond)
         share = (tokens - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
         return low + share * (cells[sizes[at]].likely - low)
 
@@ -64,9 +67,8 @@ class Table:
             likely = self.likely(kind, size, context)
             if likely is None:
                 return min(SIZES[0], most)
-            if likely > seconds:
-                break
-            fits = size
+            if likely <= seconds:  # one that does not fit says nothing of larger ones: it may have had a bad moment
+                fits = size
             if size >= most:
                 break
         return min(fits, most)

@@ -3,7 +3,7 @@
 How it works
     1. A LoRA is a bypass beside frozen weights, y = W x + alpha / r * B A x. Answers and training share one W: what the
        native kernels compute with is what training reads, unpacked one layer at a time where it is packed.
-    2. Forward by windows: s tokens of the training examples pass all layers, seeing the keys and values of earlier
+    2. Forward by windows: s tokens of the training examples pass a layer, seeing the keys and values of earlier
        windows. s may change with every piece. Examples lie end to end without seeing each other. Loss and its gradient
        are taken at once, in one pass over the head's rows with a running maximum, so that no logits are kept.
     3. Backward layer by layer from the last, and in a layer window by window from the last tokens to the first, since
@@ -23,9 +23,11 @@ How it works
 Where it bends
     One iteration runs inference and training one after the other, not in one mixed matrix product: the kernels answer
     with 8-bit activations, bfloat16 keys and 8-bit adapters, which are not the function whose gradient is taken. So
-    f(c, s) = step(c) + unit(s). Training keeps keys and values of its own, in float32, bounded by `max_length` tokens.
-    It runs where the native runner does: Llama-like models on CPU. ReLU masks as bits and tensor-parallel layouts are
-    left out: these models have no ReLU, and one machine has no ranks. AdamW instead of the SGD that the code had.
+    f(c, s) = step(c) + unit(s). Forward too, a layer is finished before the next begins: packed weights are unpacked
+    once in each direction, not once a window. Training keeps keys and values of its own, in float32, bounded by
+    `max_length` tokens. It runs where the native runner does: Llama-like models on CPU. ReLU masks as bits and
+    tensor-parallel layouts are left out: these models have no ReLU, and one machine has no ranks. AdamW instead of the
+    SGD that the code had.
 """
 
 from __future__ import annotations

@@ -74,10 +74,13 @@ class Server:
         """The metrics once nothing runs or waits; a good request is answered then."""
         end = time.monotonic() + seconds
         gauges = ("num_requests_running", "num_requests_waiting", "requests_open")
-        while any((now := self.metrics())[name] for name in gauges):
-            assert time.monotonic() < end, {name: now[name] for name in gauges}
+        while True:
+            now = self.metrics()
+            busy = {name: now[name] for name in gauges if now[name]}
+            if not busy:
+                return now
+            assert time.monotonic() < end, busy
             time.sleep(0.02)
-        return now
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -128,3 +129,20 @@ def test_a_head_with_a_bias_over_codes_that_are_one_run_of_bytes(tmp_path: Path)
     ).eval()
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, original(IDS).logits)
+
+
+@pytest.mark.parametrize("part", ["weight", "scales"])
+def test_codes_that_a_folder_lacks_are_not_drawn_at_random(part: str, plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    packed(plain).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"There is no {part} for a packed matrix of 48 x 32"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("packing", [["x"], "int8/64", {"model.layers.0.mlp.up_proj": ["int8/64"]}, 7])
+def test_a_packing_that_is_none(packing: Any) -> None:
+    with pytest.raises(UsageError, match="does not name a format for each module"):
+        Int8Config(packing=packing)

@@ -186,7 +186,12 @@ def know_architecture(folder: Folder) -> None:
 
 def check_quantizer(folder: Folder) -> None:
     """Raises UsageError when the folder is packed in a way that transformers does not know in this process."""
-    method = (folder.config.get("quantization_config") or {}).get("quant_method")
+    stated = folder.config.get("quantization_config") or {}
+    if not isinstance(stated, dict):
+        raise UsageError(
+            f"{folder.path / 'config.json'} has a quantization_config that is no table", remedy="Get an intact copy"
+        )
+    method = stated.get("quant_method")
     if method is None:
         return
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING

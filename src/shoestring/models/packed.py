@@ -8,7 +8,8 @@ under `packing`, so a folder is read without knowing what made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class PackedConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = f"shoestring_{self.method}"
         self.modules_to_not_convert = modules_to_not_convert
-        self.packing = dict(packing or {})
+        self.packing = _checked(packing)
         # Facts that a configuration writes and derives again.
         stray = {name: value for name, value in stray.items() if name not in ("quant_method", "bits")}
         if stray:
@@ -72,6 +73,18 @@ class PackedConfig(QuantizationConfigMixin):
 
     def left_alone(self, name: str) -> bool:
         return any(part in name for part in self.modules_to_not_convert or ())
+
+
+def _checked(packing: Any) -> dict[str, str]:
+    if packing is None:
+        return {}
+    if isinstance(packing, Mapping) and all(isinstance(word, str) for pair in packing.items() for word in pair):
+        return dict(packing)
+    raise UsageError(
+        "The packing of a configuration does not name a format for each module",
+        f"it is {str(packing)[:80]!r}",
+        "Check that configuration and weights belong together",
+    )
 
 
 class Packed(nn.Module):
@@ -334,6 +347,8 @@ class PackedQuantizer(HfQuantizer):
             replacements.append((name, new))
         surgery.replace_modules(model, replacements)
         refuse_unpacked(model)
+        for part in _models(model):
+            part._init_weights = partial(_initialize, part._init_weights)  # type: ignore[method-assign]
         return model
 
     def _format(self, model: PreTrainedModel, name: str, module: nn.Module) -> Format | None:
@@ -383,6 +398,8 @@ class PackedQuantizer(HfQuantizer):
         return Pack(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for part in _models(model):
+            del part._init_weights
         if self.refusals:
             raise UsageError(*self.refusals[:3])
         tie(model)
@@ -409,6 +426,28 @@ class PackedQuantizer(HfQuantizer):
 if PLAIN not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(PLAIN)(PackedConfig)
     register_quantizer(PLAIN)(PackedQuantizer)
+
+
+def _models(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _initialize(plain: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """What transformers does with a module that it has not all weights of; codes cannot be drawn at random.
+
+    Raises:
+        UsageError: a packed module lacks some of its tensors.
+    """
+    if not isinstance(module, Packed):
+        return plain(module)
+    for name, tensor in (*module.tensors().items(), ("bias", getattr(module, "bias", None))):
+        borrowed = module.tied and name != "bias"
+        if tensor is not None and not tensor.is_meta and not borrowed and not hasattr(tensor, "_is_hf_initialized"):
+            raise UsageError(
+                f"There is no {name} for a packed matrix of {module.rows} x {module.columns}",
+                "the folder lacks it, or holds it under another name",
+                "Get an intact copy of the model; leave layers that are to be trained out with modules_to_not_convert",
+            )
 
 
 def tie(model: PreTrainedModel) -> None:

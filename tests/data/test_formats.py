@@ -174,6 +174,8 @@ def test_byte_order_mark_and_windows_lines(tmp_path):
         ({"messages": [ANSWER[0], {"role": ["x"], "content": "x"}]}, "role"),
         ({"prompt": "Hi", "completion": "Hello"}, "completion"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"query": "Hi", "positive": "a", "negative": "b"}, "retrieval"),
+        ({"query": "Hi", "pos": ["a"], "neg": []}, "retrieval"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
         ('{"a":' * 100000, "JSON"),
     ],

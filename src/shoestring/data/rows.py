@@ -25,7 +25,7 @@ class BadRow(Exception):
 
 
 def shape_of_row(row: Any) -> str:
-    """The name of the row's shape: chat, sharegpt, alpaca, preference, completion or text.
+    """The name of the row's shape: chat, sharegpt, alpaca, preference, completion, text or retrieval.
 
     Raises:
         BadRow: not an object, or keys of no known shape.
@@ -117,11 +117,19 @@ def _preference(row: Mapping[str, Any]) -> _Read:
     )
 
 
+def _retrieval(row: Mapping[str, Any]) -> _Read:
+    raise BadRow(
+        "is a pair for retrieval, from which a text encoder learns and no language model does; "
+        "train one in Python with shoestring.lab.retrieval.train_encoder, or write the pair as {prompt, completion}"
+    )
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any]], _Read]] = {
     "chat": _chat,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "preference": _preference,
+    "retrieval": _retrieval,
     "completion": _completion,
     "text": _text_row,
 }
@@ -133,8 +141,12 @@ _NEEDED = (
     ("alpaca", {"instruction", "output"}),
     ("completion", {"prompt", "completion"}),
     ("text", {"text"}),
+    ("retrieval", {"query", "positive"}),
+    ("retrieval", {"query", "pos"}),
+    ("retrieval", {"query", "passage"}),
+    ("retrieval", {"anchor", "positive"}),
 )
-SHAPES = tuple(shape for shape in _READERS if shape != "preference")
+SHAPES = tuple(shape for shape in _READERS if shape not in ("preference", "retrieval"))
 
 
 def _turn(question: str, answer: str) -> list[dict[str, Any]]:

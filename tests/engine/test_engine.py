@@ -73,6 +73,15 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_on_the_prefix_cache(model: P
     assert all(other == found[0] for other in found)
 
 
+def test_a_prompt_is_computed_again_under_an_id_that_comes_again(model: Path) -> None:
+    found = []
+    with opened(model) as engine:
+        for _ in range(2):
+            engine.submit(Request([5, 6, 7] * 12, Sampling(max_tokens=1, prompt_logprobs=0), id="mine"))
+            found.append([p for _ in range(3) for delta in engine.step() for p in delta.prompt_logprobs])
+    assert len(found[0]) == 36 and found[1] == found[0]
+
+
 def test_an_embedding_is_the_mean_of_normed_states(model: Path) -> None:
     prompt = list(range(3, 50))
     with opened(model, max_step_tokens=16) as engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,6 +189,7 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
         self._deltas: deque[Delta] = deque()
+        self._alone = itertools.count()  # numbers of those that share no pages
         self._spare = Spare(0)
         # Set by whoever steps: whether filler work should end soon, and what to call when a pass begins.
         self.urgent: Callable[[], bool] = lambda: False
@@ -248,7 +250,8 @@ class Engine:
             tokens = [tokens[i] for i in positions]
             isolation += f"\0{hash(tuple(positions))}"  # the same tokens at other positions have other keys
         if not self.prefix_cache or request.embed or sampling.prompt_logprobs is not None:
-            isolation = f"{isolation}\0{request.id}"  # every token must be computed, or none may be shared
+            # Every token must be computed, or none may be shared; an id may come again when its request has ended.
+            isolation = f"{isolation}\0{next(self._alone)}"
         request = replace(request, sampling=sampling, isolation=isolation)
         sequence = Answer(request, 0, tokens, len(tokens), positions)
         states = [self.sampler.state(request, i) for i in range(1 if request.embed else sampling.n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -79,6 +80,16 @@ def test_broken_files_are_no_reason_to_try_torch(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.y"}}))
     with pytest.raises(UsageError, match="auto_map"):
         open_model(folder)
+
+
+def test_garbage_is_collected_again(tmp_path: Path) -> None:
+    save(tmp_path)
+    open_model(tmp_path, threads=1).runner.close()
+    assert gc.isenabled()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match=r"tokenizer\.json"):
+        open_model(tmp_path, threads=1)
+    assert gc.isenabled()
 
 
 def test_without_kernels_torch_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

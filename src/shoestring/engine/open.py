@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -143,23 +145,36 @@ def _native(
         library()
     except ShoestringError as error:
         raise _NoKernels(error.what, error.why, error.remedy) from None
-    source = open_source(path, trust_remote_code=trust_remote_code)
+    with _uncollected():
+        source = open_source(path, trust_remote_code=trust_remote_code)
 
-    def tokens() -> Tokenizer:
-        found = tokenizers.from_gguf(source.values) if source.gguf else tokenizers.from_folder(path)
-        found = found or tokenizers.from_folder(resolve(path))
-        found.warm()
-        return found
+        def tokens() -> Tokenizer:
+            found = tokenizers.from_gguf(source.values) if source.gguf else tokenizers.from_folder(path)
+            found = found or tokenizers.from_folder(resolve(path))
+            found.warm()
+            return found
 
-    # The tokenizer is built while the weights are laid out, which leaves Python free; importing would not.
-    waiting = _Beside(tokens)
-    try:
-        made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads, span=span)
-    finally:
-        waiting.thread.join()
-    tokenizer = waiting.result()
+        # The tokenizer is built while the weights are laid out, which leaves Python free; importing would not.
+        waiting = _Beside(tokens)
+        try:
+            made = NativeRunner(source, dtype=dtype, cache_dtype=cache_dtype, threads=threads, span=span)
+        finally:
+            waiting.thread.join()
+        tokenizer = waiting.result()
     made.facts = replace(made.facts, eos=tokenizer.eos)
     return made, tokenizer
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Opening makes some hundred thousand objects that all stay: to look through them for garbage takes a while."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Beside(Generic[T]):

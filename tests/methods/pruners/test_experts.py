@@ -182,3 +182,6 @@ def test_clear_errors(tmp_path: Path) -> None:
             expert_pruning.ExpertPruningOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="groups of 5"):
         expert_pruning.lowest(torch.ones(2, 8), 0.5, "2:5")
+    shape = models.shape_of(mixture())
+    for module in (expert_pruning, expert_merging):  # what is refused when it is done has a price all the same
+        assert module.price(shape, {"sparsity": 0.99}).shape.parameters < shape.parameters

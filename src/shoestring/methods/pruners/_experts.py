@@ -119,7 +119,7 @@ def entropy_facts(trace: Trace) -> dict[str, Any]:
 
 
 def lessened(shape: Shape, experts: float, routers: float) -> Shape:
-    """The shape when a share of the experts, and of the routers' rows, is gone.
+    """The shape when a share of the experts, and of the routers' rows, is gone; one of each stays at least.
 
     Raises:
         UsageError: a shape without experts.
@@ -136,7 +136,7 @@ def lessened(shape: Shape, experts: float, routers: float) -> Shape:
             share = routers
         if not share:
             return weight
-        left = round(total * (1 - share))
+        left = max(1, round(total * (1 - share)))
         part = left / weight.dims[0]
         used = min(1.0, weight.used / part) if weight.role == "expert" else weight.used
         return Weight(

@@ -66,7 +66,7 @@ class Tuner(Protocol):
     """A filler that trains. A method's file that defines `tuner(opened, objectives) -> Tuner` offers one."""
 
     def prepare(self, job: TuningJob) -> Any:
-        """Read the data; takes its time, in any thread. The result has `epochs`, `batch_size` and `rate` as chosen.
+        """Read the data; takes its time, in any thread. The result has `epochs` and `batch_size` as chosen.
 
         Raises:
             UsageError: data that cannot be trained on.

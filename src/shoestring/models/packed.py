@@ -399,7 +399,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for part in _models(model):
-            del part._init_weights
+            vars(part).pop("_init_weights", None)  # as it was, where it was changed
         if self.refusals:
             raise UsageError(*self.refusals[:3])
         tie(model)

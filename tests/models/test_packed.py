@@ -146,3 +146,9 @@ def test_codes_that_a_folder_lacks_are_not_drawn_at_random(part: str, plain: Pat
 def test_a_packing_that_is_none(packing: Any) -> None:
     with pytest.raises(UsageError, match="does not name a format for each module"):
         Int8Config(packing=packing)
+
+
+def test_what_stays_on_the_disk_is_not_packed(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="left on the disk cannot be packed"):
+        packed(plain, device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path / "away")
+    assert isinstance(packed(plain, device_map={"": "cpu"}).model.layers[0].mlp.up_proj, Packed)

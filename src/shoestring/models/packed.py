@@ -319,6 +319,14 @@ class PackedQuantizer(HfQuantizer):
         self.transposed: set[str] = set()
         self.refusals: list[str] = []
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise UsageError(
+                "Weights that are left on the disk cannot be packed while they are read",
+                "transformers leaves them there as floats",
+                "Pack the model without a device_map, save it, and load the packed folder with yours",
+            )
+
     def update_attn_implementation(self, config: Any) -> Any:
         # The one hook that sees the config before the weight files are looked up.
         unseal(config, ROOM)

@@ -19,6 +19,7 @@ from test_native_runner import write_gguf
 from test_tokenizer import byte_level
 
 from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.engine import open as opening
 from shoestring.engine.engine import Engine
 from shoestring.engine.open import open_model
 from shoestring.engine.request import Sampling
@@ -139,6 +140,19 @@ def test_a_gguf_without_a_known_tokenizer_says_so(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", make("llama"), "Q8_0")
     with pytest.raises(UsageError, match="tiny.gguf cannot be converted"):
         open_model(tmp_path / "tiny.gguf")
+
+
+def test_a_gguf_of_types_without_kernels_runs_natively_as_floats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "converted", hidden_size=64, intermediate_size=128)
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, make("llama", hidden_size=64, intermediate_size=128), "Q5_0")
+    monkeypatch.setattr(opening, "resolve", lambda path, offline=None: folder)
+    opened = open_model(file, threads=1)
+    assert opened.runner.facts.backend == "native" and opened.name == "tiny.gguf" and opened.path == folder
+    assert "no kernels for Q5_0" in opened.note and "bfloat16" in opened.note
+    opened.runner.close()
 
 
 # ---- the default model ----

@@ -20,7 +20,7 @@ from shoestring.kernels.layout import ITEM, parse
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Llama, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
-from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NotNative, describe, packing
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NoKernels, NotNative, describe, packing
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
 
 _DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
@@ -310,7 +310,7 @@ class _Loader:
                 self.tensors.release(stored.name)
             return made
         else:
-            raise NotNative(f"The native runner has no kernels for {stored.dtype}, as {stored.name} is stored")
+            raise NoKernels(f"The native runner has no kernels for {stored.dtype}, as {stored.name} is stored")
         self.read.append(stored.name)
         return made
 

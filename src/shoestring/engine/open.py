@@ -16,7 +16,7 @@ from shoestring.engine.adapter_forms import NotBeside, make_known
 from shoestring.engine.runner import Runner, within
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
-from shoestring.models.llama_like import NotNative
+from shoestring.models.llama_like import NoKernels, NotNative
 from shoestring.models.load import DEFAULT, load, locate, resolve
 from shoestring.models.tensors import open_source
 
@@ -57,8 +57,8 @@ def open_model(
 ) -> Opened:
     """Open a hub id, a model folder, an adapter folder (with the base it names), a GGUF file, or `smollm2`.
 
-    A GGUF file is run as it is, in its own formats, unless `dtype` or the runner asks for floats; then it is converted
-    once into the cache.
+    A GGUF file is run as it is, in its own formats, unless `dtype` or the runner asks for floats or no kernels know one
+    of these formats; then it is converted once into the cache.
 
     Args:
         runner: "native", "torch", or "auto": native where family, settings and weight formats allow it.
@@ -92,13 +92,20 @@ def open_model(
         )
     if runner != "torch" and not loader:
         try:
-            made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code, span)
-            return Opened(made, tokens, name, path)
+            try:
+                made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code, span)
+            except NoKernels as error:
+                if not path.is_file():
+                    raise
+                note = f"{error.what}: it runs as bfloat16"
+                path = resolve(path, offline=offline)
+                made, tokens = _native(path, dtype, cache_dtype, threads, trust_remote_code, span)
+            return Opened(made, tokens, name, path, note=note)
         except NotNative as error:
             if runner == "native":
                 raise
             note = f"{error.what}{f' ({error.why})' if error.why else ''}: the torch runner runs this model"
-        except _NoKernels as error:
+        except _NoLibrary as error:
             if runner == "native":
                 raise
             note = f"{error}; the torch runner runs this model"
@@ -126,7 +133,7 @@ def _keep(model: Any, span: tuple[int, int | None]) -> None:
     drop_blocks(model, [i for i in range(len(blocks)) if not first <= i < last])
 
 
-class _NoKernels(ShoestringError):
+class _NoLibrary(ShoestringError):
     """The native library is not there."""
 
 
@@ -144,7 +151,7 @@ def _native(
     try:
         library()
     except ShoestringError as error:
-        raise _NoKernels(error.what, error.why, error.remedy) from None
+        raise _NoLibrary(error.what, error.why, error.remedy) from None
     with _uncollected():
         source = open_source(path, trust_remote_code=trust_remote_code)
 

@@ -71,6 +71,10 @@ class NotNative(UsageError):
         super().__init__(what, why, _REMEDY)
 
 
+class NoKernels(NotNative):
+    """Native kernels compute the model, but not from weights that are stored as these are."""
+
+
 @dataclass(frozen=True)
 class Rotary:
     """Rotary positions: pair i turns by position * inverse[i]; cosines and sines are multiplied by `factor`."""

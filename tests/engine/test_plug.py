@@ -138,10 +138,13 @@ def test_what_is_plugged_in_is_closed_when_the_engine_cannot_be(model: Path, mon
     def refused(self: NativeRunner, blocks: int) -> None:
         raise MemoryError("no room")
 
+    closed: list[NativeRunner] = []
+    close = NativeRunner.close
     monkeypatch.setattr(NativeRunner, "reserve", refused)
+    monkeypatch.setattr(NativeRunner, "close", lambda self: (closed.append(self), close(self)))
     with pytest.raises(MemoryError):
         answering.exact(model, plugs=["again"])
-    assert Repeating.closed == 2
+    assert Repeating.closed == 2 and len(closed) == 1
 
 
 def test_places() -> None:

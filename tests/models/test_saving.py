@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -57,11 +58,14 @@ def test_a_tokenizer_is_copied_as_it_is_or_else_read_and_saved(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     source, copied, saved = tmp_path / "source", tmp_path / "copied", tmp_path / "saved"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     save(tiny("llama"), tokenizer, source)
     for place in (copied, saved):
         place.mkdir()
     copy_tokenizer(source, copied)
-    names = {file.name for file in copied.iterdir()}
+    assert AutoTokenizer.from_pretrained(copied).chat_template == tokenizer.chat_template
+    names = {file.name for file in copied.iterdir() if file.is_file()}
     assert names >= {"tokenizer.json", "tokenizer_config.json"} and "config.json" not in names
     assert all((source / name).read_bytes() == (copied / name).read_bytes() for name in names)
     config = json.loads((source / "tokenizer_config.json").read_text())

@@ -86,7 +86,7 @@ def exit_code(args: Sequence[str] | None = None) -> int:
     screen = Screen()
     _no_bars_in_logs()
     # What one library asks of another is nothing that whoever types a command can mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Threads that spin at every barrier make torch ten times slower as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

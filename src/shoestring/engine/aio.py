@@ -165,9 +165,8 @@ class AsyncEngine:
                 deltas = engine.advance() if not engine.idle or engine.hooks.filler else []
                 self._hand_over()  # where no pass was due
                 self._held, self._counts = deltas, engine.counts()
-                if (
-                    engine.idle or engine.hooks.filler or engine.hooks.drafter
-                ):  # the next pass may take its time to come
+                # Where the next pass may take its time to come.
+                if engine.idle or engine.hooks.filler or engine.hooks.drafter:
                     self._hand_over()
                 filled = engine.fill()
                 if not deltas and not filled and engine.idle and not self._orders:

@@ -162,6 +162,7 @@ class Engine:
             self.runner.reserve(blocks)
         except BaseException:
             hooks.close()  # it may hold processes and connections
+            self.runner.close()
             raise
         self.pool = BlockPool(blocks, BLOCK)
         # Pages that a hook left half filled, or filled otherwise, are of no use to another request.

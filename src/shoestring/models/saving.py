@@ -19,6 +19,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates"  # those with names, as transformers saves them
 
 
 def save(
@@ -71,6 +72,8 @@ def copy_tokenizer(source: Path, folder: Path, *, trust_remote_code: bool = Fals
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if (source / _MORE_TEMPLATES).is_dir():
+            shutil.copytree(source / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, dirs_exist_ok=True)
         return
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:

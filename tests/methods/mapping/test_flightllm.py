@@ -26,6 +26,7 @@ flightllm = catalog.module("flightllm")
 Config = catalog.load("flightllm")
 BOARD = TARGETS["u280"]
 SMALL = Network(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, inner=96, vocab=64, context=256)
+CORNERS = (-128, -127, -2, -1, 0, 1, 2, 126, 127)
 rng = np.random.default_rng(0)
 
 
@@ -94,6 +95,16 @@ def test_eight_chained_products_of_the_least_numbers_are_exact() -> None:
     for sparse in (True, False):
         sums, _ = _rtl.run(integers, activations, np.array([8, 8]), sparse=sparse)
         assert (sums == 16 * 128 * 128).all()
+
+
+@pytest.mark.parametrize("low", CORNERS)
+def test_two_products_share_a_multiplier_at_every_corner(low: int) -> None:
+    # One product in each block, alone in its chain; for one `low` a wrong borrow would be wrong the same way each time.
+    integers, activations = np.zeros((16, 16 * len(CORNERS)), np.int8), np.full((2, 16 * len(CORNERS)), low, np.int8)
+    integers[: len(CORNERS), ::16] = np.array(CORNERS)[:, None]
+    activations[1, ::16] = CORNERS
+    sums, _ = _rtl.run(integers, activations, np.full(len(CORNERS), 2), groups=8, window=16)
+    assert (sums == activations.astype(np.int64) @ integers.astype(np.int64).T).all()
 
 
 @pytest.mark.parametrize("blocks", [4, 24])

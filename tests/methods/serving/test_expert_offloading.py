@@ -293,6 +293,7 @@ def test_who_is_guessed_stays_until_its_layer_has_come() -> None:
     owner.close()
 
 
+@pytest.mark.quiet
 def test_a_guess_takes_no_place_before_it_is_read_and_is_given_up_when_its_layer_has_come() -> None:
     owner = eo.offload(mixture(), Config(slots=4, policy="lru", prefetch="none", delay_ms=40))
     pool = owner.pool
@@ -311,6 +312,7 @@ def test_a_guess_takes_no_place_before_it_is_read_and_is_given_up_when_its_layer
     owner.close()
 
 
+@pytest.mark.quiet
 def test_a_guess_that_was_begun_is_gone_on_with_when_it_comes_true() -> None:
     owner = eo.offload(mixture(), Config(slots=4, policy="lru", prefetch="none", delay_ms=40))
     pool = owner.pool

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoestring.core.errors import UsageError
 from shoestring.core.shape import PROJECTIONS
 from shoestring.models import inspect
-from shoestring.models.anatomy import closing_norms, features, halves, is_projection
+from shoestring.models.anatomy import closing_norms, features, halves, is_norm, is_projection, norm_offset
 
 _SPLIT, _FUSED = {"q", "k", "v", "o"}, {"qkv", "o"}
 ROLES = {
@@ -175,3 +175,13 @@ def test_a_model_that_needs_more_than_tokens_is_named() -> None:
     with pytest.raises(UsageError, match="tokens could not be passed through BertForMaskedLM"):
         closing_norms(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert", "t5"])
+def test_what_norms_add_to_their_weight(family: str) -> None:
+    model = tiny(family)
+    for norm in (module for module in model.modules() if is_norm(module)):
+        with torch.no_grad():
+            norm.weight.normal_()
+        assert norm_offset(norm) == (1.0 if family == "gemma2" else 0.0)
+        assert norm_offset(norm.to("meta")) == (1.0 if family == "gemma2" else 0.0), "read without its numbers"

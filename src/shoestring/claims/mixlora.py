@@ -193,9 +193,9 @@ def router(arms: Arms) -> None:
     import torch
 
     from shoestring.core import catalog
+    from shoestring.methods.adapters._experts import ROUTES, Load, balance
 
-    method = catalog.module("mixlora")
-    config = method.MixLoraConfig(**EXPERTS)
+    config = catalog.module("mixlora").MixLoraConfig(**EXPERTS)
     torch.manual_seed(arms.seed)
     x = torch.randn(512, 64) + 1
     weight = torch.nn.Parameter(0.02 * torch.randn(4, 64))
@@ -203,9 +203,9 @@ def router(arms: Arms) -> None:
 
     def term() -> torch.Tensor:
         logits = x @ weight.T
-        sent = method.ROUTES["mixlora"](logits, config).chosen.sum(0).float()
+        sent = ROUTES["mixlora"](logits, config).chosen.sum(0).float()
         tokens = torch.tensor(float(len(x)))
-        return method.balance([method.Load(tokens, sent, logits.softmax(-1).sum(0), torch.zeros(()), True)])
+        return balance([Load(tokens, sent, logits.softmax(-1).sum(0), torch.zeros(()), True)])
 
     optimizer = torch.optim.AdamW([weight], lr=1e-3)
     with arms.arm("skewed") as stage:

@@ -438,6 +438,16 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(is_projection(child) for child in module.modules())
 
 
+def norm_offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies: 0 for most, 1 for families that store the way from 1."""
+    weight: Any = norm.weight
+    zeros = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in norm.named_parameters()}
+    sign = torch.ones(weight.shape, dtype=weight.dtype)  # of mean 0 and deviation 1
+    sign[1::2] = -1
+    with torch.no_grad():
+        return float(round(float((torch.func.functional_call(norm, zeros, (sign[None, None],)) * sign).median())))
+
+
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Full name -> the list that holds a stack's blocks."""
     core = getattr(model, "get_base_model", lambda: model)()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -16,6 +18,8 @@ from shoestring.lab import tiny
 
 CONTRACT = catalog.contract("adapters")
 ROUNDED = ("l4q", "lr_qat")
+OURS = sorted(method.name for method in catalog.that_define("register") if method.room == "adapters")
+GATED = ("exit_heads", "m2r2")  # they say where they stand by the numbers of their gates
 
 
 class Stack(nn.Module):
@@ -83,15 +87,17 @@ def test_a_weighting_net_needs_a_language_model() -> None:
     assert wrapped("perk", Stack(), target_modules=["0"], weighting=False)(torch.ones(1, 32)).shape == (1, 32)
 
 
-@pytest.mark.parametrize("name", ["perk", "mos", "ssf", "intrinsic_dimension", "invertible", "connected"])
+def of_our_own(name: str, **options: Any) -> Any:
+    options |= {"invertible": {"form": "seq_bn"}, "connected": {"norm": True}}.get(name, {})
+    return CONTRACT.wrap(catalog.module(name), tiny.model(), options | ({"group_size": 32} if name in ROUNDED else {}))
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_two_files_are_read_into_one_model_and_written_apart(name: str, tmp_path: Path) -> None:
-    module = catalog.module(name)
-    module.register()
-    options = {"form": "seq_bn"} if name == "invertible" else {}
     answers = {}
     for seed, called in enumerate(("one", "two"), 1):
         torch.manual_seed(seed)
-        model = CONTRACT._stir(CONTRACT.wrap(module, tiny.model(), options), seed).eval()
+        model = CONTRACT._stir(of_our_own(name), seed).eval()
         model.save_pretrained(tmp_path / called)
         answers[called] = tiny.logits(model)
     both = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "one"), "one")
@@ -99,6 +105,32 @@ def test_two_files_are_read_into_one_model_and_written_apart(name: str, tmp_path
     for called, answer in answers.items():
         both.set_adapter(called)
         assert torch.equal(tiny.logits(both.eval()), answer), called
-    both.save_pretrained(str(tmp_path / "again"), selected_adapters=["two"])
-    again = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "again" / "two")).eval()
-    assert torch.equal(tiny.logits(again), answers["two"])
+    both.save_pretrained(str(tmp_path / "again"))
+    for called in answers:
+        tensors, again = (load_file(tmp_path / at / "adapter_model.safetensors") for at in (called, f"again/{called}"))
+        assert list(tensors) == list(again) and all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name not in GATED])
+@pytest.mark.parametrize("target", ["all-linear", None])
+def test_only_the_layers_that_are_asked_for(name: str, target: str | None) -> None:
+    whole_blocks = name in ("connected", "invertible")
+    model = of_our_own(name, layers_to_transform=[1], **{} if whole_blocks else {"target_modules": target})
+    reached = [place for place, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert reached and all(".layers.1" in place for place in reached)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "mixlora"])
+def test_rows_with_adapters_of_their_own_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter_names is not possible: {name} has.*once for each adapter"):
+        of_our_own(name)(input_ids=tiny.batch(), adapter_names=["default", "default"])
+
+
+def test_an_adapter_that_is_called_as_a_layer_is_costs_others_no_tensors_of_others(tmp_path: Path) -> None:
+    model = of_our_own("pst")
+    model.add_adapter("1", model.peft_config["default"])
+    with pytest.raises(ValueError, match="an adapter is called '1', as a part of the model is.*another name"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.save_pretrained(tmp_path, selected_adapters=["1"])
+    saved = load_file(tmp_path / "1" / "adapter_model.safetensors")
+    assert len(saved) == sum(key.endswith(".1") for key in model.state_dict()) > 0

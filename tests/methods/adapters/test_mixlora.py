@@ -17,7 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from shoestring.core import catalog
 from shoestring.lab import tiny
 from shoestring.methods.adapters import mixlora
-from shoestring.methods.adapters.mixlora import ROUTES, Load, MixLoraBlock, MixLoraConfig, balance
+from shoestring.methods.adapters._experts import ROUTES, Load, MixLoraBlock, Pairs, balance, within_capacity
+from shoestring.methods.adapters.mixlora import MixLoraConfig
 from shoestring.models import shape_of
 from shoestring.models.anatomy import FEED_FORWARDS
 
@@ -104,7 +105,7 @@ def test_a_block_equals_experts_with_weights_of_their_own_and_so_do_the_gradient
     flat = x.reshape(-1, 64)
     routed = ROUTES[routing](flat @ block.mixlora_router["default"].T, block.configs["default"])
     if routing == "mixlora-switch":
-        routed = mixlora.within_capacity(routed, 2, torch.ones(18, dtype=torch.bool), torch.arange(18) % 9 == 0)
+        routed = within_capacity(routed, 2, torch.ones(18, dtype=torch.bool), torch.arange(18) % 9 == 0)
         assert (routed.weights.sum(1) == 0).any(), "no token is over capacity, so the case is not tried"
     wanted = naive(block, flat, routed.weights).view_as(x)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
@@ -155,13 +156,13 @@ def test_an_expert_computes_on_the_tokens_routed_to_it_alone(monkeypatch):
     block.mixlora_router["default"].data[:3, :] = torch.randn(3, 64).abs()
     x = x.abs()
     done: dict[int, set[int]] = {}
-    plain = mixlora.Pairs.added
+    plain = Pairs.added
 
     def added(self: Any, expert: int, x: Tensor) -> Tensor:
         done.setdefault(expert, set()).add(len(x))
         return plain(self, expert, x)
 
-    monkeypatch.setattr(mixlora.Pairs, "added", added)
+    monkeypatch.setattr(Pairs, "added", added)
     block(x).sum().backward()
     p = (x.reshape(-1, 64) @ block.mixlora_router["default"].T).softmax(-1)
     counts = torch.bincount(p.topk(2).indices.flatten(), minlength=4).tolist()

@@ -130,6 +130,15 @@ class BlockTuner(Guard):
             return block.index in ([numbers] if isinstance(numbers, int) else numbers)
         return found
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # peft looks for the name at the end of a key; a part that has parts of its own has more behind it.
+        for container in cls.tuner_layer_cls.adapter_layer_names:
+            start, found, own = key.rpartition(f".{container}.{adapter_name}.")
+            if found:
+                return f"{start}.{container}.{own}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
     def _create_and_replace(
         self,
         peft_config: Any,

@@ -21,7 +21,7 @@ from shoestring.core.errors import UsageError
 from shoestring.engine.exits import WARMTH
 from shoestring.methods.adapters._blocks import Beside, BlockTuner
 from shoestring.methods.adapters._shared import AdapterConfig, number, whole
-from shoestring.models.anatomy import inspect
+from shoestring.models.anatomy import inspect, norm_offset
 from shoestring.training.loss import IGNORED, last_hidden_and_head
 
 _PRIMES = (1, 1_000_003, 998_244_353, 754_974_721)
@@ -279,15 +279,14 @@ def _form_of(norm: nn.Module) -> tuple[float, float]:
         ValueError: it is neither a norm of the root mean square nor one of the deviation.
     """
     epsilon = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5)
-    weight, bias = norm.weight, getattr(norm, "bias", None)
+    offset, weight, bias = norm_offset(norm), norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        return epsilon, 0.0
+        return epsilon, offset
     sign = torch.ones_like(weight)
     sign[1::2] = -1
     with torch.no_grad():
         scale = (norm(sign) - (0 if bias is None else bias)) * sign  # of numbers with mean 0 and deviation 1
-        offset = round(float((scale - weight).float().median()))
     if not torch.allclose(scale.float(), weight.float() + offset, rtol=0.02, atol=0.02):
         raise ValueError(f"{type(norm).__name__} is no norm that a gate can copy")
-    return epsilon, float(offset)
+    return epsilon, offset

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +20,12 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
@@ -109,6 +116,17 @@ def number(name: str, value: Any, low: float, high: float = float("inf")) -> Non
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         bound = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
         raise ValueError(f"{name}={value!r} is not possible; it must be a number {bound}")
+
+
+def reaches(config: Any, key: str) -> Any:
+    """Whether the adapter is for the module of this full name, by peft's rules."""
+    named = config.layers_to_transform is not None and not isinstance(config.target_modules, str)
+    if not named or key not in config.target_modules:
+        return check_target_module_exists(config, key)
+    # peft asks for the layer only where a target is an ending, and "all-linear" makes whole names of few.
+    asked = copy(config)
+    asked.target_modules = {key.rpartition(".")[2]}
+    return check_target_module_exists(asked, key)
 
 
 # --- linear layers, however they hold their weight -------------------------------------------------------------------
@@ -278,7 +296,49 @@ class LinearLayer(nn.Module, BaseTunerLayer):
 
 
 class Guard(BaseTuner):
-    """A tuner that loads an adapter's file only when it holds what the adapter has, and nothing else."""
+    """A tuner that does as asked or refuses: files that are not the adapter's, rows that it cannot tell apart."""
+
+    @property
+    def _method(self) -> str:
+        config: Any = next(iter(self.peft_config.values()))
+        return str(config.TYPE)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return reaches(peft_config, key)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names is not possible: {self._method} has one adapter act on all rows of a batch; call the "
+                "model once for each adapter, after set_adapter"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for other in unwanted_adapter_names:
+            for place, module in model.named_modules():
+                if isinstance(module, BaseTunerLayer) and other in place.split("."):
+                    raise ValueError(
+                        f"an adapter is called {other!r}, as a part of the model is ({place}), and peft would leave "
+                        "the tensors there out of the file of another; give it another name"
+                    )
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # peft leaves out the other adapters when it saves; when a file is read, all the model's tensors come here.
+        return {
+            key: value
+            for key, value in found.items()
+            if all(cls._remove_adapter_name_from_key(key, other) == key for other in unwanted_adapter_names)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -286,8 +346,7 @@ class Guard(BaseTuner):
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
-        saved = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), others)  # type: ignore[arg-type]
-        own = {key for key in saved if adapter_name in key.split(".") or key.endswith(".bias")}
+        own = set(cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), others))  # type: ignore[arg-type]
         foreign = sorted(key for key in found if key not in own and not saved_beside(key, model))
         if foreign:
             raise ValueError(
@@ -302,7 +361,7 @@ class Guard(BaseTuner):
     def _check_target(self, target: nn.Module, key: str, kinds: tuple[type, ...], words: str) -> None:
         """Raises TypeError, naming the module, unless it is one of `kinds`, which `words` say."""
         if not isinstance(target, kinds):
-            raise TypeError(f"{key} is a {type(target).__name__}; {self.prefix.rstrip('_')} adapts {words}")
+            raise TypeError(f"{key} is a {type(target).__name__}; {self._method} adapts {words}")
 
 
 class LinearTuner(Guard):

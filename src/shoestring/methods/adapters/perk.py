@@ -210,19 +210,6 @@ class PerkModel(LinearTuner):
                 del container[adapter_name]
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # A bias counts as the adapter's own whatever its name, and those of other weighting nets are not.
-        return {key: value for key, value in found.items() if not set(unwanted_adapter_names) & set(key.split("."))}
-
-    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # peft looks for the name at the end of a key; a weighting net's parameters have theirs behind it.
         start, net, own = key.partition(f".perk_weighting.{adapter_name}.")

@@ -42,6 +42,7 @@ from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import PROJECTIONS, Shape
 from shoestring.methods.adapters import _shared
 from shoestring.methods.adapters._shared import number, read_bias, sizes, whole
+from shoestring.models.anatomy import norm_offset
 
 METHOD = Method(
     paper=Paper(
@@ -206,7 +207,8 @@ class SsfSite(SsfLayer):
         bias = None if bias is None else bias * scale  # eq. 2
         bias = bias if shift is None else shift if bias is None else bias + shift
         if self.is_norm:
-            return (weight * scale + _offset(base) * (scale - 1)).to(dtype), None if bias is None else bias.to(dtype)
+            offset = 0.0 if isinstance(base, _CHANNELS_SECOND) else norm_offset(base)
+            return (weight * scale + offset * (scale - 1)).to(dtype), None if bias is None else bias.to(dtype)
         rows = scale.view(-1, *[1] * (weight.dim() - 1))
         return (rows * weight).to(dtype), None if bias is None else bias.to(dtype)
 
@@ -292,7 +294,7 @@ class SsfModel(_shared.Guard):
         head = peft_config.classifier
         if head and (key == head or key.endswith(f".{head}")):
             return True
-        return _shared.Guard._check_target_module_exists(peft_config, key)
+        return _shared.reaches(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -578,13 +580,3 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
-
-
-def _offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before it multiplies: 0 for most, 1 for those that store the way from 1."""
-    if isinstance(norm, _CHANNELS_SECOND):
-        return 0.0
-    weight: Any = norm.weight
-    state = {name: torch.zeros_like(p) for name, p in norm.named_parameters()}
-    probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None, None]
-    return float(bool(torch.func.functional_call(norm, state, (probe,)).abs().sum() > 0))

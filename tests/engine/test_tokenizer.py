@@ -120,6 +120,40 @@ def test_chats_are_those_of_transformers(real: Tokenizer, theirs: Any, prompt: b
         assert real.chat(messages, add_generation_prompt=prompt) == wanted
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         assert real.chat_text(messages, add_generation_prompt=prompt) == text
+    going_on: Any = {"add_generation_prompt": False, "continue_final_message": True}
+    assert real.chat(CHAT[:3], **going_on) == theirs.apply_chat_template(CHAT[:3], return_dict=False, **going_on)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|end|>{{ m.content }}<|end|>{% endfor %}",
+        "{% for m in messages %}{{ m.content | trim }} <|end|>\n{% endfor %}",
+        "{% for m in messages %}{{ m.content.strip() }}\n{% endfor %}",
+        "{{ messages[1].content | tojson }}",
+    ],
+)
+@pytest.mark.parametrize("said", ["Once", "Once ", " Once\n\n", "", "a <|end|> b <|e"])
+def test_a_message_that_is_continued_ends_as_with_transformers(template: str, said: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    made = Tokenizer(byte_level(), templates={"default": template})
+    ((wanted,), _) = render_jinja_template([messages], chat_template=template, continue_final_message=True)
+    given: Any = {"add_generation_prompt": False, "continue_final_message": True}
+    assert made.chat_text(messages, **given) == wanted
+    end = made._special["<|end|>"]
+    assert made.decode(made.chat(messages, **given), skip_special=False) == wanted
+    assert made.chat(messages, **given).count(end) == wanted.replace(said.strip(), "", 1).count("<|end|>")
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": [{"text": "a"}]}]])
+def test_what_cannot_be_continued_is_said(messages: Any) -> None:
+    made = Tokenizer(byte_level(), templates={"default": "{% for m in messages %}{{ m.role }}{% endfor %}"})
+    for said in (messages, [{"role": "user", "content": "left out by the template"}]):
+        with pytest.raises(RequestError, match="final message") as error:
+            made.chat(said, continue_final_message=True)
+        assert error.value.param == "messages"
 
 
 @pytest.mark.real

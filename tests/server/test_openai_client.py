@@ -75,6 +75,68 @@ def test_usage_in_a_stream_only_when_asked_for(server: Server) -> None:
     assert [chunk["usage"] is None for chunk in asked] == [True] * (len(asked) - 1) + [False]
 
 
+@pytest.mark.parametrize("more", [{}, {"n": 2}, {"logprobs": True}, {"tools": [TOOL]}, {"stop": ["zzzz"]}])
+def test_usage_so_far_in_every_event(server: Server, more: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    given: dict[str, Any] = dict(model="toy", messages=HELLO, max_tokens=9, seed=2, **more)
+    chunks = list(server.client().chat.completions.create(**given, stream=True, stream_options=options))
+    last = chunks.pop().usage
+    assert last and last.model_extra and last.completion_tokens == 9 * more.get("n", 1)
+    for at in range(more.get("n", 1)):
+        counts = [chunk.usage for chunk in chunks if chunk.choices[0].index == at]
+        done = [usage.completion_tokens for usage in counts if usage]
+        assert len(done) == len(counts) and done[0] == 0 and done == sorted(done) and done[-1] == 9
+        assert {usage.prompt_tokens for usage in counts if usage} == {last.prompt_tokens}
+        assert all(usage and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in counts)
+
+
+@pytest.mark.parametrize("more", [{}, {"echo": True, "logprobs": 1}])
+def test_usage_so_far_of_several_prompts(server: Server, more: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = server.client().completions.create(
+        model="toy", prompt=["ab", "abcd"], max_tokens=5, seed=1, stream=True, stream_options=options, **more
+    )
+    chunks = [chunk for chunk in stream if chunk.choices]
+    for at, prompt in enumerate((2, 4)):
+        counts = [chunk.usage for chunk in chunks if chunk.choices[0].index == at]
+        assert counts and counts[-1] and counts[-1].completion_tokens == 5
+        assert all(usage and usage.prompt_tokens == prompt for usage in counts)
+
+
+def test_usage_so_far_needs_usage(server: Server) -> None:
+    answer = server.chat(stream=True, stream_options={"continuous_usage_stats": True})
+    assert error_of(answer)["param"] == "stream_options.continuous_usage_stats"
+
+
+@pytest.mark.parametrize("said", ["Once upon", "Once upon ", "", "<|im_end|>"])
+def test_the_final_message_is_continued(server: Server, said: str) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": said}]
+    told: dict[str, Any] = {"messages": messages, "continue_final_message": True}
+    ids = server.http.post("/tokenize", json={"model": "toy", **told}).json()["tokens"]
+    bare = server.http.post("/tokenize", json={"model": "toy", "messages": HELLO}).json()["tokens"]
+    assert ids == bare + list(said.encode()), "no sign of an end, and nothing that a user could forge"
+    made = server.client().chat.completions.create(
+        model="toy", messages=messages, max_tokens=12, temperature=0, extra_body={"continue_final_message": True}
+    )
+    same = server.client().completions.create(model="toy", prompt=ids, max_tokens=12, temperature=0)
+    assert made.choices[0].message.content == same.choices[0].text
+    assert made.usage and made.usage.prompt_tokens == len(ids)
+
+
+def test_what_cannot_be_continued(server: Server) -> None:
+    for fields, param in (
+        ({"add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "chat_template_kwargs.continue_final_message"),
+        ({"continue_final_message": 1}, "continue_final_message"),
+    ):
+        assert error_of(server.chat(**{"continue_final_message": True, **fields}))["param"] == param
+    plain = server.chat(messages=HELLO, add_generation_prompt=False, max_tokens=3)
+    ids = server.http.post(
+        "/tokenize", json={"model": "toy", "messages": HELLO, "add_generation_prompt": False}
+    ).json()["tokens"]
+    assert plain.json()["usage"]["prompt_tokens"] == len(ids)
+
+
 def test_greedy_and_seeded_answers_repeat(server: Server) -> None:
     for fields in ({"temperature": 0}, {"seed": 3}, {"seed": -3, "temperature": 1.5, "top_p": 0.9, "top_k": 20}):
         one, two = (server.chat(max_tokens=12, **fields).json()["choices"] for _ in range(2))

@@ -84,15 +84,22 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_variables: Any,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template, or a plain one when it has none.
+
+        Args:
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end with the last letter of the last message, so that what follows goes on with it.
 
         Raises:
             RequestError: the template refuses the conversation, or its text cannot be encoded.
             UsageError: the template is at fault: not sound, or over the limits of `chat_template`.
         """
-        return self._template_ids(*self._rendered(messages, tools, add_generation_prompt, template_variables))
+        return self._template_ids(
+            *self._rendered(messages, tools, add_generation_prompt, continue_final_message, template_variables)
+        )
 
     def chat_text(
         self,
@@ -100,10 +107,13 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_variables: Any,
     ) -> str:
         """What `chat` encodes, as text to look at. Raises as `chat`."""
-        text, hidden = self._rendered(messages, tools, add_generation_prompt, template_variables)
+        text, hidden = self._rendered(
+            messages, tools, add_generation_prompt, continue_final_message, template_variables
+        )
         return text.translate({ord(sign): letter for sign, letter in hidden.items()})
 
     # ---- ids to text ----
@@ -188,7 +198,12 @@ class Tokenizer:
             return list(self._inner.encode(text, add_special_tokens=whole).ids)
 
     def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        prompt: bool,
+        continued: bool,
+        variables: Mapping[str, Any],
     ) -> tuple[str, dict[str, str]]:
         from shoestring.engine.chat_template import TemplateRefused
 
@@ -199,6 +214,9 @@ class Tokenizer:
         hidden: dict[str, str] = {}
         disarmed = self._disarmed(given, "".join(texts), hidden)
         said = [_with_reasoning(message) for message in disarmed["messages"]]
+        end = self._unused("".join(texts), hidden) if continued else ""
+        if continued:
+            said[-1:] = [_ended(said[-1] if said else {}, end)]
         names = {name: text for name, text in self._named.items() if text}
         try:
             text = self._template("tool_use" if tools else "default").render(
@@ -213,7 +231,7 @@ class Tokenizer:
             )
         except TemplateRefused as error:
             raise RequestError(error.what, error.why, param="messages", code="invalid_messages") from None
-        return text, hidden
+        return _cut(text, end) if continued else text, hidden
 
     def _template(self, name: str) -> Template:
         from shoestring.engine.chat_template import Template
@@ -245,14 +263,18 @@ class Tokenizer:
         def stand_in(match: re.Match[str]) -> str:
             known = {letter: sign for sign, letter in hidden.items()}
             if match[0] not in known:
-                code = _PRIVATE
-                while chr(code) in hidden or chr(code) in whole or chr(code) in self.template:
-                    code += 1
-                hidden[chr(code)] = match[0]
-                return chr(code)
+                known[match[0]] = self._unused(whole, hidden)
+                hidden[known[match[0]]] = match[0]
             return known[match[0]]
 
         return self._starts.sub(stand_in, value)
+
+    def _unused(self, whole: str, hidden: Mapping[str, str]) -> str:
+        """A private character that nobody has used."""
+        code = _PRIVATE
+        while chr(code) in hidden or chr(code) in whole or chr(code) in self.template:
+            code += 1
+        return chr(code)
 
     @cached_property
     def _starts(self) -> re.Pattern[str] | None:
@@ -510,6 +532,27 @@ def _with_reasoning(message: Any) -> Any:
         return message
     said = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+
+
+def _ended(message: Any, end: str) -> dict[str, Any]:
+    """The message with `end` after its text. The space behind shows whether the template trims what messages say."""
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
+        raise RequestError("The final message has no text to go on with", param="messages", code="invalid_messages")
+    return {**message, "content": f"{text}{end} "}
+
+
+def _cut(text: str, end: str) -> str:
+    """The text up to `end`; white space before it goes where the template has taken it off after it."""
+    before, found, after = text.rpartition(end)
+    if not found:
+        raise RequestError(
+            "The chat template leaves out the end of the final message",
+            remedy="Let the conversation end with a user's message",
+            param="messages",
+            code="invalid_messages",
+        )
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _check_text(text: str, param: str) -> None:

@@ -163,8 +163,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
             if len(given.messages) > service.settings.max_messages:
                 raise bad("messages", f"At most {service.settings.max_messages} messages are read")
             told = [tool.model_dump(exclude_none=True) for tool in given.tools or ()]
-            whether = given.add_generation_prompt is not False
-            ids = await chat.tokens_of(engine.tokenizer, given.messages, told, add_generation_prompt=whether)
+            ids = await chat.tokens_of(engine.tokenizer, given.messages, told, ending=given.ending)
         else:
             (ids,) = await completions.ids_of(engine.tokenizer, [given.prompt or ""])
         found: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context, "tokens": ids}

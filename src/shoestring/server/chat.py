@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from shoestring.server.sampling import checked, compiled, of_logprobs, of_schema
 from shoestring.server.schema import ChatRequest, Message, NamedTool, Tool
 from shoestring.server.service import Service, log
 from shoestring.server.settings import Settings
-from shoestring.server.stream import event, quoted
+from shoestring.server.stream import Tail, event, quoted
 from shoestring.server.tools import Call, Finder, call_schema, described, either
 from shoestring.server.work import Answer, Work
 
 _LONG = 4096  # characters from which tokenising is not done between two answers of others
 _PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
+_NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message", "self")
 _knows_tools: dict[str, bool] = {}  # by the template's text
 
 
@@ -47,6 +48,7 @@ class Chat:
     whole: bool = False
     most: int = 128
     usage_in_stream: bool = False
+    usage_so_far: bool = False
 
     def finder(self) -> Finder | None:
         return Finder(self.known, self.whole, self.most) if self.known else None
@@ -77,7 +79,8 @@ async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, req
         constraint=constraint,
     )
     told = [tool.model_dump(exclude_none=True, exclude=None) for tool in offered]
-    prompt = await tokens_of(inner.tokenizer, given.messages, told, given.chat_template_kwargs or {})
+    variables = given.chat_template_kwargs or {}
+    prompt = await tokens_of(inner.tokenizer, given.messages, told, variables, given.ending)
     return Chat(
         id=f"chatcmpl-{request_id}",
         model=given.model,
@@ -89,6 +92,7 @@ async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, req
         whole=constraint is not None,
         most=1 if given.parallel_tool_calls is False else 128,
         usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
+        usage_so_far=bool(given.stream_options and given.stream_options.continuous_usage_stats),
     )
 
 
@@ -103,8 +107,8 @@ async def tokens_of(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] = (),
-    variables: dict[str, Any] | None = None,
-    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+    ending: Mapping[str, bool] | None = None,
 ) -> list[int]:
     """Token ids of a conversation. A template that knows no tools is told of them in the system message.
 
@@ -112,16 +116,14 @@ async def tokens_of(
         ApiError: messages that the template refuses, or a variable that it must not have.
     """
     for name in variables or ():
-        if not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt", "self"):
+        if not name.isidentifier() or name in _NO_VARIABLES:
             raise bad(f"chat_template_kwargs.{name}", "A template's variable cannot have this name")
     plain = [_plain(message, i) for i, message in enumerate(messages)]
     if not _template_knows_tools(tokenizer) and (tools or any("tool_calls" in m or m["role"] == "tool" for m in plain)):
         plain, tools = _as_text(plain, tools), ()
 
     def render() -> list[int]:
-        return tokenizer.chat(
-            plain, list(tools) or None, add_generation_prompt=add_generation_prompt, **(variables or {})
-        )
+        return tokenizer.chat(plain, list(tools) or None, **(ending or {}), **(variables or {}))
 
     size = sum(len(message["content"]) for message in plain)
     try:
@@ -285,20 +287,22 @@ class Events:
             "system_fingerprint": chat.fingerprint,
         }
         self._head = json.dumps(about, separators=(",", ":"))[:-1]
-        self._tail = ',"usage":null}\n\n' if chat.usage_in_stream else "}\n\n"
+        self._tail = Tail(chat.usage_in_stream, chat.usage_so_far)
         self._opening = [f'data: {self._head},"choices":[{{"index":{at},"delta":{{' for at in answers]
-        self._plain = f'}},"logprobs":null,"finish_reason":null}}]{self._tail}'
+        self._plain = '},"logprobs":null,"finish_reason":null}]'
         self._finders = [chat.finder() for _ in answers]
         self._wanted = chat.sampling.logprobs is not None
 
     def begin(self) -> bytes:
-        first = '"role":"assistant","content":"","refusal":null'
-        return "".join(opening + first + self._plain for opening in self._opening).encode()
+        first = '"role":"assistant","content":"","refusal":null' + self._plain
+        end = self._tail(len(self._chat.prompt), 0)
+        return "".join(opening + first + end for opening in self._opening).encode()
 
     def add(self, at: int, delta: Delta) -> bytes:
-        finder = self._finders[at]
+        finder, end = self._finders[at], self._tail(len(self._chat.prompt), delta.usage.completion_tokens)
         if finder is None and not self._wanted and delta.finish_reason is None:
-            return (self._opening[at] + '"content":' + quoted(delta.text) + self._plain).encode() if delta.text else b""
+            said = '"content":' + quoted(delta.text) + self._plain
+            return (self._opening[at] + said + end).encode() if delta.text else b""
         parts: list[str | Call] = [delta.text] if delta.text else []
         if finder:
             parts = [*finder.push(delta.text), *(finder.finish() if delta.finish_reason else ())]
@@ -309,13 +313,13 @@ class Events:
         lines = []
         number = (finder.calls if finder else 0) - sum(isinstance(part, Call) for part in parts)
         for part in parts:
-            lines.append(self._chunk(at, _piece(part, number), logprobs))
+            lines.append(self._chunk(at, end, _piece(part, number), logprobs))
             number += isinstance(part, Call)
             logprobs = "null"
         if delta.finish_reason:
             reason = _reason(delta.finish_reason, bool(finder and finder.calls))
             why = f',"stop_reason":{json.dumps(delta.stop_reason)}'
-            lines.append(self._chunk(at, "", reason=f'"{reason}"', more=why))
+            lines.append(self._chunk(at, end, "", reason=f'"{reason}"', more=why))
         return "".join(lines).encode()
 
     def end(self, work: Work) -> bytes:
@@ -323,9 +327,10 @@ class Events:
             return b""
         return event({**json.loads(self._head + "}"), "choices": [], "usage": work.usage()})
 
-    def _chunk(self, at: int, delta: str, logprobs: str = "null", reason: str = "null", more: str = "") -> str:
-        rest = f'}},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{self._tail}'
-        return self._opening[at] + delta + rest
+    def _chunk(
+        self, at: int, end: str, delta: str, logprobs: str = "null", reason: str = "null", more: str = ""
+    ) -> str:
+        return self._opening[at] + delta + f'}},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{end}'
 
 
 def _piece(part: str | Call, number: int) -> str:

@@ -17,7 +17,7 @@ from shoestring.server.logprobs import of_completion
 from shoestring.server.sampling import compiled, of_logprobs, of_structured, sampling
 from shoestring.server.schema import CompletionRequest
 from shoestring.server.service import Service
-from shoestring.server.stream import event, quoted
+from shoestring.server.stream import Tail, event, quoted
 from shoestring.server.work import Answer, Work
 
 _LONG = 4096  # characters from which tokenising is not done between two answers of others
@@ -41,6 +41,7 @@ class Continuation:
     echo: list[str]
     silent: bool = False
     usage_in_stream: bool = False
+    usage_so_far: bool = False
 
     @property
     def head(self) -> dict[str, Any]:
@@ -113,6 +114,7 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
         echo=texts,
         silent=silent,
         usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
+        usage_so_far=bool(given.stream_options and given.stream_options.continuous_usage_stats),
     )
 
 
@@ -153,9 +155,9 @@ class Events:
         self._n, self._wanted = made.sampling.n, made.sampling.logprobs
         answers = range(self._n * len(made.prompts))
         head = json.dumps(made.head, separators=(",", ":"))[:-1]
-        self._tail = ',"usage":null}\n\n' if made.usage_in_stream else "}\n\n"
+        self._tail = Tail(made.usage_in_stream, made.usage_so_far)
         self._opening = [f'data: {head},"choices":[{{"index":{at},"text":' for at in answers]
-        self._plain = f',"logprobs":null,"finish_reason":null}}]{self._tail}'
+        self._plain = ',"logprobs":null,"finish_reason":null}]'
         self._waiting = set(answers) if any(made.echo) else set()
         self._of_prompt: list[list[TokenLogprob | None]] = [[] for _ in made.prompts]
         self._offsets = [len(made.echo[at // self._n]) for at in answers]
@@ -166,7 +168,8 @@ class Events:
 
     def add(self, at: int, delta: Delta) -> bytes:
         if self._wanted is None and delta.finish_reason is None and at not in self._waiting:
-            return (self._opening[at] + quoted(delta.text) + self._plain).encode() if delta.text else b""
+            said = quoted(delta.text) + self._plain + self._end_of(at, delta)
+            return (self._opening[at] + said).encode() if delta.text else b""
         self._of_prompt[at // self._n] += delta.prompt_logprobs
         if delta.tokens or delta.text or delta.finish_reason:
             self._held.append((at, delta))  # the first of a further answer comes before the prompt's last part
@@ -205,4 +208,8 @@ class Events:
         reason, more = "null", ""
         if delta.finish_reason:
             reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'
-        return f'{self._opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{self._tail}'
+        end = self._end_of(at, delta)
+        return f'{self._opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{end}'
+
+    def _end_of(self, at: int, delta: Delta) -> str:
+        return self._tail(len(self._made.prompts[at // self._n]), delta.usage.completion_tokens)

@@ -84,7 +84,15 @@ def unknown_fields(given: BaseModel, path: str = "") -> Iterator[str]:
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: _only(False) = None  # type: ignore[valid-type]
+
+    @field_validator("continuous_usage_stats")
+    @classmethod
+    def _with_usage(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and not info.data.get("include_usage"):
+            raise ValueError("it needs include_usage to be true")
+        return value
 
 
 class StructuredOutputs(_Body):
@@ -136,6 +144,29 @@ class Knobs(_Body):
         if value is not None and not info.data.get("stream"):
             raise ValueError("it needs stream to be true")
         return value
+
+
+class Ending(_Body):
+    """Where the prompt of a conversation ends: with what begins an answer, or inside the final message."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _one_of_them(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("add_generation_prompt"):
+            raise ValueError("a message that is gone on with is followed by no generation prompt")
+        return value
+
+    @property
+    def ending(self) -> dict[str, bool]:
+        """The same for `Tokenizer.chat`."""
+        continued = bool(self.continue_final_message)
+        return {
+            "add_generation_prompt": self.add_generation_prompt is not False and not continued,
+            "continue_final_message": continued,
+        }
 
 
 # ---------------------------------------------------------------- chats
@@ -274,7 +305,7 @@ class SchemaFormat(_Body):
 ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class ChatRequest(Knobs):
+class ChatRequest(Knobs, Ending):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -351,13 +382,12 @@ class EmbeddingRequest(_Body):
 # ---------------------------------------------------------------- tokens and adapters
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Ending):
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message] | None, Field(min_length=1)] = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

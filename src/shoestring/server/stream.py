@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 _PING = b": keep-alive\n\n"
 _FAREWELL_SECONDS = 1.0
 
-__all__ = ["DONE", "EventStream", "Events", "event", "quoted"]
+__all__ = ["DONE", "EventStream", "Events", "Tail", "event", "quoted"]
 
 
 class Events(Protocol):
@@ -40,6 +40,19 @@ class Events(Protocol):
 def event(data: Any) -> bytes:
     """One event that carries JSON."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Tail:
+    """Ends an event of an answer: without usage, with none yet, or with the tokens of the answer so far."""
+
+    def __init__(self, usage_in_stream: bool, so_far: bool) -> None:
+        self._same = "" if so_far else ',"usage":null}\n\n' if usage_in_stream else "}\n\n"
+
+    def __call__(self, prompt: int, done: int) -> str:
+        if self._same:
+            return self._same
+        counts = f'"prompt_tokens":{prompt},"completion_tokens":{done},"total_tokens":{prompt + done}'
+        return f',"usage":{{{counts}}}}}\n\n'
 
 
 class EventStream(Response):

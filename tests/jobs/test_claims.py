@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,3 +137,44 @@ def test_code_that_changes_while_it_runs_gives_no_record(toy: Path) -> None:
     with pytest.raises(UsageError, match="changed while it ran"):
         job.run("toy", say=quiet)
     assert not (toy.parent / "records").exists()
+
+
+def test_what_is_drawn_before_the_first_arm_repeats(toy: Path) -> None:
+    drawn = "def run(arms):\n    import random, numpy, torch\n    " + (
+        "draw = float(torch.rand(())) + float(numpy.random.rand()) + random.random()\n"
+    )
+    toy.write_text(TOY.replace("def run(arms):\n", drawn).replace("(10.0 + arms.seed) / 2)", "draw)"))
+    claim.files.cache_clear()
+    one, two = (job.run("toy", say=quiet).measured[0][1].arm for _ in range(2))
+    assert one == two and len(set(one)) == 3
+
+
+def test_a_place_without_room_for_a_record_is_found_before_the_work(toy: Path) -> None:
+    (toy.parent / "records").write_text("no folder")
+    toy.write_text(TOY.replace("def run(arms):\n", "def run(arms):\n    raise AssertionError\n"))
+    claim.files.cache_clear()
+    with pytest.raises(UsageError, match="no record can be written"):
+        job.run("toy", say=quiet)
+
+
+def test_the_commit_of_another_repository_is_not_ours(toy: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(toy.parent), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q", str(toy.parents[2]))
+    (toy.parents[2] / ".gitignore").write_text("__pycache__\n")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert job.run("toy", say=quiet).record.about["commit"] == "unknown"  # type: ignore[union-attr]
+    git("add", "toy.py")
+    git("commit", "-q", "-m", "ours")
+    assert job.run("toy", say=quiet).record.about["commit"] == git("rev-parse", "HEAD") + "+changes"  # type: ignore[union-attr]
+    git("add", "..")
+    git("commit", "-q", "-m", "all of it")
+    assert job.run("toy", say=quiet).record.about["commit"] == git("rev-parse", "HEAD")  # type: ignore[union-attr]
+
+
+def test_no_git_is_no_reason_to_lose_what_was_measured(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    outcome = job.run("toy", say=quiet)
+    assert outcome.record is not None and outcome.record.about["commit"] == "unknown"

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
+from transformers import set_seed
+
 from shoestring.core import claim
 from shoestring.core.claim import Claim, ClaimFile, Measured
 from shoestring.core.errors import UsageError
@@ -34,23 +36,27 @@ def run(
     """Measure every claim of a file over `seeds`, arms paired within a seed.
 
     Raises:
-        UsageError: no such claim, or fewer seeds than a verdict needs.
+        UsageError: no such claim, fewer seeds than a verdict needs, or a place where no record can be written.
     """
     claim_file = claim.get(slug)
-    if not quick and len(set(seeds)) < claim.LEAST_SEEDS:
-        raise UsageError(
-            f"{len(set(seeds))} seeds give no verdict", remedy=f"Use at least {claim.LEAST_SEEDS}, or --quick"
-        )
+    seeds = tuple(dict.fromkeys(seeds))
+    if not quick:
+        if len(seeds) < claim.LEAST_SEEDS:
+            raise UsageError(
+                f"{len(seeds)} seeds give no verdict", remedy=f"Use at least {claim.LEAST_SEEDS}, or --quick"
+            )
+        _refuse_unwritable(claim_file.record)
     module = _load(claim_file)
     code, started = claim_file.code(), time.perf_counter()
     rounds: list[Arms] = []
     reason = ""
     if any(c.expect for c in claim_file.claims):
         with tempfile.TemporaryDirectory(prefix="claim-") as scratch:
-            for seed in dict.fromkeys(seeds):
+            for seed in seeds:
                 say(f"{claim_file.slug}: seed {seed}")
                 arms = Arms(seed, quick, Path(scratch) / str(seed), Ledger())
                 arms.folder.mkdir()
+                set_seed(seed)  # for what an experiment draws before it opens its first arm
                 module.run(arms)
                 rounds.append(arms)
     measured = tuple(_gather(c, rounds, reason) for c in claim_file.claims)
@@ -74,6 +80,20 @@ def run(
     return Outcome(claim_file, tuple(zip(claim_file.claims, measured)), record)
 
 
+def _refuse_unwritable(record: Path) -> None:
+    """A measurement takes minutes to hours, so this is found out before it."""
+    folder = record.parent if record.parent.exists() else record.parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"no record can be written to {folder}",
+            error.strerror or str(error),
+            "Measure in a clone of the sources that you may write to, or use --quick",
+        ) from None
+
+
 def _gather(statement: Claim, rounds: Sequence[Arms], reason: str) -> Measured:
     if not statement.expect:
         return Measured(reason=statement.cannot)
@@ -94,13 +114,17 @@ def _load(claim_file: ClaimFile) -> ModuleType:
 
 
 def _commit() -> str:
-    here = claim.FOLDER
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    """The commit that the sources are of, with a mark where they differ from it; unknown where git does not know."""
+    if not _git("ls-files", "*.py"):  # installed somewhere below a repository of somebody else's
         return "unknown"
     # Records themselves may differ: writing them is what a run does.
-    changed = subprocess.run(
-        ["git", "-C", str(here), "status", "--porcelain", "--", "../core", "../lab", "../methods", "*.py"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    return done.stdout.strip() + ("+changes" if changed else "")
+    changed = _git("status", "--porcelain", "--", "..", ":(top)native", ":(exclude)records")
+    return _git("rev-parse", "HEAD") + ("+changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(claim.FOLDER), *words], capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return ""
+    return "" if done.returncode else done.stdout.strip()

@@ -104,6 +104,20 @@ def test_group_key_is_kept(tmp_path):
     assert read(write(tmp_path / "a.jsonl", CHAT | {"group": "g"})).examples[0].group == "g"
 
 
+@pytest.mark.parametrize(
+    ("group", "name"), [(7, "7"), (7.0, "7"), (0, "0"), (10**20, "1" + "0" * 20), (float("nan"), ""), (None, "")]
+)
+def test_a_number_names_a_group(tmp_path, group, name):
+    """Were it passed over, rows of one patient would stand in training and test."""
+    assert read(write(tmp_path / "a.jsonl", CHAT | {"group": group})).examples[0].group == name
+
+
+@pytest.mark.parametrize("group", [["a"], {"a": 1}, True])
+def test_a_group_that_is_no_name_is_refused(tmp_path, group):
+    with pytest.raises(UsageError, match="group is .*, expected text"):
+        read(write(tmp_path / "a.jsonl", CHAT | {"group": group}))
+
+
 def test_text_formats(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n", "utf-8")
     corpus = read(tmp_path / "a.txt")

@@ -47,8 +47,7 @@ def example_of_row(row: Mapping[str, Any], shape: str, line: int) -> Example:
         BadRow: wrong types, roles out of order, an empty answer, text that is not valid Unicode.
     """
     messages, weights, tools = _READERS[shape](row)
-    group = row.get("group")
-    group = group if isinstance(group, str) else ""
+    group = _group(row.get("group"))
     if shape == "text":
         text = _text(row["text"], "text")
         if not text.strip():
@@ -60,6 +59,15 @@ def example_of_row(row: Mapping[str, Any], shape: str, line: int) -> Example:
     ):
         raise BadRow("every answer has weight 0, so there is nothing to learn")
     return Example(messages, weights, group, None, line, tools)
+
+
+def _group(value: Any) -> str:
+    """The name of a group; a table may hold numbers in place of names."""
+    if value is None or value != value:  # pandas writes a missing number as NaN
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.15g}" if isinstance(value, float) else str(value)
+    return _text(value, "group")
 
 
 _Read = tuple[list[dict[str, Any]], list[float] | None, list[dict[str, Any]] | None]

@@ -40,6 +40,7 @@ from shoestring.methods.serving._windows import (
     Frozen,
     LowRank,
     Pass,
+    Rooms,
     Shape,
     dropped,
     unpacked,
@@ -263,6 +264,34 @@ def test_pruning_and_rematerialisation_are_worth_what_the_shapes_say(case: Case)
     assert held["nothing", True] > 1.2 * held["cheap", True] > 2 * held["all", True]
     # What a window needs while it is computed is small beside what a sequence keeps, and pruning is part of that.
     assert peak["all", True] < 0.7 * peak["cheap", True] < 0.7 * peak["nothing", True]
+
+
+def test_products_are_kept_in_as_many_layers_as_fit(case: Case) -> None:
+    model, rooms = case.runner.model, Rooms()
+    keys = 2 * model.kv_heads * model.head_dim
+    products = 2 * model.hidden + keys + 2 * model.intermediate
+    for tokens, layers in ((60, model.layers), (96, 1), (33, 0), (60, 1)):
+        examples, count = _examples(tokens), Bytes()
+        size = len(Pass(case.frozen, None, examples, targets=1, window=_window("9")).ids)
+        given = {"most": 4 * size * products * layers, "rooms": rooms, "count": count}
+        _, found = case.run(examples, _window("9"), **given)
+        assert _far(found, case.exact(examples)[1]) < 1e-5
+        assert count.held == 4 * size * (model.layers * (model.hidden + keys) + layers * products)
+
+
+def test_memory_is_used_again_when_it_suffices() -> None:
+    rooms = Rooms()
+    large, small = rooms.take("a", (3, 4), (2,))
+    assert (large.shape, small.shape) == ((3, 4), (2,))
+    large.fill_(1.0)
+    small.fill_(2.0)
+    assert float(large.sum()) == 12
+    (again,) = rooms.take("a", (5,))
+    assert again.data_ptr() == large.data_ptr()
+    (beside,) = rooms.take("b", (5,))
+    assert beside.data_ptr() != again.data_ptr()
+    (grown,) = rooms.take("a", (100, 100))
+    assert grown.shape == (100, 100)
 
 
 def test_pruning_keeps_no_inputs_of_frozen_weights_without_a_lora(tmp_path: Path) -> None:

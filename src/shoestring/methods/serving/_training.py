@@ -22,7 +22,18 @@ from shoestring.data.formats import read
 from shoestring.engine.request import RequestError
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.engine.tuning import Told
-from shoestring.methods.serving._windows import IGNORED, Example, Frozen, LowRank, Pass, Shape, Totals, Unit, Windows
+from shoestring.methods.serving._windows import (
+    IGNORED,
+    Example,
+    Frozen,
+    LowRank,
+    Pass,
+    Rooms,
+    Shape,
+    Totals,
+    Unit,
+    Windows,
+)
 
 PREFIX = "checkpoint-"
 _STATE, _MOMENTS = "state.json", "moments.safetensors"
@@ -133,7 +144,7 @@ class Training:
         folder: for checkpoints; the newest of the same plan is gone on from.
         fullest: most tokens of a window.
         tell: called from this thread and from the one that writes checkpoints.
-        how: `rematerialise` and `prune` of `Pass`.
+        how: `rematerialise`, `most` and `prune` of `Pass`.
 
     Raises:
         UsageError: the folder has checkpoints of another plan. ShoestringError: they cannot be read.
@@ -163,6 +174,7 @@ class Training:
         layers = range(frozen.model.layers)
         # One for each layer, so that a step is as many pieces of work as there are.
         self.optimizers = [torch.optim.AdamW(self.low_rank.of(i), lr=0.0, weight_decay=plan.decay) for i in layers]
+        self.rooms = Rooms()
         self.step, self.tokens, self.did = 0, 0, 0
         self._writer = ThreadPoolExecutor(1, "shoestring-checkpoint")
         self._written: Future[None] = Future()  # the newest checkpoint, and so all before it
@@ -194,6 +206,7 @@ class Training:
             folder = self.folder / f"{PREFIX}{plan.steps}"
             self.tell(Told(self.job, "finished", plan.steps, plan.steps, self.tokens, folder))
         self.frozen.forget()
+        self.rooms.forget()
 
     def save(self) -> None:
         """A checkpoint of the steps that no checkpoint has yet."""
@@ -233,7 +246,7 @@ class Training:
         for number, some in enumerate(_packs(examples, self.fullest)):
             one = Pass(
                 self.frozen, self.low_rank, some, targets=targets, window=self.window, train=targets > 0,
-                seed=self.plan.seed * 1_000_003 + self.step * 1_009 + number, **self.how,
+                rooms=self.rooms, seed=self.plan.seed * 1_000_003 + self.step * 1_009 + number, **self.how,
             )  # fmt: skip
             units = one.units()
             for unit in units:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,34 @@ _KEEP = ("q", "k", "v", "o", "gate", "up")  # products that a backward pass read
 _LAYER_BYTES = 64 << 20  # a layer whose float32 weights are more is unpacked matrix by matrix
 _VOCAB_ROWS = 512  # the fewest rows of the head that are worth a unit
 _LOSS_TOKENS = 512  # whose logits for some of the head's rows are there at a time
+_FINE, _COARSE = 16, 64  # rows of a product are a multiple of one or the other
 _PREFIX = "base_model.model."
 
 Windows = Callable[[str, int], int]  # (kind of unit, position) -> tokens of the next window
+
+
+class Rooms:
+    """Memory that is used again, by name.
+
+    To be given fresh pages takes longer than to fill them, and what is freed in pieces of many sizes leaves holes.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[Any, Tensor] = {}
+
+    def take(self, name: Any, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """float32 tensors of these shapes, filled with anything; what was taken under the name before is gone."""
+        sizes = [math.prod(shape) for shape in shapes]
+        room = self._rooms.pop(name, None)
+        if room is None or len(room) < sum(sizes):
+            room = None  # its pages are free before others are asked for
+            room = torch.empty(sum(sizes))
+        self._rooms[name] = room
+        return [part.view(shape) for part, shape in zip(room[: sum(sizes)].split(sizes), shapes)]
+
+    def forget(self) -> None:
+        """Give all of it back."""
+        self._rooms = {}
 
 
 # ---- weights ----
@@ -44,14 +70,13 @@ Windows = Callable[[str, int], int]  # (kind of unit, position) -> tokens of the
 class Frozen:
     """The weights that answers are computed with, as float32 tensors for as long as they are needed.
 
-    Those that are stored as float32 are the same memory. Others are unpacked one layer at a time, into memory that is
-    used again: to be given fresh pages takes longer than to fill them.
+    Those that are stored as float32 are the same memory. Others are unpacked one layer at a time.
     """
 
     def __init__(self, model: LlamaLike, weights: Llama) -> None:
         self.model, self.weights = model, weights
-        self._rooms: dict[Any, Tensor] = {}
-        self._held: dict[Any, tuple[int, str]] = {}  # which matrix is in a room
+        self._rooms = Rooms()
+        self._held: dict[Any, tuple[tuple[int, str], Tensor]] = {}  # by room: which matrix, and its numbers
 
     def size(self, layer: int) -> int:
         """Numbers in the matrices of a layer."""
@@ -65,10 +90,11 @@ class Frozen:
         shape = matrix.rows, matrix.cols
         # Where a whole layer would be too much, matrices of one shape share a room.
         room = (role, *shape) if 4 * self.size(layer) <= _LAYER_BYTES else shape
-        if self._held.get(room) != (layer, role):
-            self._rooms[room] = unpacked(matrix, into=self._rooms.get(room))
-            self._held[room] = layer, role
-        return self._rooms[room]
+        which, numbers = self._held.get(room, (None, None))
+        if which != (layer, role) or numbers is None:
+            (numbers,) = self._rooms.take(room, shape)
+            self._held[room] = (layer, role), unpacked(matrix, into=numbers)
+        return numbers
 
     def bias(self, layer: int, role: str) -> Tensor | None:
         bias = self._matrices(layer)[role].bias
@@ -92,27 +118,23 @@ class Frozen:
         head = self.weights.head
         if head.format == "fp32":
             return unpacked(head, first, last)
-        made = unpacked(head, first, last, self._rooms.get("head"))
-        if len(made) > len(self._rooms.get("head", ())):
-            self._rooms["head"] = made
-        return made
+        return unpacked(head, first, last, *self._rooms.take("head", (last - first, head.cols)))
 
     def forget(self) -> None:
         """Give back what is unpacked."""
-        self._rooms, self._held = {}, {}
+        self._rooms.forget()
+        self._held = {}
 
     def _matrices(self, layer: int) -> dict[str, Matrix]:
         return {role: getattr(self.weights.blocks[layer], role) for role in PROJECTIONS}
 
 
 def unpacked(matrix: Matrix, first: int = 0, last: int | None = None, into: Tensor | None = None) -> Tensor:
-    """Rows first..last-1 as float32: a view of the matrix itself where it is stored so, else in `into` if that has room
-    for so many rows.
-    """
+    """Rows first..last-1 as float32: a view of the matrix itself where it is stored so, else in `into` if given."""
     last = matrix.rows if last is None else last
     if matrix.format == "fp32":
         return _view(matrix.data).view(torch.float32).view(matrix.rows, matrix.cols)[first:last]
-    made = torch.empty(last - first, matrix.cols) if into is None or len(into) < last - first else into[: last - first]
+    made = torch.empty(last - first, matrix.cols) if into is None else into
     if matrix.format == "bf16":
         return made.copy_(_view(matrix.data).view(torch.bfloat16).view(matrix.rows, matrix.cols)[first:last])
     matrix.rows_of(np.arange(first, last), made.numpy())
@@ -228,11 +250,20 @@ def dropped(tokens: Tensor, width: int, seed: int, share: float) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x w^T + bias in float32, by oneDNN where torch has it: on some processors twice as fast as torch's own choice."""
-    if _ONE_DNN is None or not len(x):
+    """x w^T + bias in float32, by oneDNN where torch has it: on some processors twice as fast as torch's own choice.
+
+    It writes and keeps a program for every number of rows, half a megabyte each: they are rounded up to a few numbers.
+    """
+    rows = len(x)
+    if _ONE_DNN is None or rows < _FINE or min(w.shape) < _FINE:
         return F.linear(x, w, bias)
+    step = _FINE if rows <= _COARSE else _COARSE
+    if rows % step:
+        whole = x.new_zeros(-(-rows // step) * step, x.shape[1])
+        whole[:rows] = x
+        x = whole
     y: Tensor = _ONE_DNN(x, w, bias, "none", [], "")
-    return y
+    return y[:rows]
 
 
 def _one_dnn() -> Callable[..., Any] | None:
@@ -337,14 +368,14 @@ class Bytes:
     held: int = 0
     peak: int = 0
     kept: int = 0  # now
-    own: set[int] = field(default_factory=set)  # storages of what is kept anyway, and of what is trained
+    own: Counter[int] = field(default_factory=Counter)  # storages of what is kept anyway, and of what is trained
     within: dict[int, int] = field(default_factory=dict)
 
     def keep(self, tensors: Iterable[Tensor | None], sign: int = 1) -> None:
         for tensor in tensors:
             if tensor is not None:
                 self.kept += sign * tensor.nbytes
-                (self.own.add if sign > 0 else self.own.discard)(tensor.untyped_storage().data_ptr())
+                self.own[tensor.untyped_storage().data_ptr()] += sign
         self.held = max(self.held, self.kept)
 
     def unit(self) -> Any:
@@ -353,7 +384,7 @@ class Bytes:
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.own:
+            if not self.own[storage.data_ptr()]:
                 self.within[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -376,6 +407,8 @@ class Pass:
         rematerialise: what is computed a second time in the backward pass: "all" but the input of each layer and its
             keys and values; "cheap": norms, activations, attention and products of rank r, not those of large matrices;
             "nothing".
+        most: bytes of products that "cheap" keeps; layers whose products do not fit are computed as with "all".
+        rooms: where activations lie; not those of another pass that is under way.
         seed: of dropout; the same for both directions.
         train: False computes the loss alone.
         count: where to count bytes of activations.
@@ -394,16 +427,19 @@ class Pass:
         window: Windows,
         prune: bool = True,
         rematerialise: str = "cheap",
+        most: int = 1 << 62,
+        rooms: Rooms | None = None,
         seed: int = 0,
         train: bool = True,
         count: Bytes | None = None,
     ) -> None:
         self.frozen, self.low_rank, self.window = frozen, low_rank, window
         self.targets, self.prune, self.rematerialise, self.train = targets, prune, rematerialise, train
+        self.most, self.rooms = most, rooms or Rooms()
         self.seed, self.count = seed, count
         self.totals, self.did = Totals(), 0
         if count and low_rank:
-            count.own |= {half.untyped_storage().data_ptr() for half in low_rank.parameters()}
+            count.own.update(half.untyped_storage().data_ptr() for half in low_rank.parameters())
         ids: list[int] = []
         wanted: list[int] = []  # the token that follows, at the place that predicts it
         self.starts: list[int] = []  # where the example of each token begins
@@ -445,13 +481,23 @@ class Pass:
 
     def _room(self) -> None:
         model, size = self.frozen.model, self.size
+        left = self.most if self.train and self.rematerialise == "cheap" else 0
+        shapes: list[tuple[int, ...]] = []
+        kept: list[tuple[str, ...]] = []
         for layer in range(model.layers):
-            _, kv = self.frozen.heads(layer)
-            self.keys.append(torch.empty(size, kv, model.head_dim))
-            self.values.append(torch.empty(size, kv, model.head_dim))
-            self.entered.append(torch.empty(size, model.hidden) if self.train else None)
-            roles = _KEEP if self.train and self.rematerialise == "cheap" else ()
-            self.products.append({role: torch.empty(size, model.shape_of(role, layer)[0]) for role in roles})
+            widths = {role: model.shape_of(role, layer)[0] for role in _KEEP}
+            taken = 4 * size * sum(widths.values())
+            kept.append(_KEEP if taken <= left else ())
+            left -= taken if kept[-1] else 0
+            key = (size, self.frozen.heads(layer)[1], model.head_dim)
+            shapes += [key, key, (size, model.hidden), *((size, widths[role]) for role in kept[-1])]
+        parts = iter(self.rooms.take("activations", *shapes))
+        for roles in kept:
+            self.keys.append(next(parts))
+            self.values.append(next(parts))
+            entered = next(parts)
+            self.entered.append(entered if self.train else None)
+            self.products.append({role: next(parts) for role in roles})
             if self.count:
                 self.count.keep([self.keys[-1], self.values[-1], self.entered[-1], *self.products[-1].values()])
 

@@ -88,6 +88,7 @@ class FlexllmConfig:
             refused.
         window: most tokens of one window.
         rematerialise: "cheap", "all", or "nothing".
+        activations: megabytes of products that "cheap" may keep; what is more is computed again, as "all" does.
         prune: keep no inputs of frozen weights.
         checkpoints: on the disk after so many steps, and after every epoch.
         keep: how many of them.
@@ -109,12 +110,13 @@ class FlexllmConfig:
     max_length: int = 1024
     window: int = 512
     rematerialise: str = "cheap"
+    activations: int = 256
     prune: bool = True
     checkpoints: int = 50
     keep: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("rank", "batch_size", "epochs", "max_length", "window", "checkpoints", "keep"):
+        for name in ("rank", "batch_size", "epochs", "max_length", "window", "activations", "checkpoints", "keep"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not a number from 1 on")
         for name in ("ttft", "tpot", "alpha", "learning_rate"):
@@ -233,7 +235,11 @@ class Trainer:
             keep=config.keep,
             fullest=config.window,
             window=lambda kind, position: self._window,
-            how={"prune": config.prune, "rematerialise": config.rematerialise},
+            how={
+                "prune": config.prune,
+                "rematerialise": config.rematerialise,
+                "most": config.activations * 1_000_000,
+            },
         )
 
     def start(self, prepared: Training, tell: Callable[[Told], None]) -> None:

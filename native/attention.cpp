@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t SPAN = 256;
-// Slots after a span that nodes of a tree, whose depth is less than their number, may fill and yet count as inside.
-constexpr int64_t BEYOND = 96, WIDTH = SPAN + BEYOND;
+constexpr int64_t SPAN = SK_SPAN;
+// A tree's depth is less than the number of its nodes, so these may stand in slots after the span that they count to.
+constexpr int64_t WIDTH = SPAN + SK_BEYOND;
 constexpr int ROWS = LANES == 16 ? 12 : 4;  // queries together: keys and values are widened once for all of them
 constexpr int KEYS = 2;                     // registers of keys together
 constexpr int64_t FETCHED = 2 * ROWS - 1;   // so few queries wait for memory; of more of them others have just met the page
@@ -99,7 +99,7 @@ void scores(const SkPageLayout& layout, const Span& span, Rows& rows, bool fetch
       }
       for (int v = 0; v < KEYS; ++v) {
         Floats scale;
-        read(k[v] + layout.scales, scale);
+        read(k[v] + layout.key_scales, scale);
         for (int r = 0; r < R; ++r) dot[r][v] *= scale;
       }
     }
@@ -129,9 +129,9 @@ void add_line(const SkAttention& a, const Span& span, int64_t token, const int32
 
 // Scores of one query become weights relative to the span's highest score; the span joins the running maximum and total.
 // Gives what the earlier sum and this span's values are multiplied with. `seen_keys` is null where slots
-// alone tell what is visible.
-void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t token, const int32_t* seen_keys, float& before,
-           float& now) {
+// alone tell what is visible; `kept` is where the span's weights stay, or null.
+void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t token, const int32_t* seen_keys, float* kept,
+           float& before, float& now) {
   const SkPageLayout& layout = *a.layout;
   float* score = rows.score[r];
   const int32_t left = int32_t(rows.limit[r] - span.first < span.keys ? rows.limit[r] - span.first : span.keys);
@@ -162,7 +162,9 @@ void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t to
     weight = s == -__builtin_inff() ? Floats{} : weight;
     total[key / LANES % (16 / LANES)] += lane + int32_t(key) < own ? weight : Floats{};
     write(score + key, weight);
+    if (kept) write(kept + 16 + key, weight);
   }
+  if (kept) kept[0] = top;
   float lanes[16], sum = 0;
   for (int64_t i = 0; i < 16 / LANES; ++i) write(lanes + i * LANES, total[i]);
   if (a.parents && span.keys > own) add_line(a, span, token, seen_keys, own, score, lanes);
@@ -170,7 +172,7 @@ void weigh(const SkAttention& a, const Span& span, Rows& rows, int r, int64_t to
     for (int64_t key = 0; key < span.keys; key += LANES) {
       Floats weight, scale;
       read(score + key, weight);
-      read(span.heads[key / SK_PAGE] + layout.scales + SK_PAGE * 4 + key % SK_PAGE * 4, scale);
+      read(span.heads[key / SK_PAGE] + layout.value_scales + key % SK_PAGE * 4, scale);
       write(score + key, weight * scale);
     }
   for (int i = 0; i < 16; ++i) sum += lanes[i];
@@ -252,32 +254,68 @@ bool look(const SkAttention& a, const Span& span, int64_t token, int32_t* seen) 
   return any != 0;
 }
 
-template <int R, int TYPE>
-void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
-  const SkPageLayout& layout = *a.layout;
-  const int64_t dims = layout.head_dim, width = layout.value_width, group = a.group;
-  const float scale = a.scale * 1.44269504f;
+// Sums of nothing yet, and how far each row sees; gives how far any of them does.
+template <int R>
+int64_t begin_rows(const SkAttention& a, int64_t row, Rows& rows) {
   int64_t most = 0;
   for (int r = 0; r < R; ++r) {
-    const int64_t token = (row + r) / group;
-    const float* q = a.q + token * a.stride + (row + r) % group * dims;
-    for (int64_t d = 0; d < dims; ++d) rows.q[r][d] = q[d] * scale;
-    for (int64_t d = dims; d < dims + 2; ++d) rows.q[r][d] = 0;  // int8 keys come in fours
-    for (int64_t d = 0; d < width; ++d) rows.sum[r][d] = 0;
-    rows.highest[r] = LOWEST;
-    rows.total[r] = 0;
+    const int64_t token = (row + r) / a.group;
+    for (int64_t d = 0; d < a.layout->value_width; ++d) rows.sum[r][d] = 0;
     rows.limit[r] = a.seen ? a.seen[a.first + token] : a.context + a.first + token + 1;
     most = rows.limit[r] > most ? rows.limit[r] : most;
   }
+  return most;
+}
+
+void find_span(const SkAttention& a, int64_t first, int64_t most, Span& span) {
+  span.first = first;
+  const int64_t reach = a.parents && a.context < first + SPAN ? WIDTH : SPAN;  // what lies beyond is then the chunk's own
+  span.keys = most - first < reach ? most - first : reach;
+  for (int64_t p = 0; p < (span.keys + 2 * SK_PAGE - 1) / (2 * SK_PAGE) * 2 + AHEAD; ++p) {
+    const int64_t page = first / SK_PAGE + p, last = (most - 1) / SK_PAGE;
+    span.heads[p] = a.head + int64_t(a.table[page < last ? page : last]) * a.layout->bytes;
+  }
+}
+
+template <int R, int TYPE>
+void all_values(const SkPageLayout& layout, const Span& span, Rows& rows, const float* before, const float* now) {
+  constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
+  const int64_t width = layout.value_width;
+  int64_t dim = 0;
+  for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, TYPE>(layout, span, rows, dim, before, now);
+  for (; dim < width; dim += LANES) values<R, 1, TYPE>(layout, span, rows, dim, before, now);
+}
+
+float* kept_span(const SkAttention& a, int64_t row, int64_t first) {
+  return a.kept ? a.kept + row * a.kept_stride + first / SPAN * sk_kept_span(a.parents) : nullptr;
+}
+
+// The weights of a query were relative to the highest score of their span; what makes them those of the whole stays with them.
+void finish_kept(const SkAttention& a, int64_t row, int64_t most, float highest, float total) {
+  for (int64_t first = 0; first < most; first += SPAN) {
+    float* kept = kept_span(a, row, first);
+    Floats factor{};
+    factor[0] = kept[0] - highest;
+    power_of_two(factor);
+    kept[0] = kept[0] == -__builtin_inff() ? 0.f : factor[0] / total;  // nothing was written of a span that is not seen
+  }
+}
+
+template <int R, int TYPE>
+void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
+  const SkPageLayout& layout = *a.layout;
+  const int64_t dims = layout.head_dim, group = a.group, most = begin_rows<R>(a, row, rows);
+  const float scale = a.scale * 1.44269504f;
+  for (int r = 0; r < R; ++r) {
+    const float* q = a.q + (row + r) / group * a.stride + (row + r) % group * dims;
+    for (int64_t d = 0; d < dims; ++d) rows.q[r][d] = q[d] * scale;
+    for (int64_t d = dims; d < dims + 2; ++d) rows.q[r][d] = 0;  // int8 keys come in fours
+    rows.highest[r] = LOWEST;
+    rows.total[r] = 0;
+  }
   for (int64_t first = 0; first < most; first += SPAN) {
     Span span;
-    span.first = first;
-    const int64_t reach = a.parents && a.context < first + SPAN ? WIDTH : SPAN;  // what lies beyond is then the chunk's own
-    span.keys = most - first < reach ? most - first : reach;
-    for (int64_t p = 0; p < (span.keys + 2 * SK_PAGE - 1) / (2 * SK_PAGE) * 2 + AHEAD; ++p) {
-      const int64_t page = first / SK_PAGE + p, last = (most - 1) / SK_PAGE;
-      span.heads[p] = a.head + int64_t(a.table[page < last ? page : last]) * layout.bytes;
-    }
+    find_span(a, first, most, span);
     const int32_t* seen[R] = {};
     if (a.window > 0 || (a.parents && first + span.keys > a.context)) {
       bool any = false;
@@ -286,15 +324,14 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
         seen[r] = same ? seen[r - 1] : rows.seen[r];
         if (!same) any |= look(a, span, a.first + (row + r) / group, rows.seen[r]);
       }
+      for (int r = 0; !any && a.kept && r < R; ++r) *kept_span(a, row + r, first) = -__builtin_inff();
       if (!any) continue;
     }
     scores<R, TYPE>(layout, span, rows, row == 0 && a.count * group <= FETCHED);
     float before[R], now[R];
-    for (int r = 0; r < R; ++r) weigh(a, span, rows, r, a.first + (row + r) / group, seen[r], before[r], now[r]);
-    constexpr int WIDE = LANES == 16 && R <= 4 ? 4 : 2;  // enough sums to keep the units busy, and all in registers
-    int64_t dim = 0;
-    for (; dim + WIDE * LANES <= width; dim += WIDE * LANES) values<R, WIDE, TYPE>(layout, span, rows, dim, before, now);
-    for (; dim < width; dim += LANES) values<R, 1, TYPE>(layout, span, rows, dim, before, now);
+    for (int r = 0; r < R; ++r)
+      weigh(a, span, rows, r, a.first + (row + r) / group, seen[r], kept_span(a, row + r, first), before[r], now[r]);
+    all_values<R, TYPE>(layout, span, rows, before, now);
   }
   for (int r = 0; r < R; ++r) {
     float* out = a.out + (row + r) / group * a.stride + (row + r) % group * dims;
@@ -304,28 +341,69 @@ void some_rows(const SkAttention& a, int64_t row, Rows& rows) {
     float* log_sum = a.log_sums + (row + r) / group * a.log_stride + (row + r) % group;
     *log_sum = all > 0 ? (rows.highest[r] + __builtin_log2f(all)) * 0.693147181f : -__builtin_inff();
   }
+  for (int r = 0; a.kept && r < R; ++r) finish_kept(a, row + r, most, rows.highest[r], rows.total[r]);
+}
+
+// Values alone, with weights that were kept.
+template <int R, int TYPE>
+void take_rows(const SkAttention& a, int64_t row, Rows& rows) {
+  const SkPageLayout& layout = *a.layout;
+  const int64_t dims = layout.head_dim, most = begin_rows<R>(a, row, rows);
+  float before[R], now[R];
+  for (int r = 0; r < R; ++r) before[r] = 1;
+  for (int64_t first = 0; first < most; first += SPAN) {
+    bool any = false;
+    for (int r = 0; r < R; ++r) any |= (now[r] = *kept_span(a, row + r, first)) != 0;
+    if (!any) continue;
+    Span span;
+    find_span(a, first, most, span);
+    for (int r = 0; r < R; ++r) {
+      const float* kept = kept_span(a, row + r, first) + 16;
+      for (int64_t key = 0; key < span.keys; key += LANES) {
+        Floats weight;
+        read(kept + key, weight);
+        if (TYPE == SK_CACHE_INT8) {
+          Floats scale;
+          read(span.heads[key / SK_PAGE] + layout.value_scales + key % SK_PAGE * 4, scale);
+          weight *= scale;
+        }
+        write(rows.score[r] + key, weight);
+      }
+    }
+    all_values<R, TYPE>(layout, span, rows, before, now);
+  }
+  for (int r = 0; r < R; ++r) {
+    float* out = a.out + (row + r) / a.group * a.stride + (row + r) % a.group * dims;
+    for (int64_t d = 0; d < dims; ++d) out[d] = rows.sum[r][d];
+  }
 }
 
 // Rows in blocks of at most R.
-template <int R, int TYPE>
+template <int R, int TYPE, bool TAKE>
 int64_t blocks(const SkAttention& a, int64_t row, Rows& rows) {
   if constexpr (R <= ROWS)
-    for (; a.count * a.group - row >= R; row += R) some_rows<R, TYPE>(a, row, rows);
+    for (; a.count * a.group - row >= R; row += R) TAKE ? take_rows<R, TYPE>(a, row, rows) : some_rows<R, TYPE>(a, row, rows);
   return row;
 }
 
-template <int TYPE>
+template <int TYPE, bool TAKE>
 void all_rows(const SkAttention& a) {
   Rows rows;
-  int64_t row = blocks<12, TYPE>(a, 0, rows);
-  row = blocks<9, TYPE>(a, row, rows);
-  row = blocks<8, TYPE>(a, row, rows);
-  row = blocks<6, TYPE>(a, row, rows);
-  row = blocks<5, TYPE>(a, row, rows);
-  row = blocks<4, TYPE>(a, row, rows);
-  row = blocks<3, TYPE>(a, row, rows);
-  row = blocks<2, TYPE>(a, row, rows);
-  blocks<1, TYPE>(a, row, rows);
+  int64_t row = blocks<12, TYPE, TAKE>(a, 0, rows);
+  row = blocks<9, TYPE, TAKE>(a, row, rows);
+  row = blocks<8, TYPE, TAKE>(a, row, rows);
+  row = blocks<6, TYPE, TAKE>(a, row, rows);
+  row = blocks<5, TYPE, TAKE>(a, row, rows);
+  row = blocks<4, TYPE, TAKE>(a, row, rows);
+  row = blocks<3, TYPE, TAKE>(a, row, rows);
+  row = blocks<2, TYPE, TAKE>(a, row, rows);
+  blocks<1, TYPE, TAKE>(a, row, rows);
+}
+
+template <bool TAKE>
+void of_any_type(const SkAttention& a) {
+  if (a.layout->type == SK_CACHE_FLOAT32) return all_rows<SK_CACHE_FLOAT32, TAKE>(a);
+  a.layout->type == SK_CACHE_INT8 ? all_rows<SK_CACHE_INT8, TAKE>(a) : all_rows<0, TAKE>(a);
 }
 
 }  // namespace
@@ -336,20 +414,20 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
   const int64_t dims = layout.head_dim, width = layout.value_width;
   if (layout.type == SK_CACHE_FLOAT32) {
     float* keys = reinterpret_cast<float*>(head) + slot;
-    for (int64_t d = 0; d < dims; ++d) keys[d * SK_PAGE] = k[d];
+    for (int64_t d = 0; k && d < dims; ++d) keys[d * SK_PAGE] = k[d];
     float* value = reinterpret_cast<float*>(head + layout.values) + slot * width;
     for (int64_t d = 0; d < width; ++d) value[d] = d < dims ? v[d] : 0;
     return;
   }
   if (layout.type != SK_CACHE_INT8) {
     uint16_t* keys = reinterpret_cast<uint16_t*>(head) + slot * 2;
-    for (int64_t d = 0; d < dims; ++d) keys[d / 2 * (SK_PAGE * 2) + d % 2] = to_bfloat16(k[d]);
+    for (int64_t d = 0; k && d < dims; ++d) keys[d / 2 * (SK_PAGE * 2) + d % 2] = to_bfloat16(k[d]);
     uint16_t* value = reinterpret_cast<uint16_t*>(head + layout.values) + slot / 2 * width * 2 + slot % 2;
     for (int64_t d = 0; d < width; ++d) value[d * 2] = d < dims ? to_bfloat16(v[d]) : 0;
     return;
   }
   const float* from[2] = {k, v};
-  for (int which = 0; which < 2; ++which) {
+  for (int which = k ? 0 : 1; which < 2; ++which) {
     uint32_t top = 0;  // bits of |x| are ordered like |x|, with infinity and NaN on top
     for (int64_t d = 0; d < dims; ++d) {
       const uint32_t bits = as_bits(from[which][d]) & 0x7fffffff;
@@ -358,7 +436,7 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
     const bool usual = top >= 0x03800000 && top < 0x7f800000;  // below 2^-120 the reciprocal overflows: counts as zero
     const float inverse = usual ? 127.f / as_float(top) : 0.f;
     const float scale = usual ? as_float(top) / 127.f : top < 0x03800000 ? 0.f : as_float(0x7fc00000);
-    reinterpret_cast<float*>(head + layout.scales)[which * SK_PAGE + slot] = scale;
+    reinterpret_cast<float*>(head + (which ? layout.value_scales : layout.key_scales))[slot] = scale;
     for (int64_t d = 0; d < (which ? width : (dims + 3) / 4 * 4); ++d) {
       const float x = d < dims && usual ? from[which][d] * inverse + 12582912.f : 0.f;  // the integer in the low bits
       const int8_t code = int8_t(as_bits(x));
@@ -370,9 +448,8 @@ void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float*
   }
 }
 
-void attend(const SkAttention& a) {
-  if (a.layout->type == SK_CACHE_FLOAT32) return all_rows<SK_CACHE_FLOAT32>(a);
-  a.layout->type == SK_CACHE_INT8 ? all_rows<SK_CACHE_INT8>(a) : all_rows<0>(a);
-}
+void attend(const SkAttention& a) { of_any_type<false>(a); }
+
+void take(const SkAttention& a) { of_any_type<true>(a); }
 
 }  // namespace ISA

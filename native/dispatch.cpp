@@ -13,7 +13,7 @@ namespace {
 #define SK_TABLE(isa)                                                                                     \
   {#isa,         isa::quantize_tokens, isa::product, isa::product_many, isa::decode_row, isa::round_row,  \
    isa::prepare, isa::normalize, isa::rotate, isa::gate, isa::scale_add, isa::store, isa::attend,         \
-   {SK_FORMATS(SK_ADDRESS, isa)}}
+   isa::take,    {SK_FORMATS(SK_ADDRESS, isa)}}
 
 // Best first.
 #if defined(__x86_64__)
@@ -65,7 +65,7 @@ const SkTable* sk_table() {
   return table;
 }
 
-int32_t sk_version(void) { return 8; }
+int32_t sk_version(void) { return 9; }
 
 const char* sk_isa(void) { return sk_table()->name; }
 

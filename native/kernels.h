@@ -79,6 +79,7 @@ struct SkBlock {  // one transformer layer; norms are float32, q_norm and k_norm
   const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
   int64_t rotate;  // 0: this layer has no rotary positions
   int64_t window;  // how many positions back a token sees, itself included; 0: all
+  int64_t leader;  // the layer whose attention weights it takes: itself, or one before; then q and k are not there
 };
 
 struct SkModel {
@@ -92,10 +93,10 @@ struct SkModel {
   const float *final_norm, *cosines, *sines;  // [hidden]; [positions][rotary / 2]
 };
 
-// Keys and values in pages of SK_PAGE tokens: data + (layer * pages + page) * page_bytes.
+// Keys and values in pages of SK_PAGE tokens: the pages of a layer side by side, those of the layers one after another.
 struct SkCache {
   void* data;
-  int64_t pages, page_bytes, type;  // 0: bfloat16, 1: int8 with a float32 scale for each key and value, 2: float32
+  int64_t pages, page_bytes, type;  // page_bytes: of one page, summed over the layers  // 0: bfloat16, 1: int8 with a float32 scale for each key and value, 2: float32
 };
 
 // y += b @ (a @ x): a [rank][in], b [out][rank] with all scales in it, without biases. a.rows 0: absent.
@@ -119,8 +120,8 @@ struct SkBatch {  // see engine/runner.py: Batch
   SkQueries queries;
 };
 
-// Bytes of one page of one layer, -1 for a bad argument.
-SK_API int64_t sk_page_bytes(const SkModel* model, int64_t type);
+// Bytes of one page of a layer, -1 for a bad argument.
+SK_API int64_t sk_page_bytes(const SkModel* model, int64_t layer, int64_t type);
 // Layers first_layer..last_layer-1 over a ragged batch; fills the cache. 1: an index outside its range (nothing was written), 2: memory.
 SK_API int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch, int32_t threads);
 // Final norm and head on chosen rows of hidden: logits [count][vocab]; normed [count][hidden] (either may be null).
@@ -224,9 +225,9 @@ struct SkOutput {
 struct SkPageLayout {  // bytes; a page holds one block a kv head, then, where a layer has a window, its tokens' positions
   int64_t type, head_dim;
   int64_t value_width;  // head_dim rounded up to whole registers
-  // Of a block, where a 32-bit word holds n numbers: keys [head_dim / n][SK_PAGE][n] come first, then at `values`
-  // [SK_PAGE / n][value_width][n], then at `scales`, for int8, float32 [2][SK_PAGE].
-  int64_t values, scales, head_bytes;
+  // Of a block, where a 32-bit word holds n numbers: keys [head_dim / n][SK_PAGE][n] come first, where the layer has keys,
+  // then at `values` [SK_PAGE / n][value_width][n]; for int8 float32 [SK_PAGE] of each at `key_scales` and `value_scales`.
+  int64_t values, key_scales, value_scales, head_bytes;
   int64_t positions;  // int32 [SK_PAGE] in a page
   int64_t bytes;      // of a page, a multiple of 64
 };
@@ -246,9 +247,19 @@ struct SkAttention {  // queries of one kv head of one sequence
   const int32_t* seen;  // of the chunk: slots a token sees, or null for all up to its own
   float* log_sums;      // of a query at [token][log_stride] + head of the group, or null
   int64_t log_stride;
+  // Where its weights stay for layers that take them, or null; there, where they are taken: [count * group][kept_stride],
+  // for each span of slots 16 floats, of which the first is what its sums are multiplied with, and a weight a key.
+  float* kept;
+  int64_t kept_stride;
 };
 
-bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, SkPageLayout& out);
+constexpr int64_t SK_SPAN = 256;   // slots whose softmax is computed in one go
+constexpr int64_t SK_BEYOND = 96;  // slots after a span that nodes of a tree may fill and yet count as inside
+// Floats of a query's weights that are kept: of a span, and over so many slots.
+inline int64_t sk_kept_span(bool tree) { return 16 + SK_SPAN + (tree ? SK_BEYOND : 0); }
+inline int64_t sk_kept_stride(int64_t slots, bool tree) { return (slots + SK_SPAN - 1) / SK_SPAN * sk_kept_span(tree); }
+
+bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, bool keys, SkPageLayout& out);
 
 #define SK_DECLARE_FORMAT(isa, name) extern const SkFormat name;
 #define SK_DECLARE(isa)                                                                                                      \
@@ -269,9 +280,11 @@ bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool windo
   /* g = activation(g) * up */                                                                                               \
   void gate(float* g, const float* up, int64_t width, int64_t activation);                                                   \
   void scale_add(float* y, const float* x, float scale, int64_t width);                                                      \
-  /* Key and value of one token into its slot of a kv head's block. */                                                       \
+  /* Key and value of one token into its slot of a kv head's block; k null where the layer has no keys. */                   \
   void store(const SkPageLayout& layout, uint8_t* head, int64_t slot, const float* k, const float* v);                       \
   void attend(const SkAttention& a);                                                                                         \
+  /* The same with weights that another layer has kept, and without q. */                                                    \
+  void take(const SkAttention& a);                                                                                           \
   }
 SK_DECLARE(base)
 SK_DECLARE(avx2)
@@ -297,6 +310,7 @@ struct SkTable {
   decltype(&base::scale_add) scale_add;
   decltype(&base::store) store;
   decltype(&base::attend) attend;
+  decltype(&base::take) take;
   const SkFormat* formats[SK_FORMAT_COUNT];
 };
 const SkTable* sk_table();

@@ -65,16 +65,18 @@ void attend_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
-bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, SkPageLayout& out) {
+bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, bool keys, SkPageLayout& out) {
   if (type < 0 || type > 2 || head_dim < 2 || head_dim > MOST_DIM || head_dim % 2 || kv_heads < 1 || kv_heads > 65536)
     return false;
   out.type = type;
   out.head_dim = head_dim;
   out.value_width = rounded_up(head_dim, 16);
   const int64_t size = SK_CACHE_SIZES[type];
-  out.values = rounded_up(head_dim, 4 / size) * SK_PAGE * size;
-  out.scales = out.values + out.value_width * SK_PAGE * size;
-  out.head_bytes = out.scales + (type == SK_CACHE_INT8 ? 2 * SK_PAGE * 4 : 0);
+  const int64_t scales = type == SK_CACHE_INT8 ? SK_PAGE * 4 : 0;
+  out.values = keys ? rounded_up(head_dim, 4 / size) * SK_PAGE * size : 0;
+  out.key_scales = out.values + out.value_width * SK_PAGE * size;
+  out.value_scales = out.key_scales + (keys ? scales : 0);
+  out.head_bytes = out.value_scales + scales;
   out.positions = out.head_bytes * kv_heads;
   out.bytes = out.positions + (window ? SK_PAGE * 4 : 0);
   return true;
@@ -82,13 +84,13 @@ bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool windo
 
 int64_t sk_pages_bytes(int64_t kv_heads, int64_t head_dim, int64_t type) {
   SkPageLayout layout;
-  return sk_page_layout(kv_heads, head_dim, type, false, layout) ? layout.bytes : -1;
+  return sk_page_layout(kv_heads, head_dim, type, false, true, layout) ? layout.bytes : -1;
 }
 
 int32_t sk_pages_store(const SkPages* pages, const int32_t* slots, const float* k, const float* v, int64_t tokens) {
   Work w{pages, nullptr, sk_table(), {}};
   const SkPages& p = *pages;
-  if (!p.data || tokens < 0 || !sk_page_layout(p.kv_heads, p.head_dim, p.type, false, w.layout)) return 1;
+  if (!p.data || tokens < 0 || !sk_page_layout(p.kv_heads, p.head_dim, p.type, false, true, w.layout)) return 1;
   for (int64_t t = 0; t < tokens; ++t)
     if (slots[t] >= 0 && slots[t] / SK_PAGE >= p.pages) return 1;
   for (int64_t t = 0; t < tokens; ++t)
@@ -102,7 +104,7 @@ int32_t sk_pages_store(const SkPages* pages, const int32_t* slots, const float* 
 int32_t sk_pages_attend(const SkPages* pages, const SkQuery* query, int32_t threads) {
   Work w{pages, query, sk_table(), {}};
   const SkPages& p = *pages;
-  if (!p.data || !sk_page_layout(p.kv_heads, p.head_dim, p.type, false, w.layout) || !query_holds(p, *query)) return 1;
+  if (!p.data || !sk_page_layout(p.kv_heads, p.head_dim, p.type, false, true, w.layout) || !query_holds(p, *query)) return 1;
   sk_parallel(attend_chunk, &w, query->sequences * p.kv_heads, threads);
   return 0;
 }

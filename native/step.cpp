@@ -15,7 +15,7 @@ constexpr int64_t TOKENS_EACH = 8;   // of a chunk, where tokens are split
 constexpr int64_t QUERIES_EACH = 24; // heads times tokens of an attention chunk
 constexpr int64_t RUN = 32;          // most tokens of a low-rank chunk
 enum Projection { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
-enum Placed { ALL, QUERIES_ALONE, KEYS_ALONE };  // of what a layer's attention begins with
+enum Placed { ALL, QUERIES_ALONE, KEYS_ALONE, VALUES_ALONE };  // of what a layer's attention begins with
 
 thread_local SkScratch scratch;
 
@@ -42,6 +42,7 @@ struct Run {  // neighbouring tokens of one adapter
 struct Tile {  // queries of one sequence
   int64_t sequence, first, count;
   const int32_t* parents;  // of its chunk, or null: each token follows the one before
+  int64_t kept, kept_stride;  // where its weights stay for other layers, and how much of that is one query's
 };
 
 struct Job {  // matrices that are multiplied with the same tokens, in one space of rows
@@ -66,20 +67,23 @@ struct Step {
   const SkBatch* batch;
   const SkTable* table;
   int32_t threads;
-  SkPageLayout layout;
+  bool shares;  // some layers take the attention weights of others
   int64_t q_width, kv_width;        // of the present layer; before the first one, of the widest
   int64_t kv_heads;                 // of the present layer
   int64_t rank;                     // the highest of the adapters in use, 0 for none
   int64_t low_bytes, low_x_bytes;   // of one token: a @ x as some matrix b wants it, x as some matrix a wants it
 
   const SkBlock* block;
+  SkPageLayout layout;  // of the present layer's pages, and the first of them
+  uint8_t* pages;
+  bool leads, follows;          // its attention weights are taken by others; it takes those of another
   int64_t layer, begin, count;  // tokens of the present part
   Placed placed;
   Job job;
   int64_t tokens_each;
   const Tile* first_tile;
 
-  float *q, *k, *v, *out, *normed, *gate, *up, *added, *sums;
+  float *q, *k, *v, *out, *normed, *gate, *up, *added, *sums, *kept;
   char *input, *low, *low_x;
   int32_t* sequence_of;  // [tokens]
   Run* runs;
@@ -91,6 +95,34 @@ struct Step {
 int64_t input_bound(int64_t cols, int64_t count) {
   const int64_t plain = sk_input_size(SK_FLOAT32, cols, 32, count), codes = sk_input_size(SK_Q8_TABLES, cols, SK_LEAST_GROUP, count);
   return rounded_up(larger(plain, codes), 64);
+}
+
+// Where tokens of a sequence branch, and null where each follows the one before: then slots alone tell what is visible.
+const int32_t* branches(const SkBatch& b, int64_t sequence) {
+  if (!b.parents) return nullptr;
+  const int32_t* parents = b.parents + b.starts[sequence];
+  for (int64_t t = 0; t < b.starts[sequence + 1] - b.starts[sequence]; ++t)
+    if (parents[t] != t - 1) return parents;
+  return nullptr;
+}
+
+// Queries that are attended together, none across two parts. Gives the floats of their weights where these are kept.
+template <class Use>
+int64_t each_tile(const Step& s, Use use) {
+  const SkBatch& b = *s.batch;
+  const int64_t most = larger(1, QUERIES_EACH / (s.model->heads / s.model->kv_heads));
+  int64_t kept = 0;
+  for (int64_t q = 0; q < b.sequences; ++q) {
+    const int32_t* parents = branches(b, q);
+    const int64_t stride = s.shares ? sk_kept_stride(b.contexts[q] + b.starts[q + 1] - b.starts[q], parents) : 0;
+    for (int64_t t = b.starts[q]; t < b.starts[q + 1];) {
+      const int64_t end = smaller(smaller(t + most, b.starts[q + 1]), (t / PART + 1) * PART);
+      use(Tile{q, t - b.starts[q], end - t, parents, kept, stride});
+      kept += (end - t) * s.model->heads * stride;
+      t = end;
+    }
+  }
+  return kept;
 }
 
 void lay_out(Step& s, Pieces& pieces) {
@@ -113,6 +145,7 @@ void lay_out(Step& s, Pieces& pieces) {
   pieces.take(s.sequence_of, tokens);
   pieces.take(s.runs, s.rank ? tokens : 0);
   pieces.take(s.tiles, tokens);
+  pieces.take(s.kept, s.shares ? each_tile(s, [](const Tile&) {}) : 0);
 }
 
 // ---- checks ----
@@ -126,11 +159,46 @@ bool fits(const SkTable* table, const SkMatrix& m, int64_t rows, int64_t cols) {
   return f && m.data && m.rows == rows && m.cols == cols && f->packed_size(rows, cols, m.group) >= 0;
 }
 
-bool page_layout(const SkModel& m, int64_t type, SkPageLayout& out) {
+bool follows(const SkModel& m, int64_t layer) { return m.blocks[layer].leader != layer; }
+
+// Whether a layer before `last` takes the attention weights of this one.
+bool leads(const SkModel& m, int64_t layer, int64_t last) {
+  for (int64_t l = layer + 1; l < last; ++l)
+    if (m.blocks[l].leader == layer) return true;
+  return false;
+}
+
+// Of layers with keys, and of those that take the attention weights of others and so have values alone.
+struct Layouts {
+  SkPageLayout whole, values;
+};
+
+bool page_layouts(const SkModel& m, int64_t type, Layouts& out) {
   if (m.layers < 1 || !m.blocks) return false;
   bool window = false;
   for (int64_t l = 0; l < m.layers; ++l) window |= m.blocks[l].window > 0;
-  return sk_page_layout(m.kv_heads, m.head_dim, type, window, out);
+  return sk_page_layout(m.kv_heads, m.head_dim, type, window, true, out.whole) &&
+         sk_page_layout(m.kv_heads, m.head_dim, type, false, false, out.values);
+}
+
+const SkPageLayout& layout_of(const SkModel& m, const Layouts& layouts, int64_t layer) {
+  return follows(m, layer) ? layouts.values : layouts.whole;
+}
+
+// Bytes of a page in all the layers before this one.
+int64_t page_bytes_before(const SkModel& m, const Layouts& layouts, int64_t layer) {
+  int64_t bytes = 0;
+  for (int64_t l = 0; l < layer; ++l) bytes += layout_of(m, layouts, l).bytes;
+  return bytes;
+}
+
+// A layer takes the weights that were computed last of those that are kept, so one block of them is in memory at a time.
+bool may_follow(const SkModel& m, int64_t layer, int64_t first) {
+  const int64_t leader = m.blocks[layer].leader;
+  if (leader < first || leader > layer || follows(m, leader) || m.blocks[leader].v.rows != m.blocks[layer].v.rows) return false;
+  for (int64_t l = leader + 1; l < layer; ++l)
+    if (leads(m, l, m.layers)) return false;
+  return true;
 }
 
 bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t last) {
@@ -141,18 +209,20 @@ bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t 
   for (int64_t l = first; l < last; ++l) {
     const SkBlock& b = m.blocks[l];
     // Layers may be smaller than the model says, each in its own way.
-    const int64_t kv = b.k.rows, q = kv * group, width = b.gate.rows;
+    const int64_t kv = b.v.rows, q = kv * group, width = b.gate.rows;
     if (kv < 1 || kv > m.kv_heads * m.head_dim || kv % m.head_dim || width < 1 || width > m.intermediate) return false;
     if (!b.attention_norm || !b.mlp_norm) return false;
-    if (!fits(table, b.q, q, m.hidden) || !fits(table, b.k, kv, m.hidden) || !fits(table, b.v, kv, m.hidden)) return false;
+    if (!fits(table, b.v, kv, m.hidden)) return false;
+    if (!follows(m, l) && (!fits(table, b.q, q, m.hidden) || !fits(table, b.k, kv, m.hidden))) return false;
+    if (follows(m, l) && !may_follow(m, l, first)) return false;
     if (!fits(table, b.gate, width, m.hidden) || !fits(table, b.up, width, m.hidden)) return false;
     if (!fits(table, b.o, m.hidden, q) || !fits(table, b.down, m.hidden, width)) return false;
   }
   return true;
 }
 
-bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, int64_t page_bytes) {
-  if (b.tokens < 0 || b.sequences < 0 || b.tokens > INT32_MAX || !b.hidden) return false;
+bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, bool shares, int64_t page_bytes) {
+  if (b.tokens < 0 || b.sequences < 0 || b.tokens > INT32_MAX || !b.hidden || (b.attend && shares)) return false;
   if (!b.attend && (!cache || !cache->data || cache->page_bytes != page_bytes)) return false;
   if (b.starts[0] != 0 || b.starts[b.sequences] != b.tokens) return false;
   const bool from_ids = b.first_layer == 0 && !b.from_hidden;
@@ -384,7 +454,7 @@ void run_job(Step& s) {
 // ---- attention ----
 
 uint8_t* block_of(const Step& s, int64_t page, int64_t head) {
-  return static_cast<uint8_t*>(s.cache->data) + (s.layer * s.cache->pages + page) * s.layout.bytes + head * s.layout.head_bytes;
+  return s.pages + page * s.layout.bytes + head * s.layout.head_bytes;
 }
 
 // Norms and rotates queries of one token of the part: those of kv heads begin..end-1.
@@ -401,7 +471,7 @@ void place_queries(const Step& s, int64_t token, int64_t begin, int64_t end) {
   }
 }
 
-// Norms, rotates and stores keys and values likewise.
+// Norms, rotates and stores keys and values likewise; values alone where the layer has no keys.
 void place_keys(const Step& s, int64_t token, int64_t begin, int64_t end) {
   const SkModel& m = *s.model;
   const SkBatch& b = *s.batch;
@@ -414,6 +484,10 @@ void place_keys(const Step& s, int64_t token, int64_t begin, int64_t end) {
   const float* sines = rotated ? m.sines + b.positions[at] * (m.rotary / 2) : nullptr;
   for (int64_t h = begin; h < end; ++h) {
     float* k = s.k + own * s.kv_width + h * dim;
+    if (s.placed == VALUES_ALONE) {
+      s.table->store(s.layout, block_of(s, page, h), slot % SK_PAGE, nullptr, s.v + own * s.kv_width + h * dim);
+      continue;
+    }
     if (s.block->k_norm) s.table->normalize(k, s.block->k_norm, m.epsilon, dim, k);
     if (rotated) s.table->rotate(k, cosines, sines, m.rotary);
     if (b.attend) continue;
@@ -428,7 +502,7 @@ void place_chunk(void* context, int64_t chunk) {
   int64_t begin, end;
   chunk_tokens(s, chunk, begin, end);
   for (int64_t t = begin; t < end; ++t) {
-    if (s.placed != KEYS_ALONE) place_queries(s, t, 0, s.kv_heads);
+    if (s.placed == ALL || s.placed == QUERIES_ALONE) place_queries(s, t, 0, s.kv_heads);
     if (s.placed != QUERIES_ALONE) place_keys(s, t, 0, s.kv_heads);
   }
 }
@@ -454,7 +528,9 @@ void attend_tile(const Step& s, const Tile& tile, int64_t head) {
   a.positions = b.positions + start;
   a.window = s.block->window;
   a.scale = float(m.attention_scale);
-  s.table->attend(a);
+  a.kept = s.leads || s.follows ? s.kept + tile.kept + head * tile.count * group * tile.kept_stride : nullptr;
+  a.kept_stride = tile.kept_stride;
+  s.follows ? s.table->take(a) : s.table->attend(a);
 }
 
 void attend_chunk(void* context, int64_t chunk) {
@@ -467,10 +543,11 @@ void attend_chunk(void* context, int64_t chunk) {
 void whole_head_chunk(void* context, int64_t head) {
   const Step& s = *static_cast<Step*>(context);
   for (int64_t t = 0; t < s.count; ++t) {
-    place_queries(s, t, head, head + 1);
+    if (!s.follows) place_queries(s, t, head, head + 1);
     place_keys(s, t, head, head + 1);
   }
-  const Tile tile{s.sequence_of[0], 0, s.count, s.tiles[0].parents};
+  Tile tile = s.tiles[0];
+  tile.count = s.count;
   attend_tile(s, tile, head);
 }
 
@@ -481,7 +558,7 @@ void project(Step& s) {
   const int64_t own = s.batch->attend ? s.begin : 0;
   const SkMatrix* matrices[3] = {&b.q, &b.k, &b.v};
   float* y[3] = {s.q + s.begin * s.q_width, s.k + own * s.kv_width, s.v + own * s.kv_width};
-  const int32_t first = s.placed == KEYS_ALONE ? K : Q, end = s.placed == QUERIES_ALONE ? K : O;
+  const int32_t first = s.placed == VALUES_ALONE ? V : s.placed == KEYS_ALONE ? K : Q, end = s.placed == QUERIES_ALONE ? K : O;
   s.job = Job{};
   for (int32_t p = first; p < end; ++p) {
     const int32_t i = s.job.count++;
@@ -545,8 +622,8 @@ void each_part(Step& s, Work work) {
 
 void run_layer(Step& s) {
   const SkBatch& b = *s.batch;
-  s.q_width = s.block->q.rows;
-  s.kv_width = s.block->k.rows;
+  s.q_width = s.block->o.cols;
+  s.kv_width = s.block->v.rows;
   const int64_t kv_heads = s.kv_heads = s.kv_width / s.model->head_dim;
   const bool single = b.tokens <= FEW && s.sequence_of[0] == s.sequence_of[b.tokens - 1] && !b.attend;
   if (b.attend && b.queries) {
@@ -555,8 +632,8 @@ void run_layer(Step& s) {
     b.queries(s.layer, s.q);
     s.placed = KEYS_ALONE;
   }
+  if (s.follows) s.placed = VALUES_ALONE;
   each_part(s, [&] { single ? project(s) : project_and_place(s); });
-  s.placed = ALL;
   if (b.attend) b.attend(s.layer, s.q, s.k, s.v, s.out);
   const Tile* tile = s.tiles;
   each_part(s, [&] {
@@ -571,6 +648,7 @@ void run_layer(Step& s) {
     add_to_hidden(s, s.block->o, O, (b.attend ? s.out : s.q) + s.begin * s.q_width);
     feed_forward(s);
   });
+  s.placed = ALL;
 }
 
 void embed_chunk(void* context, int64_t chunk) {
@@ -587,29 +665,13 @@ void embed_chunk(void* context, int64_t chunk) {
   }
 }
 
-// Where tokens of a sequence branch, and null where each follows the one before: then slots alone tell what is visible.
-const int32_t* branches(const SkBatch& b, int64_t sequence) {
-  if (!b.parents) return nullptr;
-  const int32_t* parents = b.parents + b.starts[sequence];
-  for (int64_t t = 0; t < b.starts[sequence + 1] - b.starts[sequence]; ++t)
-    if (parents[t] != t - 1) return parents;
-  return nullptr;
-}
-
-// Which sequence a token belongs to, runs of adapters, and queries that are attended together, none across two parts.
+// Which sequence a token belongs to, queries that are attended together, and runs of adapters.
 void divide(Step& s) {
   const SkBatch& b = *s.batch;
-  const int64_t most = larger(1, QUERIES_EACH / (s.model->heads / s.model->kv_heads));
   Tile* tile = s.tiles;
-  for (int64_t q = 0; q < b.sequences; ++q) {
+  for (int64_t q = 0; q < b.sequences; ++q)
     for (int64_t t = b.starts[q]; t < b.starts[q + 1]; ++t) s.sequence_of[t] = int32_t(q);
-    const int32_t* parents = branches(b, q);
-    for (int64_t t = b.starts[q]; t < b.starts[q + 1];) {
-      const int64_t end = smaller(smaller(t + most, b.starts[q + 1]), (t / PART + 1) * PART);
-      *tile++ = {q, t - b.starts[q], end - t, parents};
-      t = end;
-    }
-  }
+  each_tile(s, [&](const Tile& made) { *tile++ = made; });
   s.run_count = 0;
   if (!s.rank) return;
   for (int64_t t = 0; t < b.tokens;) {
@@ -653,9 +715,10 @@ void head_product_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
-int64_t sk_page_bytes(const SkModel* model, int64_t type) {
-  SkPageLayout layout;
-  return page_layout(*model, type, layout) ? layout.bytes : -1;
+int64_t sk_page_bytes(const SkModel* model, int64_t layer, int64_t type) {
+  Layouts layouts;
+  if (layer < 0 || layer >= model->layers || !page_layouts(*model, type, layouts)) return -1;
+  return layout_of(*model, layouts, layer).bytes;
 }
 
 int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch, int32_t threads) {
@@ -665,13 +728,15 @@ int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch,
   s.batch = batch;
   s.table = sk_table();
   s.threads = threads;
-  if (!page_layout(*model, cache ? cache->type : 0, s.layout)) return 1;
+  Layouts layouts;
+  if (!page_layouts(*model, cache ? cache->type : 0, layouts)) return 1;
   if (batch->first_layer < 0 || batch->last_layer > model->layers || batch->first_layer > batch->last_layer) return 1;
   if (!model_holds(s.table, *model, batch->first_layer, batch->last_layer)) return 1;
   if (batch->first_layer == 0 && !batch->from_hidden &&
       (!model->embedding || !fits(s.table, *model->embedding, model->vocab, model->hidden)))
     return 1;
-  if (!batch_holds(*model, cache, *batch, s.layout.bytes)) return 1;
+  for (int64_t l = 0; l < model->layers; ++l) s.shares |= follows(*model, l);
+  if (!batch_holds(*model, cache, *batch, s.shares, page_bytes_before(*model, layouts, model->layers))) return 1;
   s.rank = highest_rank(s.table, *model, *batch);
   if (s.rank < 0) return 1;
   if (batch->tokens == 0) return 0;
@@ -689,9 +754,14 @@ int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch,
     s.tokens_each = batch->tokens <= FEW ? batch->tokens : TOKENS_EACH;
     sk_parallel(embed_chunk, &s, (batch->tokens + s.tokens_each - 1) / s.tokens_each, threads);
   }
+  if (cache) s.pages = static_cast<uint8_t*>(cache->data) + page_bytes_before(*model, layouts, batch->first_layer) * cache->pages;
   for (s.layer = batch->first_layer; s.layer < batch->last_layer; ++s.layer) {
     s.block = model->blocks + s.layer;
+    s.follows = follows(*model, s.layer);
+    s.leads = s.shares && leads(*model, s.layer, batch->last_layer);
+    s.layout = layout_of(*model, layouts, s.layer);
     run_layer(s);
+    s.pages += cache ? s.layout.bytes * cache->pages : 0;
   }
   return 0;
 }
@@ -729,17 +799,20 @@ int32_t sk_logits(const SkModel* model, const void* hidden, const int32_t* rows,
 }
 
 int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table, const int32_t* from, const int32_t* to, int64_t count) {
-  SkPageLayout layout;
-  if (!page_layout(*model, cache->type, layout) || cache->page_bytes != layout.bytes || !cache->data) return 1;
+  Layouts layouts;
+  if (!page_layouts(*model, cache->type, layouts) || !cache->data) return 1;
+  if (cache->page_bytes != page_bytes_before(*model, layouts, model->layers)) return 1;
   for (int64_t i = 0; i < count; ++i) {
     if (from[i] < 0 || to[i] < 0) return 1;
     const int32_t source = table[from[i] / SK_PAGE], target = table[to[i] / SK_PAGE];
     if (source < 0 || source >= cache->pages || target < 0 || target >= cache->pages) return 1;
   }
-  const int64_t size = SK_CACHE_SIZES[layout.type], each = 4 / size, pieces = rounded_up(layout.head_dim, each) / each;
-  for (int64_t l = 0; l < model->layers; ++l)
+  const int64_t size = SK_CACHE_SIZES[cache->type], each = 4 / size;
+  uint8_t* pages = static_cast<uint8_t*>(cache->data);
+  for (int64_t l = 0; l < model->layers; ++l) {
+    const SkPageLayout& layout = layout_of(*model, layouts, l);
+    const int64_t pieces = layout.values / (SK_PAGE * 4);  // of keys, none where the layer has no keys
     for (int64_t i = 0; i < count; ++i) {
-      uint8_t* pages = static_cast<uint8_t*>(cache->data) + l * cache->pages * layout.bytes;
       uint8_t* source = pages + table[from[i] / SK_PAGE] * layout.bytes;
       uint8_t* target = pages + table[to[i] / SK_PAGE] * layout.bytes;
       const int64_t a = from[i] % SK_PAGE, b = to[i] % SK_PAGE, width = layout.value_width;
@@ -750,11 +823,13 @@ int32_t sk_move(const SkModel* model, const SkCache* cache, const int32_t* table
           std::memmove(y + layout.values + (b / each * width + d) * 4 + b % each * size,
                        x + layout.values + (a / each * width + d) * 4 + a % each * size, size_t(size));
         if (layout.type == SK_CACHE_INT8)
-          for (int64_t which = 0; which < 2; ++which)
-            std::memmove(y + layout.scales + (which * SK_PAGE + b) * 4, x + layout.scales + (which * SK_PAGE + a) * 4, 4);
+          for (int64_t scales = layout.key_scales; scales < layout.head_bytes; scales += SK_PAGE * 4)
+            std::memmove(y + scales + b * 4, x + scales + a * 4, 4);
       }
       if (layout.bytes > layout.positions)
         std::memmove(target + layout.positions + b * 4, source + layout.positions + a * 4, 4);
     }
+    pages += cache->pages * layout.bytes;
+  }
   return 0;
 }

@@ -91,6 +91,16 @@ def native(model: PreTrainedModel, format: str = "fp32", positions: int = 1024, 
     )  # fmt: skip
 
 
+def sharing(model: Llama, leaders: Sequence[int]) -> Llama:
+    """The same model, whose layers take the attention weights of those that `leaders` names for them."""
+    gone = dict.fromkeys(("q", "k", "q_norm", "k_norm"))
+    blocks = [
+        block if leader == number else replace(block, **gone, leader=leader)
+        for number, (block, leader) in enumerate(zip(model.blocks, leaders, strict=True))
+    ]
+    return replace(model, blocks=tuple(blocks))
+
+
 def pack(weight: torch.Tensor, format: str, bias: torch.Tensor | None = None) -> matrix.Matrix:
     """fp32 and bf16 as they are; int8 and sums of signs, whose inputs are tables, in groups of 32."""
     values, rows, cols = array(weight), *weight.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from llamas import Chain, batch, bfloat16, dirty_cache, family, feed, native, needs_library, pages, tiny_model
+from llamas import Chain, batch, bfloat16, dirty_cache, family, feed, native, needs_library, pages, sharing, tiny_model
 
 from shoestring.kernels.llama import PROJECTIONS, Adapter, Llama
 
@@ -22,10 +22,12 @@ def llama() -> Llama:
     return native(family("llama"))
 
 
-@pytest.fixture(scope="module", params=["llama", "window", "int8 pages", "fp32 pages"])
+@pytest.fixture(scope="module", params=["llama", "window", "int8 pages", "fp32 pages", "shared weights"])
 def setting(request) -> tuple[Llama, str]:
     if request.param == "window":
         return native(family("mistral", sliding_window=20)), "bf16"
+    if request.param == "shared weights":  # with a window and scales, which their kernel has to leave where they are
+        return sharing(native(family("mistral", sliding_window=200)), [0, 1, 1]), "int8"
     return native(family("llama")), request.param.removesuffix(" pages") if " pages" in request.param else "bf16"
 
 

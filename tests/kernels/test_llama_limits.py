@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llamas import Chain, batch, dirty_cache, family, int32, native, needs_library, pages, tiny_model
+from llamas import Chain, batch, dirty_cache, family, int32, native, needs_library, pages, sharing, tiny_model
 
 from shoestring.core.errors import UsageError
 from shoestring.kernels.llama import Adapter, Llama
@@ -23,15 +23,23 @@ def model() -> Llama:
 
 
 def test_pages_have_the_size_they_say(model):
-    assert model.page_bytes("bf16") == 2 * 2 * 16 * 16 * 2
-    assert model.page_bytes("int8") == 2 * (2 * 16 * 16 + 2 * 16 * 4)
-    assert model.page_bytes("fp32") == 2 * (2 * 16 * 16 * 4)
+    whole, scaled = 2 * 2 * 16 * 16, 2 * (2 * 16 * 16 + 2 * 16 * 4)
+    assert model.page_bytes("bf16") == (whole * 2,) * 3
+    assert model.page_bytes("int8") == (scaled,) * 3
+    assert model.page_bytes("fp32") == (whole * 4,) * 3
     windowed = native(family("mistral", sliding_window=4))
-    assert windowed.page_bytes("bf16") == model.page_bytes("bf16") + 64
+    assert windowed.page_bytes("bf16") == (whole * 2 + 64,) * 3
     wide = native(family("llama", head_dim=18))
-    assert wide.page_bytes("bf16") == 2 * (18 + 32) * 16 * 2  # values stand in whole registers
+    assert wide.page_bytes("bf16") == (2 * (18 + 32) * 16 * 2,) * 3  # values stand in whole registers
     cache = model.cache(7, "int8")
-    assert cache.data.shape == (3, 7, model.page_bytes("int8")) and cache.data.ctypes.data % 64 == 0
+    assert cache.data.shape == (3 * 7 * scaled,) and cache.data.ctypes.data % 64 == 0 and cache.pages == 7
+
+
+def test_layers_without_keys_have_pages_of_values_alone(model):
+    for made, type, positions in ((model, "bf16", 0), (model, "int8", 0), (model, "fp32", 0), (None, "bf16", 64)):
+        whole = made or native(family("mistral", sliding_window=4))
+        (each,) = set(whole.page_bytes(type))
+        assert sharing(whole, [0, 0, 2]).page_bytes(type) == (each, (each - positions) // 2, each)
 
 
 WRONG: dict[str, dict[str, Any]] = {

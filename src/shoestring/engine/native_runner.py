@@ -83,7 +83,7 @@ class NativeRunner:
             head_dim=shape.head_dim,
             context=shape.context,
             weight_bytes=loader.bytes,
-            block_bytes=self._llama.page_bytes(cache_dtype) * (loader.span[1] - loader.span[0]),
+            block_bytes=sum(self._llama.page_bytes(cache_dtype)),
             precision=" + ".join(loader.formats),
             backend="native",
             eos=_ends(source),
@@ -113,7 +113,13 @@ class NativeRunner:
 
     @property
     def weights(self) -> Llama:
-        """The matrices as the kernels read them, for those who compute with the same memory otherwise."""
+        """The matrices as the kernels read them, for those who compute with the same memory otherwise.
+
+        Raises:
+            AttributeError: layers share attention weights, which is more than the matrices say.
+        """
+        if self.model.shares:
+            raise AttributeError("weights")
         return self._llama
 
     def logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -184,6 +190,11 @@ class NativeRunner:
             raise UsageError(
                 "Attention cannot be computed elsewhere for a model whose layers have unequally many heads",
                 "a worker is not told how many it gets",
+            )
+        if self.model.shares:
+            raise UsageError(
+                "Attention cannot be computed elsewhere for a model whose layers share attention weights",
+                "a worker keeps none for other layers",
             )
         if any(self.model.windows):
             raise UsageError(
@@ -257,10 +268,17 @@ class _Loader:
 
     def block(self, layer: int) -> Block:
         model = self.model
-        parts: dict[str, Any] = {role: self.matrix(role, layer) for role in PROJECTIONS}
-        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if model.head_norms else ()))
-        parts |= {role: self.norm(role, layer) for role in norms}
-        return Block(**parts, rotate=model.rotates[layer], window=model.windows[layer])
+        parts: dict[str, Any] = {"q": None, "k": None}
+        for role in model.block_roles(layer):
+            parts[role] = (self.matrix if role in PROJECTIONS else self.norm)(role, layer)
+        leader = None if model.leads(layer) else model.leaders[layer] - self.span[0]
+        if leader is not None and leader < 0:
+            raise UsageError(
+                f"Layer {layer} has no attention weights to take",
+                f"those of layer {model.leaders[layer]} are computed elsewhere",
+                "Begin the span at a layer with attention weights of its own",
+            )
+        return Block(**parts, rotate=model.rotates[layer], window=model.windows[layer], leader=leader)
 
     def norm(self, role: str, layer: int = 0) -> np.ndarray:
         stored = self.tensors[self.model.name(role, layer) + ".weight"]

@@ -59,6 +59,7 @@ class _SkBlock(ctypes.Structure):
         *((name, _Address) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
         ("rotate", _Count),
         ("window", _Count),
+        ("leader", _Count),
     ]
 
 
@@ -108,10 +109,11 @@ class Block:
         q_norm, k_norm: float32 [head_dim], applied to each head before rotation, or None.
         rotate: whether queries and keys are rotated.
         window: positions a token looks back on, itself included; 0 for all.
+        leader: the earlier layer whose attention weights it takes, and then it has neither q nor k; None for its own.
     """
 
-    q: Matrix
-    k: Matrix
+    q: Matrix | None
+    k: Matrix | None
     v: Matrix
     o: Matrix
     gate: Matrix
@@ -123,29 +125,48 @@ class Block:
     k_norm: np.ndarray | None = None
     rotate: bool = True
     window: int = 0
+    leader: int | None = None
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Projection -> its matrix, of those that the layer has."""
+        return {name: matrix for name in PROJECTIONS if (matrix := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """Pages of keys and values: uint8 [layers, pages, page_bytes], aligned to 64 bytes."""
+    """Pages of keys and values.
+
+    Attributes:
+        data: uint8, aligned to 64 bytes: the pages of each layer one after another.
+        page_bytes: of one page, in each layer.
+    """
 
     data: np.ndarray
+    page_bytes: tuple[int, ...]
     type: str
 
     @property
     def pages(self) -> int:
-        return self.data.shape[1]
+        return len(self.data) // sum(self.page_bytes)
 
     @functools.cached_property
     def struct(self) -> _SkCache:
-        return _SkCache(self.data.ctypes.data, self.pages, self.data.shape[2], CACHE_TYPES.index(self.type))
+        return _SkCache(self.data.ctypes.data, self.pages, sum(self.page_bytes), CACHE_TYPES.index(self.type))
+
+    @functools.cached_property
+    def layers(self) -> tuple[np.ndarray, ...]:
+        """Of each layer uint8 [pages, its bytes of a page]."""
+        ends = np.cumsum([self.pages * size for size in self.page_bytes])
+        return tuple(part.reshape(self.pages, -1) for part in np.split(self.data, ends[:-1]))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in every layer, in order."""
         for source, target in pairs:
             if not (0 <= source < self.pages and 0 <= target < self.pages):
                 raise UsageError(f"Page {source} cannot be copied to {target}: the cache has pages 0..{self.pages - 1}")
-            self.data[:, target] = self.data[:, source]
+            for pages in self.layers:
+                pages[target] = pages[source]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +235,7 @@ class Llama:
 
     @property
     def head_dim(self) -> int:
-        return max(block.q.rows for block in self.blocks) // self.heads
+        return max(block.o.cols for block in self.blocks) // self.heads
 
     @property
     def intermediate(self) -> int:
@@ -223,11 +244,12 @@ class Llama:
     @property
     def weight_bytes(self) -> int:
         """Bytes that a step of one token reads, an embedding of its own not counted."""
-        return sum(getattr(b, name).size for b in self.blocks for name in PROJECTIONS) + self.head.size
+        return sum(matrix.size for block in self.blocks for matrix in block.matrices.values()) + self.head.size
 
-    def page_bytes(self, cache_type: str = "bf16") -> int:
-        """Bytes of a page of one layer."""
-        return int(library().sk_page_bytes(ctypes.byref(self._struct), CACHE_TYPES.index(cache_type)))
+    def page_bytes(self, cache_type: str = "bf16") -> tuple[int, ...]:
+        """Bytes of a page, in each layer."""
+        struct, number = ctypes.byref(self._struct), CACHE_TYPES.index(cache_type)
+        return tuple(int(library().sk_page_bytes(struct, layer, number)) for layer in range(len(self.blocks)))
 
     def cache(self, pages: int, cache_type: str = "bf16") -> Cache:
         """Fresh pages. The memory is taken from the system page by page as it is first written.
@@ -235,8 +257,8 @@ class Llama:
         Raises:
             DoesNotFit: it is not to be had.
         """
-        shape = (len(self.blocks), pages, self.page_bytes(cache_type))
-        return Cache(allocate(shape[0] * shape[1] * shape[2], "cache").reshape(shape), cache_type)
+        sizes = self.page_bytes(cache_type)
+        return Cache(allocate(pages * sum(sizes), "cache"), sizes, cache_type)
 
     def run(
         self,
@@ -266,6 +288,7 @@ class Llama:
         given = hidden is not None
         if not given and first != 0:
             raise UsageError(f"Layers from {first} on need the stream of the layers before them")
+        self._check_leaders(first, len(self.blocks) if last is None else last, attend is not None)
         if hidden is None:
             hidden = np.empty((len(batch.ids), self.hidden), np.float32)
         elif (
@@ -332,7 +355,9 @@ class Llama:
         for (layer, name), (a, b) in parts.items():
             if not 0 <= layer < len(self.blocks) or name not in PROJECTIONS:
                 raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
-            matrix: Matrix = getattr(self.blocks[layer], name)
+            matrix = self.blocks[layer].matrices.get(name)
+            if matrix is None:
+                raise UsageError(f"The adapter names {name} of layer {layer}, which takes another's attention weights")
             if not len(a) or a.shape != (len(a), matrix.cols) or b.shape != (matrix.rows, len(a)):
                 raise UsageError(
                     f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
@@ -392,7 +417,7 @@ class Llama:
             raise UsageError("A model without layers cannot run")
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values")
-        dim, most = self.head_dim, max(block.q.rows for block in self.blocks)
+        dim, most = self.head_dim, max(block.o.cols for block in self.blocks)
         if most % self.heads or dim % 2 or not 2 <= dim <= MOST_HEAD_DIM:
             raise UsageError(f"Heads of {most / self.heads:g} dimensions", f"must be even and at most {MOST_HEAD_DIM}")
         if self.activation not in ACTIVATIONS:
@@ -401,16 +426,20 @@ class Llama:
         if self.cosines.ndim != 2 or self.cosines.shape != self.sines.shape or rotary > dim:
             raise UsageError(f"Cosines {self.cosines.shape} and sines {self.sines.shape} do not fit heads of {dim}")
         for number, block in enumerate(self.blocks):
-            kv = block.k.rows
+            kv = block.v.rows
             if not kv or kv % dim or not block.gate.rows:
                 raise UsageError(f"Layer {number} has {kv / dim:g} heads of keys and {block.gate.rows} neurons")
             q, wide = kv * (self.heads // self.kv_heads), (block.gate.rows, self.hidden)
             shapes = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
             shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
+            if block.leader is not None:
+                self._check_follower(number, block)
+                del shapes["q"], shapes["k"]
             for name, shape in shapes.items():
-                matrix: Matrix = getattr(block, name)
-                if (matrix.rows, matrix.cols) != shape:
-                    raise UsageError(f"Layer {number}: {name} is {matrix.rows} x {matrix.cols}, not {shape}")
+                matrix: Matrix | None = getattr(block, name)
+                if matrix is None or (matrix.rows, matrix.cols) != shape:
+                    found = "not there" if matrix is None else f"{matrix.rows} x {matrix.cols}"
+                    raise UsageError(f"Layer {number}: {name} is {found}, not {shape}")
             for name, width in (
                 ("attention_norm", self.hidden),
                 ("mlp_norm", self.hidden),
@@ -425,15 +454,37 @@ class Llama:
                 f"The head or the final norm does not fit {self.vocab} tokens and a stream of {self.hidden}"
             )
 
+    def _check_follower(self, number: int, block: Block) -> None:
+        leader = block.leader
+        assert leader is not None
+        between = {later.leader for later in self.blocks[leader + 1 :]} & set(range(leader + 1, number))
+        if not 0 <= leader < number or self.blocks[leader].leader is not None or between or block.q or block.k:
+            raise UsageError(
+                f"Layer {number} cannot take the attention weights of layer {leader}",
+                "a layer takes those of the last one before it whose weights are taken, and has no q and k",
+            )
+        if self.blocks[leader].v.rows != block.v.rows:
+            raise UsageError(f"Layer {number} has other heads than layer {leader}, whose attention weights it takes")
+
+    def _check_leaders(self, first: int, last: int, elsewhere: bool) -> None:
+        for number, block in enumerate(self.blocks[first:last], first):
+            if block.leader is not None and (elsewhere or block.leader < first):
+                raise UsageError(
+                    f"Layer {number} has no attention weights to take",
+                    "attention is computed elsewhere" if elsewhere else "it runs without the layers before it",
+                    "Run the layers of a block together, from the model itself",
+                )
+
     @functools.cached_property
     def _struct(self) -> _SkModel:
         blocks = (_SkBlock * len(self.blocks))()
-        for struct, block in zip(blocks, self.blocks, strict=True):
-            for name in PROJECTIONS:
-                setattr(struct, name, getattr(block, name).struct)
+        for number, (struct, block) in enumerate(zip(blocks, self.blocks, strict=True)):
+            for name, matrix in block.matrices.items():
+                setattr(struct, name, matrix.struct)
             for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
                 setattr(struct, name, self._address(getattr(block, name)))
             struct.rotate, struct.window = int(block.rotate), block.window
+            struct.leader = number if block.leader is None else block.leader
         self._kept.append(blocks)
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return _SkModel(

@@ -55,6 +55,7 @@ def write_gguf(folder: Path, out: Path) -> Path:
         or model.activation != "silu"
         or model.layer_kv_heads
         or model.layer_intermediate
+        or model.shares
     ):
         raise UsageError(
             f"{folder} has no exact form in GGUF",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ _COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10_000.0,
     "num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
     "use_sliding_window": False, "layer_types": None, "max_position_embeddings": 32768,
-    "layer_key_value_heads": None, "layer_intermediate_sizes": None, "output_biases": False,
+    "layer_key_value_heads": None, "layer_intermediate_sizes": None, "output_biases": False, "share_map": None,
 }  # fmt: skip
 _QWEN: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,8 +45,10 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
 }  # fmt: skip
 _UNEVEN = "Uneven"  # how the classes of `models.uneven` begin
+_SHARING = re.compile(r"shoestring_\w+_([a-z0-9]+)")  # model types of ours that end in the family they vary
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+_OF_SCORES = ("q", "k", "q_norm", "k_norm")
 
 _FOLDER_NAMES = {
     "embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -98,6 +101,8 @@ class LlamaLike:
         names: role -> name of its tensors without `.weight`, with {} for the layer.
         layer_kv_heads, layer_intermediate: of each layer where layers differ, else empty; `heads`, `kv_heads` and
             `intermediate` are then those of the largest.
+        leaders: for each layer the one whose attention weights it takes, its own number where it computes them; empty
+            where all do. A layer that takes them has neither queries nor keys.
     """
 
     family: str
@@ -125,6 +130,22 @@ class LlamaLike:
     names: Mapping[str, str] = field(default_factory=lambda: _FOLDER_NAMES)
     layer_kv_heads: tuple[int, ...] = ()
     layer_intermediate: tuple[int, ...] = ()
+    leaders: tuple[int, ...] = ()
+
+    @property
+    def shares(self) -> bool:
+        """Whether any layer takes the attention weights of another."""
+        return not all(self.leads(layer) for layer in range(self.layers))
+
+    def leads(self, layer: int) -> bool:
+        """Whether a layer computes attention weights of its own."""
+        return not self.leaders or self.leaders[layer] == layer
+
+    def block_roles(self, layer: int) -> tuple[str, ...]:
+        """Roles of the weights that a layer has."""
+        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.head_norms else ()))
+        roles = (*PROJECTIONS, *norms)
+        return roles if self.leads(layer) else tuple(role for role in roles if role not in _OF_SCORES)
 
     def shape_of(self, role: str, layer: int = 0) -> tuple[int, ...]:
         """Dimensions of the weight of a role, rows first."""
@@ -190,6 +211,8 @@ def check_family(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     family = _ARCHITECTURES.get(name.removeprefix(_UNEVEN)) if name else str(config.get("model_type", ""))
+    if config.get("share_map") is not None and (ours := _SHARING.fullmatch(str(config.get("model_type", "")))):
+        family = ours[1]
     if family not in FAMILIES:
         raise NotNative(
             f"The native runner does not know the family {name or family or 'of this model'}",
@@ -247,6 +270,7 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
             logit_scale=1.0 / _number(known, "logits_scaling") if granite else 1.0,
             layer_kv_heads=_of_each(known, "layer_key_value_heads", layers, kv_heads),
             layer_intermediate=_of_each(known, "layer_intermediate_sizes", layers, _size(known, "intermediate_size")),
+            leaders=_leaders(known, layers),
         )
     )
 
@@ -336,10 +360,10 @@ def check_names(model: LlamaLike, tensors: Collection[str], packing: Mapping[str
         UsageError: one is missing. NotNative: one is there that the family does not have.
     """
     packing = packing or {}
-    block = [*PROJECTIONS, "attention_norm", "mlp_norm", *(("q_norm", "k_norm") if model.head_norms else ())]
     wanted = [model.name(role) + ".weight" for role in ("embedding", "final_norm")]
     wanted += [] if model.tied else [model.name("head") + ".weight"]
     for layer in range(model.layers):
+        block = model.block_roles(layer)
         wanted += [model.name(role, layer) + ".weight" for role in block]
         wanted += [model.name(role, layer) + ".bias" for role in block if role in model.biased]
     missing = [name for name in wanted if name not in tensors]
@@ -397,6 +421,28 @@ def _windows(config: Mapping[str, Any], family: str, rotates: tuple[bool, ...]) 
     if unknown or len(types) < layers:
         raise NotNative(f"The native runner does not know the layer types {', '.join(unknown) or 'of some layers'}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in types[:layers])
+
+
+def _leaders(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    given = config["share_map"]
+    if given is None:
+        return ()
+    if not isinstance(given, list) or len(given) != layers or not all(type(value) is int for value in given):
+        raise UsageError("config.json has no usable share_map", f"{layers} layers' numbers", "Get an intact model")
+    last = -1  # of those whose weights are taken: the kernels keep the weights of one at a time
+    taken = {leader for layer, leader in enumerate(given) if leader != layer}
+    for layer, leader in enumerate(given):
+        if leader == layer:
+            last = layer if layer in taken else last
+        elif not 0 <= leader < layer or given[leader] != leader:
+            raise UsageError(
+                f"config.json says that layer {layer} takes the attention weights of layer {leader}",
+                "that is no earlier layer with weights of its own",
+                "Get an intact model",
+            )
+        elif leader != last:
+            raise NotNative("The native runner keeps the attention weights of one layer at a time")
+    return tuple(given)
 
 
 def _rotary(config: Mapping[str, Any], head_dim: int, context: int) -> Rotary:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
@@ -26,16 +26,20 @@ from shoestring.core import catalog
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Step, Work
+from shoestring.engine.native_runner import NativeRunner
 from shoestring.engine.open import open_model
 from shoestring.engine.runner import Batch
 from shoestring.engine.torch_runner import TorchRunner
 from shoestring.jobs.generate import generate
+from shoestring.kernels.loader import load
 from shoestring.lab import tiny
 from shoestring.methods.architectures import _attention, _distill
-from shoestring.models.llama_like import NotNative
+from shoestring.models.gguf_writing import write_gguf
+from shoestring.models.llama_like import NotNative, from_config
 from shoestring.models.load import Loaded
 
 torch.set_num_threads(1)
+needs_library = pytest.mark.skipif(load().library is None, reason="no native library in this installation")
 METHOD = catalog.module("echoatt")
 CONTRACT = catalog.contract("architectures")
 MAP = [0, 1, 1, 3, 3, 5]
@@ -45,6 +49,16 @@ SIZES: dict[str, Any] = dict(num_hidden_layers=6, initializer_range=0.2)
 
 def base(family: str = "llama", **changes: Any) -> PreTrainedModel:
     return tiny.model(family, **{**SIZES, **changes})
+
+
+def of_family(family: str) -> PreTrainedModel:
+    changes: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    changes |= {"sliding_window": 5} if family == "mistral" else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=tiny.VOCAB, pad_token_id=0, head_dim=16, max_position_embeddings=256, **changes, **SIZES
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def shared(model: PreTrainedModel | None = None, share_map: list[int] = MAP) -> Any:
@@ -90,13 +104,7 @@ def oracle(model: PreTrainedModel, share_map: list[int], ids: Tensor, **more: An
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_followers_take_the_matrix_of_the_same_pass(family: str, padded: bool) -> None:
-    changes: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
-    changes |= {"sliding_window": 5} if family == "mistral" else {}
-    from transformers import AutoConfig
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=tiny.VOCAB, pad_token_id=0, head_dim=16, **changes, **SIZES)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = of_family(family)
     ids, more = tiny.batch(2, 11), {}
     if padded:
         mask = torch.ones_like(ids)
@@ -524,7 +532,7 @@ def corpus(data: Path) -> Any:
     return globals()["data"].read(str(data))
 
 
-def in_chunks(runner: TorchRunner, ids: list[int], sizes: list[int]) -> Tensor:
+def in_chunks(runner: Any, ids: list[int], sizes: list[int]) -> Tensor:
     """Logits [tokens, vocabulary] of a sequence that is read in chunks."""
     table, done, found = np.arange(8, dtype=np.int32)[None], 0, []
     for size in sizes:
@@ -556,16 +564,76 @@ def test_the_engine_runs_it_with_values_alone_in_its_pages(cache: str, close: fl
     assert torch.equal(tiny.logits(model, torch.tensor([ids]))[0], wanted), "the runner did not give the model back"
 
 
+@needs_library
+@pytest.mark.parametrize("family", METHOD.FAMILIES)
+def test_the_native_runner_computes_it_without_queries_and_keys(family: str, tmp_path: Path) -> None:
+    plain = of_family(family)
+    model = shared(plain)
+    ids = tiny.batch(1, 40)[0].tolist()
+    opened = []
+    for name, kind in (("whole", plain), ("shared", model)):
+        kind.save_pretrained(tmp_path / name)
+        opened.append(NativeRunner(tmp_path / name, cache_dtype="fp32"))
+    each = opened[0].facts.block_bytes // 6
+    positions = 64 if family == "mistral" else 0  # of a window; who computes no scores need not know them
+    assert opened[1].facts.block_bytes == each * 6 - 2 * ((each + positions) // 2)
+    assert opened[1].facts.weight_bytes < opened[0].facts.weight_bytes
+    opened[1].reserve(8)
+    got = in_chunks(opened[1], ids, [17, 1, 1, 20, 1])
+    wanted = tiny.logits(model, torch.tensor([ids]))[0]
+    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    opened[1].attention = lambda layer, q, k, v, batch: q
+    with pytest.raises(UsageError, match="share attention weights"):
+        in_chunks(opened[1], ids, [3])
+    for runner in opened:
+        runner.close()
+
+
+@needs_library
+def test_the_native_runner_computes_it_packed_and_adapted(tmp_path: Path, tiny_folder: Path) -> None:
+    model = shared(base(initializer_range=0.02))
+    model.save_pretrained(tmp_path / "model")
+    room, packer = catalog.contract("quantizers"), catalog.module("int4")
+    room.apply(packer, Step("compress", "int4", {}), tmp_path / "model", tmp_path / "packed", work(tmp_path))
+    runner = NativeRunner(tmp_path / "packed", cache_dtype="fp32")
+    runner.reserve(8)
+    ids = tiny.batch(1, 20)[0].tolist()
+    wanted = tiny.logits(models.load(tmp_path / "packed").model, torch.tensor([ids]))[0]
+    assert "int4" in runner.facts.precision
+    assert (in_chunks(runner, ids, [20]) - wanted).norm() < 0.02 * wanted.norm()
+    runner.close()
+
+
+@needs_library
+def test_a_map_that_lies_is_refused_and_one_with_two_blocks_at_once_runs_in_torch(tmp_path: Path) -> None:
+    config = shared().config.to_dict() | {"architectures": ["EchoAttLlamaForCausalLM"]}
+    assert from_config(config).leaders == tuple(MAP)
+    for bad in ([0, 1], [0, 2, 2, 3, 4, 5], [0, 0, 1, 3, 4, 5], "123456", [True] * 6, [-1, 1, 2, 3, 4, 5]):
+        with pytest.raises(UsageError, match="config.json"):
+            from_config({**config, "share_map": bad})
+    with pytest.raises(NotNative, match="one layer at a time"):
+        from_config({**config, "share_map": [0, 1, 2, 1, 2, 5]})
+    with pytest.raises(NotNative, match="family"):
+        from_config({**config, "model_type": "shoestring_echoatt_other"})
+
+
+@needs_library
+def test_a_span_that_cuts_a_block_is_refused(tmp_path: Path) -> None:
+    shared().save_pretrained(tmp_path)
+    NativeRunner(tmp_path, span=(3, 6)).close()
+    with pytest.raises(UsageError, match="Layer 2 has no attention weights to take"):
+        NativeRunner(tmp_path, span=(2, 6))
+
+
 def test_generate_takes_a_converted_folder(tmp_path: Path, tiny_folder: Path) -> None:
-    """The native runner says that it does not know the family, and the torch runner answers."""
     out = tmp_path / "out"
     loaded = models.load(tiny_folder)
     shared(loaded.model).save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
-    with pytest.raises(NotNative, match="EchoAttLlamaForCausalLM"):
-        open_model(out, runner="native")
+    with pytest.raises(UsageError, match="no exact form in GGUF"):
+        write_gguf(out, tmp_path / "out.gguf")
     opened = open_model(out)
-    assert opened.runner.facts.backend == "torch" and "EchoAttLlama" in opened.note
+    assert opened.runner.facts.backend == ("torch" if load().library is None else "native")
     opened.runner.close()
     model, tokens = shared(loaded.model), loaded.tokenizer
     for word in range(5, 50):

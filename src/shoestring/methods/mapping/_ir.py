@@ -139,6 +139,7 @@ def network_of(model: LlamaLike) -> Network:
             "layers without rotation": not all(model.rotates),
             "rotation of a part of a head": 2 * len(model.rotary.inverse) != model.head_dim,
             "layers of unequal sizes": bool(model.layer_kv_heads or model.layer_intermediate),
+            "layers that share attention weights": model.shares,
             "scaled residuals": model.residual_scale != 1 or model.embedding_scale != 1 or model.logit_scale != 1,
             "rows stored in pairs": model.interleaved,
         }.items()

@@ -297,6 +297,11 @@ def route(router: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 
+def stacked(model: nn.Module) -> list[tuple[str, Any]]:
+    """Full name and module of each layer's experts whose matrices are the parameters `GATE_UP` and `DOWN`."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, GATE_UP, None), nn.Parameter)]
+
+
 def expert_reads(experts: Any, expert: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each matrix of one expert is multiplied with when the expert is given x (tokens, width): by parameter."""
     return {GATE_UP: x, DOWN: experts._apply_gate(x @ experts.get_parameter(GATE_UP)[expert].T)}

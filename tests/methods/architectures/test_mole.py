@@ -14,7 +14,7 @@ from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
-from shoestring.lab import tiny
+from shoestring.lab import tiny, tiny_mixture
 
 MOLE = catalog.module("mole")
 
@@ -259,6 +259,15 @@ def test_the_weighted_conversion_is_closer_on_its_text() -> None:
         for weighted in (False, True)
     }
     assert error[True] < error[False]
+
+
+def test_settings_that_save_nothing_have_no_price() -> None:
+    """So that nobody is offered them; who wants them all the same says so."""
+    shape = models.shape_of(tiny_mixture.model(hidden_size=32, intermediate_size=96, tie_word_embeddings=True))
+    with pytest.raises(UsageError, match="would not save parameters"):
+        MOLE.price(shape, {"experts_per_group": 2})
+    grown = MOLE.price(shape, {"experts_per_group": 2, "latent_dim": 32, "allow_growth": True}).shape
+    assert grown.parameters > shape.parameters
 
 
 def test_flops_are_those_of_active_parts() -> None:

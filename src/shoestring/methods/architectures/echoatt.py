@@ -16,26 +16,23 @@ How it works
 
 Where it bends
     The paper names the loss terms and not their weights: here a = b = c = 1, T = 2, L_int relative to the teacher's
-    mean square. Fused attention never shows P, so leaders compute it strip by strip, which on a CPU costs about what
-    fused attention does; on a GPU it may cost more than sharing saves: measure there. P of one block is in memory at a
-    time, heads T^2 / 2 numbers for a text read at once, all blocks' while training. A model that was not trained to
-    share loses quality with every block, and short training gives only some of it back. Gradient checkpointing and
-    fused attention by name (flash, flex) are refused. Layers with different windows do not share a block.
+    mean square. Fused attention never shows P, so in transformers leaders compute it strip by strip, which on a CPU
+    costs about what fused attention does; on a GPU it may cost more than sharing saves: measure there. The engine's
+    kernels keep it as they go. P of one block is in memory at a time, heads T^2 / 2 numbers for a text read at once,
+    heads T for each new token in the engine, and all blocks' while training. A model that was not trained to share
+    loses quality with every block, and short training gives only some of it back. Gradient checkpointing and fused
+    attention by name (flash, flex) are refused. Layers with different windows do not share a block.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
@@ -44,7 +41,6 @@ from shoestring.core.step import Work
 from shoestring.methods.architectures import _attention, _shared
 from shoestring.methods.architectures._distill import Terms, distill
 from shoestring.models.anatomy import attention_of, inspect
-from shoestring.models.load import quiet
 from shoestring.training import TrainOptions, train
 
 METHOD = Method(
@@ -141,36 +137,17 @@ def _shares(share_map: Sequence[int]) -> bool:
     return list(share_map) != list(range(len(share_map)))
 
 
-def _plain(family: str) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+def _share_nothing(config: Any) -> None:
+    if config.share_map is None:
+        config.share_map = list(range(config.num_hidden_layers))
 
 
-def _made(family: str) -> tuple[Any, Any]:
-    """The configuration and the model class of a family, with `share_map`: for each layer, whose weights it takes."""
-    base, plain = CONFIG_MAPPING[family], _plain(family)
-    stem = plain.__name__.removesuffix("ForCausalLM")
-
-    def __post_init__(self: Any, **kwargs: Any) -> None:
-        _shared.Sealed.__post_init__(self, **kwargs)
-        if self.share_map is None:
-            self.share_map = list(range(self.num_hidden_layers))
-
-    own = {
-        "__module__": __name__,
-        "__doc__": f"A {base.__name__} whose `share_map` says for each layer whose attention weights it takes.",
-        "__annotations__": {"share_map": list[int] | None},
-        "share_map": None,
-        "model_type": f"{_shared.PREFIX}echoatt_{family}",
-        "__post_init__": __post_init__,
-        "validate_architecture": _check_map,
-    }
-    config: Any = strict(type(f"EchoAtt{stem}Config", (_shared.Sealed, base), own))
-    says = f"A {plain.__name__} of which some layers take the attention weights of others."
-    named = {"__module__": __name__, "__doc__": says, "config_class": config}
-    return config, type(f"EchoAtt{stem}ForCausalLM", (_Shares, plain), named)
-
-
-MODELS = tuple(_made(family) for family in FAMILIES)
+MODELS = tuple(
+    _shared.derive(
+        family, __name__, "EchoAtt", _Shares, {"share_map": (list[int] | None, None)}, _share_nothing, _check_map
+    )
+    for family in FAMILIES
+)
 globals().update({made.__name__: made for pair in MODELS for made in pair})
 
 
@@ -303,8 +280,7 @@ def map_of(layers: int, starts: Sequence[int], size: int) -> list[int]:
 
 def student(model: PreTrainedModel, share_map: Sequence[int]) -> PreTrainedModel:
     """A copy of `model` whose layers take attention weights as `share_map` says (step 3); nothing is shared with it."""
-    config, made = MODELS[FAMILIES.index(_family(model))]
-    said = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    made = MODELS[FAMILIES.index(_family(model))]
     anatomy = inspect(model)
     followers = [block for block in anatomy.blocks if share_map[block.index] != block.index]
     lost = tuple(f"{attention_of(block)}." for block in followers)
@@ -314,14 +290,7 @@ def student(model: PreTrainedModel, share_map: Sequence[int]) -> PreTrainedModel
         for name, value in model.named_parameters()
         if not name.startswith(lost) or name.startswith(kept)
     }
-    with quiet():
-        copied, report = made.from_pretrained(
-            None, config=config(**said, share_map=list(share_map)), state_dict=state, dtype=model.dtype,
-            output_loading_info=True,
-        )  # fmt: skip
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    copied.generation_config = copy.deepcopy(model.generation_config)
-    return copied.eval()  # type: ignore[no-any-return]
+    return _shared.built(made, model, state, share_map=list(share_map))
 
 
 def heal(
@@ -373,12 +342,5 @@ def _budgets(training: dict[str, Any], share: float) -> tuple[dict[str, Any] | N
 
 
 def _family(model: PreTrainedModel) -> str:
-    for family in FAMILIES:
-        if type(model) is _plain(family):
-            return family
-    known = ", ".join(_plain(family).__name__ for family in FAMILIES)
-    raise UsageError(
-        f"EchoAtt does not fit {type(model).__name__}",
-        "its layers are not known to compute queries, keys and values apart",
-        f"Use one of {known}",
-    )
+    why = "its layers are not known to compute queries, keys and values apart"
+    return _shared.family_of(model, FAMILIES, "EchoAtt", why)

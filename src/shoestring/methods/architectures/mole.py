@@ -28,25 +28,21 @@ Where it bends
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape, Weight
 from shoestring.core.step import Work
-from shoestring.lab import tiny
+from shoestring.lab import tiny_mixture
 from shoestring.methods.architectures import _shared
-from shoestring.models.load import quiet
+from shoestring.models.anatomy import DOWN, GATE_UP, stacked
 from shoestring.models.surgery import replace_module
 from shoestring.training import TrainOptions, train
 
@@ -140,7 +136,7 @@ class Sizes:
         if self.down:
             own, shared = (self.experts, self.latent, self.inner), (self.groups, self.hidden, self.latent)
             return {**made, "own_down": own, "shared_down": shared}
-        return {**made, "down_proj": (self.experts, self.hidden, self.inner)}
+        return {**made, DOWN: (self.experts, self.hidden, self.inner)}
 
     @property
     def parameters(self) -> int:
@@ -152,7 +148,7 @@ class Sizes:
 
 
 def sizes_of(dims: tuple[int, ...], group: int | None, latent: int | None, down: bool) -> Sizes:
-    """From the dimensions of a family's `gate_up_proj`."""
+    """From the dimensions of a family's own stack of gates and ups."""
     experts, wide, hidden = dims
     k = group or experts
     return Sizes(experts, wide // 2, hidden, k, latent or min(wide // 2, hidden), down)
@@ -170,7 +166,8 @@ class LatentExperts(nn.Module):
         for name, dims in sizes.tensors().items():
             setattr(self, name, nn.Parameter(torch.empty(dims)))
         # The family's own module has the activation; its weights are gone, and no one shall look for them.
-        del family.gate_up_proj, family.down_proj
+        delattr(family, GATE_UP)
+        delattr(family, DOWN)
         self._family: tuple[Any] = (family,)
         self.draw(deviation)
 
@@ -204,7 +201,7 @@ class LatentExperts(nn.Module):
                     continue
                 both = torch.cat((gates[rows] @ own["own_gate"][expert].T, ups[rows] @ own["own_up"][expert].T), -1)
                 inner = self._family[0]._apply_gate(both)
-                outer = inner @ own["own_down" if s.down else "down_proj"][expert].T
+                outer = inner @ own["own_down" if s.down else DOWN][expert].T
                 summed = summed.index_add(0, rows, (outer * weights[rows, place, None]).to(summed.dtype))
             out = out.index_add(0, tokens, summed @ own["shared_down"][group].T if s.down else summed)
         return out
@@ -219,37 +216,21 @@ class _Latent:
         super().__init__(config)  # type: ignore[call-arg]
         for name, experts in experts_of(self):  # type: ignore[arg-type]
             given = config.experts_per_group, config.latent_dim, config.factor_down
-            sizes = sizes_of(tuple(experts.gate_up_proj.shape), *given)  # type: ignore[union-attr, arg-type]
+            sizes = sizes_of(tuple(experts.get_parameter(GATE_UP).shape), *given)
             replace_module(self, name, LatentExperts(experts, sizes, config.initializer_range))  # type: ignore[arg-type]
 
 
-def experts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Full name and module of each layer's experts that stand in fused gate_up and down tensors."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)]
-    return [(n, m) for n, m in found if m.gate_up_proj.dim() == 3 and not getattr(m, "has_bias", False)]  # type: ignore
+def experts_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """Full name and module of each layer's experts that stand in fused tensors without biases."""
+    return [
+        (n, m) for n, m in stacked(model) if m.get_parameter(GATE_UP).dim() == 3 and not getattr(m, "has_bias", False)
+    ]
 
 
-def _made(family: str) -> tuple[Any, Any]:
-    """The configuration and the model class of a family, with the three numbers of its latent experts."""
-    base: Any = CONFIG_MAPPING[family]
-    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
-    stem = plain.__name__.removesuffix("ForCausalLM")
-    own = {
-        "__module__": __name__,
-        "__doc__": f"A {base.__name__} with latent experts: `latent_dim`, `experts_per_group`, `factor_down`.",
-        "__annotations__": {"latent_dim": int | None, "experts_per_group": int | None, "factor_down": bool},
-        "latent_dim": None,
-        "experts_per_group": None,
-        "factor_down": False,
-        "model_type": f"{_shared.PREFIX}mole_{family}",
-    }
-    config: Any = strict(type(f"MoLE{stem}Config", (_shared.Sealed, base), own))
-    says = f"A {plain.__name__} whose experts share a projection into a latent space."
-    named = {"__module__": __name__, "__doc__": says, "config_class": config}
-    return config, type(f"MoLE{stem}ForCausalLM", (_Latent, plain), named)
-
-
-MODELS = tuple(_made(family) for family in FAMILIES)
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "latent_dim": (int | None, None), "experts_per_group": (int | None, None), "factor_down": (bool, False),
+}  # fmt: skip
+MODELS = tuple(_shared.derive(family, __name__, "MoLE", _Latent, FIELDS) for family in FAMILIES)
 globals().update({made.__name__: made for pair in MODELS for made in pair})
 
 
@@ -264,22 +245,12 @@ def settings() -> tuple[dict[str, Any], ...]:
 
 
 def base() -> PreTrainedModel:
-    """A tiny mixture of four experts, two of which each token meets."""
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    made = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )
-    )  # fmt: skip
-    torch.random.set_rng_state(before)
-    return made
+    """A tiny mixture whose experts are narrow enough for latent ones to save something."""
+    return tiny_mixture.model(intermediate_size=24, tie_word_embeddings=True)
 
 
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
-    """Step 3, layer by layer. Raises UsageError for a model without experts, and as `Sizes`."""
+    """Step 3, layer by layer. Raises UsageError for a model without experts, where nothing is saved, and as `Sizes`."""
     if not any(len(weight.dims) == 3 for weight in shape.of("expert")):
         raise _dense(f"a {shape.family} model")
     known = {name: value for name, value in options.items() if name in MoLEOptions.__dataclass_fields__}
@@ -287,10 +258,11 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     weights: list[Weight] = []
     for weight in shape.weights:
         owner, _, tensor = weight.name.rpartition(".")
-        if weight.role != "expert" or tensor not in ("gate_up_proj", "down_proj") or len(weight.dims) != 3:
+        if weight.role != "expert" or tensor not in (GATE_UP, DOWN) or len(weight.dims) != 3:
             weights.append(weight)
-        elif tensor == "gate_up_proj":
+        elif tensor == GATE_UP:
             sizes = sizes_of(weight.dims, chosen.experts_per_group, chosen.latent_dim, chosen.factor_down)
+            _refuse_growth(owner, sizes, chosen)
             each, held = weight.stored / weight.count, weight.resident / weight.count
             for name, dims in sizes.tensors().items():
                 count = dims[0] * dims[1] * dims[2]
@@ -367,21 +339,26 @@ def convert(model: PreTrainedModel, options: MoLEOptions, rows: _shared.Rows) ->
     state = {name: value.detach().clone() for name, value in model.named_parameters()}
     facts: dict[str, Any] = {"before": 0, "after": 0, "layers": []}
     for name, experts in found:
-        dims = tuple(experts.gate_up_proj.shape)  # type: ignore[union-attr, arg-type]
+        dims = tuple(experts.get_parameter(GATE_UP).shape)
         sizes = sizes_of(dims, options.experts_per_group, options.latent_dim, options.factor_down)
-        if sizes.parameters >= sizes.before and not options.allow_growth:
-            raise UsageError(
-                f"Latent experts would not save parameters in {name}: {sizes.parameters:,} for {sizes.before:,}",
-                f"experts of {sizes.inner} x {sizes.hidden} in groups of {sizes.group} with latent size {sizes.latent}",
-                "Raise experts_per_group or lower latent_dim",
-            )
+        _refuse_growth(name, sizes, options)
         tensors, told = _converted(experts, sizes, options, moments.get(name))
-        del state[f"{name}.gate_up_proj"], state[f"{name}.down_proj"]
+        del state[f"{name}.{GATE_UP}"], state[f"{name}.{DOWN}"]
         state |= {f"{name}.{key}": value.to(model.dtype) for key, value in tensors.items()}
         facts["before"] += sizes.before
         facts["after"] += sizes.parameters
         facts["layers"].append({"name": name, **told})
-    return _shared.Converted(_built(model, family, options, state), facts)
+    own = {name: getattr(options, name) for name in FIELDS}
+    return _shared.Converted(_shared.built(MODELS[FAMILIES.index(family)], model, state, **own), facts)
+
+
+def _refuse_growth(name: str, sizes: Sizes, options: MoLEOptions) -> None:
+    if sizes.parameters >= sizes.before and not options.allow_growth:
+        raise UsageError(
+            f"Latent experts would not save parameters in {name}: {sizes.parameters:,} for {sizes.before:,}",
+            f"experts of {sizes.inner} x {sizes.hidden} in groups of {sizes.group} with latent size {sizes.latent}",
+            "Raise experts_per_group or lower latent_dim",
+        )
 
 
 def _dense(name: str) -> UsageError:
@@ -418,16 +395,16 @@ def _converted(
     experts: Any, sizes: Sizes, options: MoLEOptions, moment: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The parameters of one layer, and what is told of it."""
-    gate, up = experts.gate_up_proj.detach().chunk(2, 1)
+    gate, up = experts.get_parameter(GATE_UP).detach().chunk(2, 1)
     tensors, told = {}, {}
     for part, weight in {"gate": gate, "up": up}.items():
         made = [factor(w, sizes.latent, rank=options.rank, moment=moment) for w in weight.split(sizes.group)]
         tensors[f"own_{part}"] = torch.cat([f.own for f in made])
         tensors[f"shared_{part}"] = torch.stack([f.shared for f in made])
         told[part] = _told(made, sizes.hidden)
-    down = experts.down_proj.detach()
+    down = experts.get_parameter(DOWN).detach()
     if not sizes.down:
-        return {**tensors, "down_proj": down.clone()}, told
+        return {**tensors, DOWN: down.clone()}, told
     # Down projections share what they write, so it is their columns that are looked at.
     made = [factor(w.mT, sizes.latent, rank=options.rank) for w in down.split(sizes.group)]
     tensors["own_down"] = torch.cat([f.own.mT for f in made])
@@ -463,16 +440,3 @@ def _moments(model: PreTrainedModel, rows: _shared.Rows) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
     return sums
-
-
-def _built(model: PreTrainedModel, family: str, options: MoLEOptions, state: dict[str, Tensor]) -> PreTrainedModel:
-    config, made = MODELS[FAMILIES.index(family)]
-    said = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-    said |= {name: getattr(options, name) for name in ("latent_dim", "experts_per_group", "factor_down")}
-    with quiet():
-        built, report = made.from_pretrained(
-            None, config=config(**said), state_dict=state, dtype=model.dtype, output_loading_info=True
-        )
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    built.generation_config = copy.deepcopy(model.generation_config)
-    return built.eval()  # type: ignore[no-any-return]

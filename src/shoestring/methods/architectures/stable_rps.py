@@ -33,18 +33,16 @@ Where it bends
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
@@ -52,6 +50,7 @@ from shoestring.core.shape import PROJECTIONS, Shape, Weight
 from shoestring.core.step import Work
 from shoestring.methods.architectures import _shared
 from shoestring.methods.architectures._array import NAME, Map, Place, Shared, SharedEmbedding, SharedLinear, size_of
+from shoestring.models.derived import plain
 from shoestring.models.load import quiet
 from shoestring.models.surgery import replace_module
 from shoestring.training import TrainOptions, train
@@ -163,39 +162,11 @@ def places_of(model: Any, smallest: int = 0) -> dict[str, Place]:
     return found
 
 
-def _plain(family: str) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
-
-
-def _made(family: str) -> tuple[Any, Any]:
-    """The configuration and the model class of a family, with what determines the map."""
-    base: Any = CONFIG_MAPPING[family]
-    plain = _plain(family)
-    stem = plain.__name__.removesuffix("ForCausalLM")
-    own = {
-        "__module__": __name__,
-        "__doc__": f"A {base.__name__} with one array: `shared_size` is m, `scales` each module's lambda.",
-        "__annotations__": {
-            "shared_size": int | None, "scales": list[float] | None, "mapping": str, "scaler": str, "spread": float,
-            "signs": bool, "smallest": int, "map_seed": int,
-        },
-        "shared_size": None,
-        "scales": None,
-        "mapping": "fold",
-        "scaler": "v1",
-        "spread": 0.05,
-        "signs": True,
-        "smallest": 0,
-        "map_seed": 0,
-        "model_type": f"{_shared.PREFIX}stable_rps_{family}",
-    }  # fmt: skip
-    config: Any = strict(type(f"StableRPS{stem}Config", (_shared.Sealed, base), own))
-    says = f"A {plain.__name__} whose matrices are gathered from one array."
-    named = {"__module__": __name__, "__doc__": says, "config_class": config}
-    return config, type(f"StableRPS{stem}ForCausalLM", (_Hashed, plain), named)
-
-
-MODELS = tuple(_made(family) for family in FAMILIES)
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "shared_size": (int | None, None), "scales": (list[float] | None, None), "mapping": (str, "fold"),
+    "scaler": (str, "v1"), "spread": (float, 0.05), "signs": (bool, True), "smallest": (int, 0), "map_seed": (int, 0),
+}  # fmt: skip
+MODELS = tuple(_shared.derive(family, __name__, "StableRPS", _Hashed, FIELDS) for family in FAMILIES)
 globals().update({made.__name__: made for pair in MODELS for made in pair})
 
 
@@ -259,19 +230,12 @@ def convert(model: PreTrainedModel, options: StableRPSOptions, rows: _shared.Row
     gone = {id(parameter) for parameter in parameters.values()}
     state = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in gone}
     state[NAME] = psi
-    config, made = MODELS[FAMILIES.index(family)]
-    said = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
     own = {k: v for k, v in asdict(options).items() if k not in ("kept", "heal")}
-    with quiet():
-        built, report = made.from_pretrained(
-            None, config=config(**{**said, **own}, shared_size=m, scales=[p.scale for p in places]), state_dict=state,
-            dtype=model.dtype, output_loading_info=True,
-        )  # fmt: skip
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    built.generation_config = copy.deepcopy(model.generation_config)
+    own |= {"shared_size": m, "scales": [p.scale for p in places]}
+    built = _shared.built(MODELS[FAMILIES.index(family)], model, state, **own)
     counts = shared.users(0)
     facts = {"shared": count, "array": m, "exact": exact, "load": [int(counts.min()), int(counts.max())]}
-    return _shared.Converted(built.eval(), facts)
+    return _shared.Converted(built, facts)
 
 
 def heal(
@@ -295,26 +259,19 @@ def heal(
 def materialize(model: PreTrainedModel) -> PreTrainedModel:
     """An ordinary model of its family with the same matrices."""
     family = model.config.model_type.removeprefix(f"{_shared.PREFIX}stable_rps_")
-    plain: Any = CONFIG_MAPPING[family]
-    known = set(plain().to_dict()) - {"model_type", "architectures"}
+    config: Any = CONFIG_MAPPING[family]
+    known = set(config().to_dict()) - {"model_type", "architectures"}
     state = {name: value.detach().clone() for name, value in model.named_parameters() if name != NAME}
     for name, module in model.named_modules():
         if isinstance(module, SharedLinear | SharedEmbedding) and module.place.name == name:
             state[f"{name}.weight"] = module.shared.matrix(module.place)
     said = {k: v for k, v in model.config.to_dict().items() if k in known}
     with quiet():
-        built = _plain(family).from_pretrained(None, config=plain(**said), state_dict=state, dtype=model.dtype)
-    built.generation_config = copy.deepcopy(model.generation_config)
+        built = plain(family).from_pretrained(None, config=config(**said), state_dict=state, dtype=model.dtype)
+    built.generation_config = deepcopy(model.generation_config)
     return built.eval()  # type: ignore[no-any-return]
 
 
 def _family(model: PreTrainedModel) -> str:
-    for family in FAMILIES:
-        if type(model) is _plain(family):
-            return family
-    known = ", ".join(_plain(family).__name__ for family in FAMILIES)
-    raise UsageError(
-        f"STABLE-RPS does not fit {type(model).__name__}",
-        "its matrices are not known to stand in linear layers and embeddings alone",
-        f"Use one of {known}",
-    )
+    why = "its matrices are not known to stand in linear layers and embeddings alone"
+    return _shared.family_of(model, FAMILIES, "STABLE-RPS", why)

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper, Price
@@ -42,10 +42,11 @@ from shoestring.core.step import Work
 from shoestring.kernels import formats
 from shoestring.kernels.formats import Format, dictionary
 from shoestring.kernels.formats._format import Product
-from shoestring.lab import tiny
+from shoestring.lab import tiny_mixture
 from shoestring.methods.quantizers import _shared
 from shoestring.methods.quantizers._gptq import gptq
 from shoestring.models import surgery
+from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, stacked
 from shoestring.models.load import load_tokenizer
 from shoestring.models.packed import PackedConfig, mark
 from shoestring.models.streamed import Streamed, unload
@@ -128,17 +129,8 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
 
 
 def base(**changes: Any) -> PreTrainedModel:
-    """A tiny mixture of four experts, two of which each token meets."""
-    sizes = dict(
-        vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    made = MixtralForCausalLM(MixtralConfig(**{**sizes, **changes})).eval()
-    torch.random.set_rng_state(before)
-    return made
+    """A tiny mixture whose head is tied to its table."""
+    return tiny_mixture.model(**{"tie_word_embeddings": True, **changes})
 
 
 # --- the packed experts -----------------------------------------------------------------------------------------------
@@ -184,18 +176,23 @@ class PackedExperts(nn.Module):
 
     def __init__(self, family: nn.Module, gate_up: int, down: int) -> None:
         super().__init__()
-        experts, wide, hidden = family.gate_up_proj.shape  # type: ignore[union-attr, misc]
-        self.num_experts, self.hidden_dim, self.intermediate_dim = int(experts), int(hidden), int(wide) // 2
-        self.gate_up = ExpertMatrices(self.num_experts, int(wide), self.hidden_dim, gate_up)
+        self.num_experts, wide, self.hidden_dim = family.get_parameter(GATE_UP).shape
+        self.intermediate_dim = wide // 2
+        self.gate_up = ExpertMatrices(self.num_experts, wide, self.hidden_dim, gate_up)
         self.down = ExpertMatrices(self.num_experts, self.hidden_dim, self.intermediate_dim, down)
         # The family's own module has the activation and what it needs. It has no weights any more, so it stands where
         # no one looks for modules to fill.
-        del family.gate_up_proj, family.down_proj
+        delattr(family, GATE_UP)
+        delattr(family, DOWN)
         self._family: tuple[Any] = (family,)
 
     @property
     def family(self) -> Any:
         return self._family[0]
+
+    def matrices(self) -> dict[str, ExpertMatrices]:
+        """By the family's own names of what they stand for."""
+        return {GATE_UP: self.gate_up, DOWN: self.down}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
@@ -232,10 +229,9 @@ class QMoEQuantizer(_shared.PackedQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
-                for part in ("gate_up", "down"):
-                    packed = getattr(module, part)
+                for tensor, packed in module.matrices().items():
                     plain = packed.unpacked().view(packed.experts, packed.each, packed.columns).to(dtype)
-                    setattr(module.family, f"{part}_proj", nn.Parameter(plain))
+                    setattr(module.family, tensor, nn.Parameter(plain))
                 surgery.replace_module(model, name, module.family)
         return model
 
@@ -285,16 +281,16 @@ def stream(source: Path, folder: Path, config: QMoEConfig, rows: list[dict[str, 
 
 def _experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Full name and module of each layer's experts. Raises UsageError where a model has none that fit."""
-    found = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)}
-    for module in found.values():
+    found = stacked(model)
+    for _, module in found:
         usual = getattr(module, "has_gate", False) and not any(
             getattr(module, word, False) for word in ("has_bias", "is_transposed", "has_post_expert_norm")
         )
-        if not usual or module.gate_up_proj.dim() != 3:  # type: ignore[operator, union-attr]
+        if not usual or module.get_parameter(GATE_UP).dim() != 3:
             raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
     if not found:
         raise _dense(type(model).__name__)
-    yield from found.items()
+    yield from found
 
 
 def _dense(name: str) -> UsageError:
@@ -339,25 +335,25 @@ def _outputs(block: nn.Module, states: list[Tensor], rest: list) -> Iterator[Ten
 @torch.no_grad()
 def _compressed(experts: Any, hidden: Tensor, routes: Tensor, config: QMoEConfig) -> tuple[PackedExperts, int, int]:
     """The experts packed, how many of their weights are 0, and how many there are."""
-    count = len(experts.gate_up_proj)
+    count = len(experts.get_parameter(GATE_UP))
     most = max(FEW, SHARE * routes.numel() // count)
-    blobs: dict[str, list[Tensor]] = {"gate_up": [], "down": []}
+    blobs: dict[str, list[Tensor]] = {GATE_UP: [], DOWN: []}
     zeros = 0
     for first in range(0, count, AT_ONCE):
         group = range(first, min(count, first + AT_ONCE))
         tokens = [torch.where((routes == expert).any(1))[0][:most] for expert in group]
-        read = [hidden[some] for some in tokens]
-        inner = [experts._apply_gate(x @ experts.gate_up_proj[e].T) for x, e in zip(read, group)]
-        for part, inputs in (("gate_up", read), ("down", inner)):
-            weight = getattr(experts, f"{part}_proj")[group.start : group.stop]
+        read = [expert_reads(experts, e, hidden[some]) for e, some in zip(group, tokens)]
+        for tensor, made in blobs.items():
+            weight = experts.get_parameter(tensor)[group.start : group.stop]
+            inputs = [reads[tensor] for reads in read]
             symbols, low, high = gptq(weight, _hessians(inputs, weight.shape[-1], config.rounding))
             zeros += int((symbols == 0).sum())
-            blobs[part] += [dictionary.encode(*matrix) for matrix in zip(symbols, low, high)]
-    weights = experts.gate_up_proj.numel() + experts.down_proj.numel()
+            made += [dictionary.encode(*matrix) for matrix in zip(symbols, low, high)]
+    weights = sum(experts.get_parameter(tensor).numel() for tensor in blobs)
     unload(experts)
     packed = PackedExperts(experts, 0, 0)
-    packed.gate_up.take(blobs["gate_up"])
-    packed.down.take(blobs["down"])
+    for tensor, matrices in packed.matrices().items():
+        matrices.take(blobs[tensor])
     return packed, zeros, weights
 
 

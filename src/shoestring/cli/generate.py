@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -29,13 +32,24 @@ def command(words: tuple[str, ...], model: str | None, prompt: str | None, **opt
         if sys.stdin.isatty():
             raise UsageError("no prompt is given", remedy='Write shoestring generate MODEL "PROMPT"')
         prompt = sys.stdin.read().rstrip("\n")
-    from shoestring.jobs.generate import generate
-
     screen, pieces = current(), []
-    with screen.working():
+    with screen.working(), _opening():
+        from shoestring.jobs.generate import generate
+
         stream = generate(model, str(prompt), **options)
     for piece in stream:
         pieces.append(piece)
         if not screen.json:
             click.echo(piece, nl=False)
     screen.show({"model": model, "prompt": prompt, "text": "".join(pieces)}, lambda: "")
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    """What is made until the first token stays to the end: to look for garbage in it would only delay that token."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -20,7 +20,6 @@ from shoestring.engine.gates import GatedDecoder
 from shoestring.engine.hooks import Filler, Hooks, Spare
 from shoestring.engine.memory import free_memory
 from shoestring.engine.open import Opened, open_model
-from shoestring.engine.plug import loader, plugged, span
 from shoestring.engine.policy import Policy
 from shoestring.engine.request import Completion, Delta, FinishReason, Request, RequestError, Sampling, Usage
 from shoestring.engine.runner import BLOCK, CacheLost, Runner, keeps_pages
@@ -135,12 +134,14 @@ class Engine:
         else:
             opened = open_model(
                 model, runner=runner, dtype=dtype, cache_dtype=cache_dtype, threads=threads, offline=offline,
-                trust_remote_code=trust_remote_code, loader=loader(plugs), span=span(plugs),
+                trust_remote_code=trust_remote_code, **_reading(plugs),
             )  # fmt: skip
         self.runner, self.tokenizer = opened.runner, opened.tokenizer
         self.name, self.note = opened.name, opened.note
         self._own_adapter = opened.adapter  # when the model is itself an adapter on its base
         if plugs:
+            from shoestring.engine.plug import plugged
+
             try:
                 hooks = plugged(plugs, opened, hooks)
             except BaseException:
@@ -619,6 +620,15 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _reading(plugs: Sequence[str]) -> dict[str, Any]:
+    """How the methods that are plugged in want the model read; only they need the list of methods."""
+    if not plugs:
+        return {}
+    from shoestring.engine.plug import loader, span
+
+    return {"loader": loader(plugs), "span": span(plugs)}
 
 
 def _several(prompts: Any) -> bool:

@@ -12,8 +12,6 @@ import numpy as np
 
 from shoestring.core.errors import DoesNotFit, UsageError, nearest
 from shoestring.core.text import show_bytes
-from shoestring.engine.adapter_forms import plain
-from shoestring.engine.low_rank import read_adapter
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages, within
 from shoestring.kernels.layout import ITEM, parse
@@ -149,6 +147,9 @@ class NativeRunner:
     def add_adapter(self, folder: str) -> int:
         if self._partial:
             raise UsageError(f"{folder} cannot be used here", "some layers of the model run elsewhere")
+        from shoestring.engine.adapter_forms import plain
+        from shoestring.engine.low_rank import read_adapter
+
         with plain(Path(folder)) as found:
             adapter = self._llama.adapter(read_adapter(found, self.model))
         number = self._adapters.index(None) if None in self._adapters else len(self._adapters)

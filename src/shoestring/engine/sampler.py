@@ -19,7 +19,7 @@ decoding without drafts gives.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -135,7 +135,7 @@ class Sampler:
             RequestError: the constraint cannot be used.
         """
         sampling = request.sampling
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        seed = int.from_bytes(os.urandom(8), "little") >> 1 if sampling.seed is None else sampling.seed
         ends = (*(() if sampling.ignore_eos else self._eos), *sampling.stop_token_ids)
         matcher = self.constraints.matcher(sampling.constraint) if sampling.constraint else None
         return SampleState(sampling, seed, index, request.prompt, ends, matcher)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shoestring.core.errors import UsageError, nearest
-from shoestring.kernels import huffman, matrix
+from shoestring.kernels import matrix
 
 GROUPS = (32, 64, 128)
 ITEM = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2}  # types by their safetensors names -> bytes
@@ -107,6 +107,8 @@ class Layout:
             tensors: bytes of each tensor, uint8 of any shape, or numbers of 16 bits.
         """
         if self.kind in FOR_FILES:
+            from shoestring.kernels import huffman
+
             coded = huffman.unpack(tensors["weight"].reshape(-1).view(np.uint8), rows, cols)
             place = (given.get("memory") or matrix.Memory()).take(2 * rows * cols).view(np.uint16)
             numbers = coded.decode(threads=given.get("threads", 1), out=place)

@@ -6,6 +6,7 @@ import json
 import mmap
 import struct
 from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ GGUF_TYPES = {
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 _GGUF_HEADER_LIMIT = 256_000_000
+_LENGTH = struct.Struct("<Q")
 _GGUF_ARRAY_LIMIT = 4_000_000
 _REDOWNLOAD = "Download the file again, or ask its author for an intact one"
 
@@ -54,7 +56,46 @@ class Gguf:
     """A GGUF header that is true to its file. Values are numbers, truth values, texts, lists of texts, or arrays."""
 
     tensors: dict[str, Tensor]
-    values: dict[str, Any]
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A list of texts as it stands in a file: for each its length, then its bytes."""
+
+    raw: bytes
+    count: int
+
+    def read(self) -> list[str]:
+        raw, at, unpack = self.raw, 0, _LENGTH.unpack_from
+        found: list[str] = []
+        for _ in range(self.count):
+            begin = at + 8
+            at = begin + unpack(raw, at)[0]
+            found.append(raw[begin:at].decode("utf-8", "replace"))
+        return found
+
+
+class _Values(Mapping[str, Any]):
+    """Metadata by key. Vocabularies are long and not always wanted, so lists of texts are decoded when they are."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self._found = found
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._found[key]
+        if isinstance(value, _Texts):
+            value = self._found[key] = value.read()
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def check_safetensors(path: Path) -> dict[str, Tensor]:
@@ -226,7 +267,7 @@ class _Gguf:
             names[tensor.name] = replace(tensor, offset=data_start + tensor.offset)
         if not names:
             self.fail("it holds no tensors")
-        return Gguf(names, values)
+        return Gguf(names, _Values(values))
 
     def values(self, count: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -252,7 +293,7 @@ class _Gguf:
             (number,) = struct.unpack(code, self.take(struct.calcsize(code)))
             return bool(number) if kind == _GGUF_BOOL else number
         if kind == _GGUF_STRING:
-            return self.strings(1, key)[0]
+            return self.texts(1, key).read()[0]
         if kind != _GGUF_ARRAY:
             self.fail(f"the value {key[:80]!r} has the unknown type {kind}")
         if depth == 3:
@@ -267,24 +308,18 @@ class _Gguf:
             return numbers
         if kind == _GGUF_STRING:
             self.fits(count * 8, f"{count} texts of {key[:80]!r}")
-            return self.strings(count, key)
+            texts = self.texts(count, key)
+            return texts.read() if depth else texts
         self.fits(count * 12, f"{count} arrays of {key[:80]!r}")
         return [self.value(kind, key, depth + 1) for _ in range(count)]
 
-    def strings(self, count: int, key: str) -> list[str]:
-        at, limit, data, unpack = self.at, self.limit, self.data, struct.Struct("<Q").unpack_from
-        found: list[str] = []
+    def texts(self, count: int, key: str) -> _Texts:
+        at, last, data, unpack = self.at, self.limit - 8, self.data, _LENGTH.unpack_from
         for _ in range(count):
-            if at + 8 > limit:
+            if at > last:
                 self.fail(f"it ends within {key[:80]!r}")
-            (length,) = unpack(data, at)
-            at += 8
-            if length > limit - at:
-                self.fail(f"a text of {key[:80]!r} is declared to have {length} bytes")
-            found.append(data[at : at + length].decode("utf-8", "replace"))
-            at += length
-        self.at = at
-        return found
+            at += 8 + unpack(data, at)[0]
+        return _Texts(self.take(at - self.at), count)
 
     def tensor(self, alignment: int) -> Tensor:
         """A tensor with its offset still counted from where the data starts, which is known after the last one."""

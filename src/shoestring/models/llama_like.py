@@ -298,7 +298,7 @@ def from_gguf(
             f"The native runner does not know GGUF files of the architecture {family[:40]!r}",
             f"it runs {', '.join(GGUF_FAMILIES)}",
         )
-    own = {key.removeprefix(f"{family}."): value for key, value in values.items() if key.startswith(f"{family}.")}
+    own = {key.removeprefix(f"{family}."): values[key] for key in values if key.startswith(f"{family}.")}
     if own.get("expert_count"):
         raise NotNative("The native runner does not compute mixtures of experts")
     if "token_embd.weight" not in dims:

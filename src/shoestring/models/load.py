@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import ShoestringError, UsageError
-from shoestring.models.cache import convert_once
 from shoestring.models.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -23,7 +22,6 @@ from shoestring.models.folder import (
     read_json,
 )
 from shoestring.models.guard import check_gguf, check_safetensors, is_gguf, is_pickle
-from shoestring.models.seal import needs
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +66,8 @@ def resolve(ref: str | Path, *, offline: bool | None = None) -> Path:
     if not path.is_file():
         return path
     check_gguf(path)
+    from shoestring.models.cache import convert_once
+
     return convert_once(path, lambda folder: _convert_gguf(path, folder))
 
 
@@ -175,6 +175,8 @@ def know_architecture(folder: Folder) -> None:
         import_module("shoestring.models.uneven" if kind.startswith(UNEVEN) else "shoestring.models.regrouped")
     elif kind.startswith(OURS):
         from transformers import CONFIG_MAPPING
+
+        from shoestring.models.seal import needs
 
         if kind not in CONFIG_MAPPING:
             lines = ", ".join(f"`import {name}`" for name in needs(folder.config)) or "the import that its card names"

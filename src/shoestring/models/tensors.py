@@ -78,7 +78,7 @@ class Source:
 
     path: Path
     gguf: bool
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     tensors: Tensors
 
 

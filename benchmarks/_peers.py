@@ -25,6 +25,8 @@ from shoestring.core.errors import UsageError
 from shoestring.models.load import DEFAULT, DEFAULT_PACKAGE
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Packages that pip has put in place bring their byte code; this would keep a checkout from having any.
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
     python benchmarks/engine_start.py [--llama-python PYTHON] [--rounds 7] [--json FILE]
 
-A new process each time, from its start to the first byte of its answer, taking turns. The model's file is in the page
-cache for both, since both have just read it.
+A new process each time, from its start to the first byte of its answer, taking turns. Both have run once before: the
+model's file is in the page cache, and Python's byte code is written.
 """
 
 from __future__ import annotations

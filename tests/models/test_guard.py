@@ -165,6 +165,10 @@ BAD_GGUF: dict[str, bytes] = {
     "unknown value type": _gguf(kv=(_string("key") + struct.pack("<I", 99),), infos=(_info(),)),
     "array of 2^62": _gguf(kv=(_string("key") + struct.pack("<IIQ", 9, 4, 2**62),), infos=(_info(),)),
     "texts of 2^62": _gguf(kv=(_string("key") + struct.pack("<IIQ", 9, 8, 2**62),), infos=(_info(),)),
+    "text of 2^63 in a list": _gguf(
+        kv=(_string("key") + struct.pack("<IIQ", 9, 8, 2) + _string("a") + struct.pack("<Q", 2**63),), infos=(_info(),)
+    ),
+    "list that ends in a text": _gguf(kv=(_string("key") + struct.pack("<IIQ", 9, 8, 99) + _string("a"),), data=b""),
     "nested 100 deep": _gguf(kv=(_nested(100),), infos=(_info(),)),
     "duplicate key": _gguf(kv=(_string("k") + struct.pack("<IB", 0, 1),) * 2, infos=(_info(),)),
     "dimension 0": _gguf(infos=(_info(dims=(0,)),)),

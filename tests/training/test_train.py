@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_cases import lora, make_rows, options
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.ledger import Ledger
@@ -310,3 +310,13 @@ def test_the_log_is_json_lines(rows, tmp_path):
     result = train(lora(tiny.model()), rows, [], options(max_steps=3), tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.log and len(lines) == 3
+
+
+def test_adapters_that_the_model_reads_past_are_named(rows, tmp_path, caplog):
+    settings = dict(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4, pad_token_id=0)
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings))
+    train(lora(mamba, exclude_modules=["out_proj"]), rows, [], options(max_steps=2), tmp_path / "mamba")
+    assert "2 of 6 trained tensors got no gradient" in caplog.text and "dt_proj.lora_A" in caplog.text
+    caplog.clear()
+    train(lora(tiny.model()), rows, [], options(max_steps=2), tmp_path / "llama")
+    assert not caplog.text

@@ -399,6 +399,8 @@ class _Watch(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         run = self.run
+        if state.global_step == 0:
+            _warn_of_idle(run.model)
         run.between_steps.act(state.global_step, run.optimizer, lambda: list(run.get_decay_parameter_names(run.model)))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -465,6 +467,19 @@ class _Numbered(Dataset[Any]):
 
     def __getitem__(self, number: int) -> tuple[int, dict[str, Any]]:
         return number, self.rows[number]
+
+
+def _warn_of_idle(model: nn.Module) -> None:
+    """Name the trained tensors that the loss does not depend on, while the first step's gradients are still there."""
+    trained = _trained(model)
+    idle = [name for name, parameter in trained.items() if parameter.grad is None]
+    if idle:
+        logger.warning(
+            "%d of %d trained tensors got no gradient in the first step, such as %s: nothing called their modules, or "
+            "the model reads the weights there itself, past an adapter. If none ever does, leave them out "
+            "(exclude_modules)",
+            len(idle), len(trained), ", ".join(idle[:2]),
+        )  # fmt: skip
 
 
 def _not_called(*_: Any, **__: Any) -> Tensor:

@@ -35,9 +35,10 @@ _ARM = Path(__file__).with_name("_drafting.py")
 
 def main() -> int:
     parser = arguments(__doc__)
+    parser.set_defaults(rounds=3)
     parser.add_argument("--formats", default="4-bit,bf16")
     parser.add_argument("--tasks", default="code,chat,summarise,rewrite,drawn")
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=12, help="of each task")
     parser.add_argument("--tokens", type=int, default=128)
     given = parser.parse_args()
     report: dict[str, Any] = {"circumstances": circumstances(given.threads), "formats": {}}

@@ -96,7 +96,8 @@ struct SkModel {
 // Keys and values in pages of SK_PAGE tokens: the pages of a layer side by side, those of the layers one after another.
 struct SkCache {
   void* data;
-  int64_t pages, page_bytes, type;  // page_bytes: of one page, summed over the layers  // 0: bfloat16, 1: int8 with a float32 scale for each key and value, 2: float32
+  int64_t pages, page_bytes;  // bytes of one page, summed over the layers
+  int64_t type;  // 0: bfloat16, 1: int8 with a float32 scale for each key and value, 2: float32
 };
 
 // y += b @ (a @ x): a [rank][in], b [out][rank] with all scales in it, without biases. a.rows 0: absent.

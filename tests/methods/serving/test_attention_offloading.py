@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,30 @@ def test_two_batches_are_under_way_at_a_time(model: Path, tmp_path: Path) -> Non
     assert len(spans["0"]) == len(spans["1"]) > 30
     meet = sum(a < d and c < b for a, b in spans["0"] for c, d in spans["1"])
     assert meet > 0, "the halves never wait at the same time as the other computes"
+
+
+def test_batches_compute_by_turns_and_one_goes_on_alone_when_the_other_has_ended() -> None:
+    turns, order = attention_offloading.Turns(), list[int]()
+
+    def batch(lane: int, layers: int) -> None:
+        with turns.of(lane):
+            for _ in range(layers):
+                order.append(lane)
+                turns.hand_over(lane)
+            if layers == 3:
+                raise RuntimeError("its worker is lost")
+
+    for layers in ((4, 2), (2, 4), (3, 4)):
+        turns.begin(2)
+        with ThreadPoolExecutor(2) as pool:
+            done = [pool.submit(batch, lane, count) for lane, count in enumerate(layers)]
+        assert [order.count(0), order.count(1)] == list(layers) and order[:4] == [0, 1, 0, 1]
+        assert (done[0].exception() is not None) == (layers[0] == 3) and done[1].exception() is None
+        order.clear()
+    turns.begin(1)
+    batch(0, 2)
+    turns.hand_over(0)  # a pass of which no halves were made
+    assert order == [0, 0]
 
 
 def test_halves_hold_all_sequences() -> None:

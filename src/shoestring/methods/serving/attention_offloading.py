@@ -228,14 +228,14 @@ class _Lane:
 class Elsewhere:
     """An `engine.runner.AttentionWorker` that keeps pages in other processes.
 
-    With `turn` set, whoever waits for an answer lets another batch compute meanwhile.
+    With `turns` set, whoever waits for an answer lets the other batch compute meanwhile.
     """
 
     def __init__(self, facts: Facts, config: AttentionOffloading, cache: str = "fp32") -> None:
         self.config, self.facts = config, facts
         self.shares = shares(facts, config, cache)
         self.begin: Callable[[int, np.ndarray, Batch], None] | None = self._begin if config.early else None
-        self.turn: threading.Lock | None = None
+        self.turns: Turns | None = None
         self.blocks = 0
         self.waited, self.restarts, self.events = 0.0, 0, list[tuple[str, int, int, float, float]]()
         self._past: dict[str, int] = {"headers": 0}  # bytes of links that are no more
@@ -287,14 +287,10 @@ class Elsewhere:
                 own = [x if len(rows) == len(x) else x[rows] for x in parts[1:]]
                 link.send(kind, layer, lane.tag, parts[0], *own)
             began = time.perf_counter()
-            if self.turn:
-                self.turn.release()
-            try:
-                found = [_answer(link, lane.tag, protocol.RESULT) for link in lane.links]
-            finally:
-                ended = time.perf_counter()
-                if self.turn:
-                    self.turn.acquire()
+            if self.turns:
+                self.turns.hand_over(self._lanes.index(lane))
+            found = [_answer(link, lane.tag, protocol.RESULT) for link in lane.links]
+            ended = time.perf_counter()
             self.waited += ended - began
             if self.config.trace:
                 self.events.append(("wait", self._lanes.index(lane), layer, began, ended))
@@ -491,12 +487,48 @@ class Elsewhere:
         Path(self.config.trace).write_text(json.dumps({"traceEvents": events}))
 
 
+class Turns:
+    """Two batches that compute by turns. Whoever has asked for attention hands over and is handed back to when the
+    other has asked too, so nobody looks out for an answer while there is something to compute."""
+
+    def __init__(self) -> None:
+        self._calls = [threading.Lock(), threading.Lock()]  # held while it is not the batch's turn
+        for call in self._calls:
+            call.acquire()
+        self._under_way: set[int] = set()
+
+    @contextmanager
+    def of(self, lane: int) -> Iterator[None]:
+        """Compute when `lane` is called, and call the other at the end."""
+        self._calls[lane].acquire()
+        try:
+            yield
+        finally:
+            self._under_way.discard(lane)
+            self._call(1 - lane)
+
+    def begin(self, lanes: int) -> None:
+        """So many batches are about to start; the first is called."""
+        self._under_way = set(range(lanes))
+        self._call(0)
+
+    def hand_over(self, lane: int) -> None:
+        if self._call(1 - lane):
+            self._calls[lane].acquire()
+
+    def _call(self, lane: int) -> bool:
+        """Whether there is somebody to call."""
+        if lane in self._under_way:
+            self._calls[lane].release()
+        return lane in self._under_way
+
+
 class Staggered:
     """A runner whose batches run as two halves: while one waits for attention, the other computes (6)."""
 
     def __init__(self, runner: Runner, elsewhere: Elsewhere) -> None:
         self._runner, self._elsewhere = runner, elsewhere
-        elsewhere.turn = threading.Lock()
+        elsewhere.turns = self._turns = Turns()
         self._other = ThreadPoolExecutor(1, "second-batch")
 
     def __getattr__(self, name: str) -> Any:
@@ -505,10 +537,12 @@ class Staggered:
     def run(self, batch: Batch, first: int = 0, last: int | None = None, hidden: Any = None) -> Any:
         at = _middle(batch)
         if not at:
+            self._turns.begin(1)
             return self._half(0, batch, first, last, hidden)
         tokens = int(batch.starts[at])
         parts = [_sequences(batch, 0, at), _sequences(batch, at, batch.sequences)]
         streams = [None, None] if hidden is None else [hidden[:tokens].copy(), hidden[tokens:].copy()]
+        self._turns.begin(2)
         other = self._other.submit(self._half, 1, parts[1], first, last, streams[1])
         try:
             mine = self._half(0, parts[0], first, last, streams[0])
@@ -518,9 +552,7 @@ class Staggered:
         return np.concatenate([mine, other.result()])
 
     def _half(self, lane: int, batch: Batch, first: int, last: int | None, hidden: Any) -> Any:
-        turn = self._elsewhere.turn
-        assert turn
-        with turn, self._elsewhere.on_lane(lane):
+        with self._turns.of(lane), self._elsewhere.on_lane(lane):
             return self._runner.run(batch, first, last, hidden)
 
 

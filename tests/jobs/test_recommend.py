@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring import models
 from shoestring.core import catalog, survey
 from shoestring.core.errors import UsageError
 from shoestring.jobs import recommend as job
+from shoestring.jobs.compress import CompressRequest, compress
 from shoestring.jobs.recommend import RecommendRequest, recommend
 from shoestring.lab import tiny_mixture
 from shoestring.planner.plan import by_verb
@@ -111,6 +113,24 @@ def test_a_mixture_has_ways_of_its_own_and_those_that_cannot_be_are_passed_over(
     assert fewer["storage"] < plain["storage"] and plain["fits"]
     # Two of four experts work on a token.
     assert 0.5 < plain["read"] / plain["storage"] < 0.8
+    # Latent experts save nothing where experts are as wide as the model: who would be offered a larger one?
+    smaller = [w for w in ways if w["method"] and catalog.get(w["method"]).room == "architectures"]
+    assert all(w["storage"] < plain["storage"] for w in smaller)
+
+
+def test_nobody_is_offered_what_a_family_cannot_get(tmp_path: Path, floor: None) -> None:
+    config = AutoConfig.for_model(
+        "gemma3_text", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    offered = {w["method"] for w in recommend(RecommendRequest(str(tmp_path), memory="1GB", bandwidth="1GB"))["ways"]}
+    rebuild = {m.name for m in by_verb("compress") if m.room in ("architectures", "pruners")}
+    assert not offered & rebuild and {"int4", "mixed", "ptqtp"} < offered
+    for method in sorted(rebuild):
+        with pytest.raises(UsageError, match="gemma3_text"):
+            compress(CompressRequest(str(tmp_path), method), out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

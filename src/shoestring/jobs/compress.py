@@ -22,7 +22,7 @@ from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 from shoestring.models.folder import check_folder
-from shoestring.planner.plan import by_verb, room_for_weights
+from shoestring.planner.plan import by_verb, refuse_family, room_for_weights
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
         module = catalog.module(step.method)
         catalog.contract(catalog.get(step.method).room).config(module, dict(step.options))
         if step.verb == "compress":
+            refuse_family(catalog.get(step.method), shape)
             shape = module.price(shape, dict(step.options)).shape
     return steps
 

@@ -18,7 +18,7 @@ from shoestring.core.step import Step
 from shoestring.kernels.layout import FOR_FILES
 from shoestring.planner.cost import predict, read_per_token
 from shoestring.planner.machine import bandwidth, engine_floor, machine
-from shoestring.planner.plan import by_verb
+from shoestring.planner.plan import by_verb, refuse_family
 
 _MOST_THREADS = 1024
 
@@ -104,6 +104,7 @@ def _made(shape: Shape) -> Iterator[tuple[Step | None, Shape]]:
         module = catalog.module(method.name)
         for settings in module.settings():
             try:
+                refuse_family(method, shape)
                 after = module.price(shape, settings).shape
             except (UsageError, DoesNotFit):  # it is for models of another kind, or cannot make this one so small
                 continue

@@ -121,6 +121,17 @@ def by_verb(verb: str) -> Iterator[Method]:
     return (m for m in catalog.methods().values() if m.room in rooms)
 
 
+def refuse_family(method: Method, shape: Shape) -> None:
+    """Raise UsageError for a model of a family that the method is not for, where its room says which it is for."""
+    families = getattr(catalog.contract(method.room), "families", lambda module: None)(catalog.module(method.name))
+    if families is not None and shape.family not in families:
+        raise UsageError(
+            f"{method.name} does not take a {shape.family} model",
+            "it rebuilds layers, and knows how those of some families are built",
+            f"Use one of {', '.join(families)}",
+        )
+
+
 def _adaptation(shape: Shape, adapt: str | None) -> list[tuple[Step, Shape]]:
     if adapt is None:
         return []

@@ -25,11 +25,12 @@ from shoestring.methods.architectures import _shared
 
 VERB = "compress"
 CATEGORY = "compact architecture"
-WORDS = ("MODELS", "NEUTRAL", "settings", "price", "convert")
+WORDS = ("FAMILIES", "MODELS", "NEUTRAL", "settings", "price", "convert")
 # What these and `METHOD.provides` are:
 #   provides: the transformers configuration of the architecture. Its `model_type` begins with `_shared.PREFIX`, its
 #       first base is `_shared.Sealed`, and `AutoModelForCausalLM.from_config` builds a new model from it.
-#   MODELS: (configuration class, model class) pairs, one for each family that can be converted.
+#   FAMILIES: model types that can be converted.
+#   MODELS: (configuration class, model class) pairs, one for each of them.
 #   example() -> a frozen dataclass of the options of a conversion, whose `__post_init__` raises UsageError; the options
 #       that the checks convert with, so they must suit a model of six layers, or the method's own `base`.
 #   NEUTRAL: options under which the converted model is the base itself.
@@ -68,6 +69,11 @@ def config(module: ModuleType, options: Mapping[str, Any]) -> Any:
         known = ", ".join(sorted(made.__dataclass_fields__))
         raise UsageError(f"{made.__name__} has no option {', '.join(sorted(stray))}", remedy=f"Known: {known}")
     return made(**{**module.settings()[0], **options})
+
+
+def families(module: ModuleType) -> tuple[str, ...]:
+    """Model types that can be converted."""
+    return tuple(module.FAMILIES)
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from shoestring.core.step import Step, Work
 from shoestring.lab import tiny
 from shoestring.methods.pruners import _shared
 from shoestring.models import uneven
-from shoestring.models.load import quiet, stored_dtype
+from shoestring.models.load import UNEVEN, quiet, stored_dtype
 
 VERB = "compress"
 CATEGORY = "pruning"
@@ -65,6 +65,12 @@ def config(module: ModuleType, options: Mapping[str, Any]) -> Any:
         known = ", ".join(sorted(made.__dataclass_fields__))
         raise UsageError(f"{made.__name__} has no option {', '.join(sorted(stray))}", remedy=f"Known: {known}")
     return made(**{**module.settings()[0], **options})
+
+
+def families(module: ModuleType) -> tuple[str, ...] | None:
+    """Model types that can be pruned; None where that is a question of what a model has."""
+    cut = tuple(prefix + family for prefix in ("", UNEVEN) for family in uneven.FAMILIES)
+    return None if hasattr(module, "base") else cut
 
 
 def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:

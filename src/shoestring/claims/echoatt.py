@@ -194,7 +194,7 @@ def _time(arms: Arms, models: dict[str, torch.nn.Module], tokens: int) -> None:
             stage.record(measure, min(seconds), "s", "measured")
 
 
-def _time_engine(arms: Arms, models: dict[str, torch.nn.Module], tokens: int) -> None:
+def _time_engine(arms: Arms, models: dict[str, Any], tokens: int) -> None:
     import numpy as np
     import torch
 

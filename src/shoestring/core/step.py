@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Work:
         folder: where it may keep checkpoints and logs that outlive a crash.
         resume: continue from what `folder` holds.
         seed: of everything random.
+        say: tells the user how it goes, a line at a time.
     """
 
     ledger: Any
@@ -58,3 +59,4 @@ class Work:
     resume: bool = False
     seed: int = 0
     trust_remote_code: bool = False
+    say: Callable[[str], None] = lambda line: None

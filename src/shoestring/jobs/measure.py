@@ -71,7 +71,7 @@ def measure(
         run.work.mkdir(parents=True, exist_ok=True)
         work = Work(
             ledger, run.work, train, valid, request.training,
-            resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code,
+            resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code, say=say,
         )  # fmt: skip
         with ledger.stage(name):
             found = module.measure(source, dict(request.options), work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -395,22 +396,25 @@ def test_an_interrupted_search_goes_on_where_it_stood(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the meter
 
 
-def work(folder: Path, data: Path) -> Work:
+def work(folder: Path, data: Path, **more: Any) -> Work:
     corpus = datasets.read(str(data))
     train, valid, _ = datasets.split(corpus, seed=0)
-    return Work(Ledger(), folder, train, valid)
+    return Work(Ledger(), folder, train, valid, **more)
 
 
 def test_the_meter_reports_a_curve_and_a_rank(tiny: Path, data: Path, tmp_path: Path) -> None:
     options = {"grid": [4, 64, 1024], "steps": 4, "batch": 8, "seeds": 2, "refine": 1, "direct_rate": 3e-3, "rate": 0.1}
-    found = measure(tiny, options, work(tmp_path, data))
+    said: list[str] = []
+    found = measure(tiny, options, work(tmp_path, data, say=said.append))
+    # Ten runs at most: two direct, and two seeds of three dimensions and one between.
+    assert re.fullmatch(r"direct 0: [\d.]+ nats, \d+ s; at most 9 more runs, \d+ min", said[0]) and len(said) <= 10
     assert found["baseline"] > 0 and found["weights"] == 24_576
     assert [row["d"] for row in found["curve"]] == sorted(row["d"] for row in found["curve"])
     assert all(set(row) == {"d", "fall", "seed 0", "seed 1"} for row in found["curve"])
     assert "rank" in found["advice"] or found["d90"] is None
     held = json.loads((tmp_path / "intrinsic-dimension.json").read_text())["scores"]
     assert {"before", "direct 0", "direct 1"} <= set(held)
-    again = measure(tiny, {**options, "seeds": 2}, work(tmp_path, data))
+    again = measure(tiny, {**options, "seeds": 2}, work(tmp_path, data, say=pytest.fail))
     assert again == found
     more = measure(tiny, {**options, "baseline": 1e-6}, work(tmp_path, data))
     assert more["d90"] is not None and more["d90"] <= (found["d90"] or 1024)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,28 @@ def measure(config: type[Any], source: Path, options: Mapping[str, Any], work: W
         del settings[free]
     memory = Memory(work.folder / "intrinsic-dimension.json", settings)
     seeds = range(work.seed, work.seed + meter.seeds)
+    grid = [d for d in meter.grid if d <= runner.weights]
+    most = meter.seeds * (len(grid) + meter.refine + (meter.baseline == "direct"))
     before = memory("before", runner.held_out)
+
+    done: list[str] = []
+
+    def fall(name: str, train: Callable[[], float]) -> float:
+        done.append(name)
+        began, known = time.monotonic(), name in memory.scores
+        score = before - memory(name, train)
+        if not known:
+            took, left = time.monotonic() - began, most - len(done)
+            work.say(f"{name}: {score:.3f} nats, {took:.0f} s; at most {left} more runs, {left * took / 60:.0f} min")
+        return score
+
     if meter.baseline == "direct":
-        baseline = [before - memory(f"direct {seed}", lambda s=seed: runner.direct(s)) for seed in seeds]  # type: ignore[misc]
+        baseline = [fall(f"direct {seed}", lambda s=seed: runner.direct(s)) for seed in seeds]  # type: ignore[misc]
     else:
         baseline = [float(meter.baseline)]
     found = search(
-        lambda d, seed: before - memory(f"{d} {seed}", lambda: runner.subspace(d, seed)),
-        baseline, grid=[d for d in meter.grid if d <= runner.weights], seeds=list(seeds), share=meter.share,
-        refine=meter.refine,
+        lambda d, seed: fall(f"{d} {seed}", lambda: runner.subspace(d, seed)),
+        baseline, grid=grid, seeds=list(seeds), share=meter.share, refine=meter.refine,
     )  # fmt: skip
     return {
         "d90": found.d,

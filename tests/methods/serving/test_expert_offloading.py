@@ -25,6 +25,7 @@ from shoestring.methods.serving import expert_offloading as eo
 from shoestring.methods.serving import expert_routing
 from shoestring.methods.serving._expert_replay import ORACLE, Together, replay
 from shoestring.methods.serving._expert_slots import POLICIES, Slots, policy
+from shoestring.methods.serving._expert_trial import Trial
 from shoestring.models.anatomy import mixtures
 from shoestring.models.routing import Trace, watch
 
@@ -323,6 +324,45 @@ def test_a_guess_that_was_begun_is_gone_on_with_when_it_comes_true() -> None:
     assert pool.tally.late == 1 and 0 < pool.tally.stall - begun < 0.035
     assert pool.tally.bytes == 2 * pool.file.records[(0, 0), ""].size
     owner.close()
+
+
+def test_guessing_goes_on_where_passes_get_faster_and_ends_where_they_get_slower() -> None:
+    draw, now, kinds = np.random.default_rng(0), 0.0, list[bool]()
+    trial = Trial(lambda: now)
+
+    def passes(count: int, guessing: float) -> list[bool]:
+        nonlocal now
+        kinds.clear()
+        for _ in range(count):
+            kinds.append(trial.on)
+            trial.begin()
+            # Contexts grow, and each pass waits for other experts.
+            now += (1 + now / 5000) * (guessing if trial.on else 1.0) * draw.uniform(0.7, 1.3)
+            trial.end()
+        return kinds
+
+    assert trial.on and trial.gain is None
+    assert passes(2000, 1.25).count(True) < 100, "it went on though it was slower"
+    assert trial.gain and abs(trial.gain - 0.8) < 0.1
+    passes(3000, 0.8)
+    assert sum(kinds[-500:]) > 450 and trial.gain > 1, "it never came back though it was faster"
+
+
+def test_a_predictor_that_only_costs_time_is_asked_no_more() -> None:
+    def slow(layer: int, hidden: torch.Tensor, choices: torch.Tensor) -> list[tuple[int, int, float]]:
+        asked.append(layer)
+        time.sleep(0.003)
+        return []
+
+    for always in (False, True):
+        model, asked = mixture(), list[int]()
+        owner = eo.offload(model, Config(slots=1.0, always=always), predictor=slow)
+        with torch.no_grad():
+            for _ in range(60):
+                model(torch.tensor([[3]]))
+        assert len(asked) == 3 * 60 if always else 0 < len(asked) <= 3 * 40
+        assert always or owner.stats()["expert_guess_gain"] < 0.9
+        owner.close()
 
 
 # ---------------------------------------------------------------- the loader

@@ -16,7 +16,8 @@ How it works
        `linear` a trained map of x_l. Those with at least `confidence` are taken: who is in memory stays, and who is not
        is read, as long as the layer's guesses come true at least as often as what they push out is asked for again. A
        guess takes a place when its reading begins, and is given up when its layer has come without asking for it. A
-       wrong one costs bandwidth; never an answer.
+       wrong one costs bandwidth; never an answer. Guessing itself takes time too: passes with guesses and without them
+       take turns until one kind is known to be faster, which goes on alone; now and then the other is tried again.
     5. The family's own code computes, on the places instead of its stacked parameters. Tokens are grouped, ordered and
        summed as it does that, so outputs are bit for bit those of the resident model, whatever the number of places and
        of threads.
@@ -57,6 +58,7 @@ from shoestring.methods.serving._expert_guess import ByHistory, ByLinear, ByRout
 from shoestring.methods.serving._expert_pool import Pool, views
 from shoestring.methods.serving._expert_replay import check_slots
 from shoestring.methods.serving._expert_slots import POLICIES, Key, policy
+from shoestring.methods.serving._expert_trial import Trials
 from shoestring.models import Loaded, surgery
 from shoestring.models.anatomy import Mixture, mixtures
 from shoestring.models.cache import make_once
@@ -93,6 +95,7 @@ class ExpertOffloadingConfig:
         quota: divide the slots evenly among the layers.
         prefetch: who guesses: none, router, history or linear.
         predictor: file of the trained predictor, for `linear`; `shoestring measure expert-routing` writes one.
+        always: guess whether or not it pays.
         ahead: layers that the router guesses ahead.
         guesses: experts a token and layer; 0 for as many as a token meets.
         confidence: least probability of a guess that is read.
@@ -115,6 +118,7 @@ class ExpertOffloadingConfig:
     quota: bool = False
     prefetch: str = "router"
     predictor: str = ""
+    always: bool = False
     ahead: int = 1
     guesses: int = 0
     confidence: float = 0.2
@@ -291,6 +295,7 @@ class Offloader:
     Attributes:
         pool: the places and the loader; `pool.tally` has all counts and `pool.tally.timeline` what took how long.
         predictor: guesses, None for no guesses; may be replaced at any time between passes.
+        trials: whether it pays to ask it.
         skipped, met: pairs of token and expert that were left out, and all of them.
     """
 
@@ -298,6 +303,7 @@ class Offloader:
         self, found: Sequence[Mixture], config: ExpertOffloadingConfig, pool: Pool, predictor: Predictor | None
     ) -> None:
         self.mixtures, self.config, self.pool, self.predictor = found, config, pool, predictor
+        self.trials = Trials()
         self.skipped = self.met = 0
         self.held: Any = None  # the folder of a file that nobody else needs
 
@@ -315,6 +321,7 @@ class Offloader:
             "expert_reads": float(t.reads),
             "expert_bytes_read": float(t.bytes),
             "expert_bytes_wasted": float(t.wasted_bytes),
+            "expert_guess_gain": self.trials.gain,
             "expert_small_loads": float(t.small),
             "expert_skipped_share": self.skipped / max(1, self.met),
         }
@@ -327,7 +334,11 @@ class Offloader:
 
     def compute(self, layer: int, family: Any, x: Tensor, choices: Tensor, gates: Tensor) -> Tensor:
         """What the experts make of x [tokens, width], as the family's own code computes it."""
-        pool = self.pool
+        pool, guesses = self.pool, self.predictor
+        if guesses and not self.config.always:
+            if layer == 0:
+                self.trials.begin(len(x))
+            guesses = guesses if self.trials.on else None
         pool.enter(layer)
         gates, kept = self._kept(layer, choices, gates)
         experts = [
@@ -337,8 +348,8 @@ class Offloader:
         wanted: dict[Key, str] = {(layer, e): width for e, width in zip(experts, widths)}
         given = pool.want(layer, list(wanted.items()))
         try:
-            if self.predictor:
-                pool.guess(layer, [(at, expert) for at, expert, _ in self.predictor(layer, x, choices)])
+            if guesses:
+                pool.guess(layer, [(at, expert) for at, expert, _ in guesses(layer, x, choices)])
             apart = len(given) == choices.numel() and family.config._experts_implementation == "grouped_mm"
             if apart and (len(given) < 2 or all(map(pool.ready, given))):  # one row an expert: none to keep in order
                 pool.wait(given)
@@ -347,6 +358,8 @@ class Offloader:
             return self._in_rounds(layer, family, x, choices, gates, kept, wanted, given)
         finally:
             pool.done(given)
+            if layer == len(self.mixtures) - 1 and self.predictor and not self.config.always:
+                self.trials.end()
 
     def _in_rounds(
         self, layer: int, family: Any, x: Tensor, choices: Tensor, gates: Tensor, kept: Tensor | None,

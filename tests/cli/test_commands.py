@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from saying import Shoestring, snapshot
 
+from shoestring import cli
 from shoestring.core import catalog, claim, survey
 from shoestring.core.claim import ClaimFile
 from shoestring.planner import machine
@@ -32,6 +33,13 @@ def test_methods_as_a_table_and_as_json(shoestring: Shoestring) -> None:
     assert [row["name"] for row in rows] == list(catalog.methods())
     known = {"name", "room", "saves", "category", "needs", "gains", "quality", "combines", "traits", "paper", "summary"}
     assert all(set(row) == known | {"claim"} for row in rows)
+
+
+def test_a_terminal_without_the_letters_gets_them_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert cli.exit_code(["runs", "caf\u00e9 \u65e5 \udcff"]) == 0
+    assert written.getvalue() == b"no runs below caf\xe9 \\u65e5 \\udcff\n"
 
 
 def test_methods_of_a_room_with_their_traits_and_what_is_left_out(shoestring: Shoestring) -> None:

@@ -21,3 +21,4 @@ def test_nearest_names() -> None:
     assert nearest("cat", ["bat", "hat"]) in ("Did you mean bat or hat?", "Did you mean hat or bat?")
     assert nearest("colour", ["storage", "memory"]) == "Known: memory, storage."
     assert nearest("x", []) == ""
+    assert nearest("mb", ["B", "MB", "MiB"]) == "Did you mean MB?"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +86,7 @@ def exit_code(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     screen = Screen()
     _no_bars_in_logs()
+    _say_anything()
     # What one library asks of another is nothing that whoever types a command can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Threads that spin at every barrier make torch ten times slower as soon as another process wants a core.
@@ -130,6 +132,12 @@ def _failed(screen: Screen, error: BaseException, sentence: str, code: int) -> i
         traceback.print_exception(error, file=sys.stderr)
     print("error: " + " ".join(sentence.split()), file=sys.stderr)
     return code
+
+
+def _say_anything() -> None:
+    """Answers have letters that a terminal may lack, and names of files bytes that are no letters: both are spelled."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _no_bars_in_logs() -> None:

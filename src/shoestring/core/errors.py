@@ -47,7 +47,8 @@ class QualityGate(ShoestringError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known names closest to `word`, or lists them when none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    same = [name for name in known if name.casefold() == word.casefold()]
+    close = same or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(close) + "?"
     return "Known: " + ", ".join(known) + "." if known else ""

@@ -68,8 +68,12 @@ def test_real_methods_in_processes_of_their_own(tiny: Path, data: Path, tmp_path
 def test_all_is_every_method_that_trains(answers: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     every = [m.name for m in by_verb("train")]
     answers |= {name: {"loss": 3.0} for name in every}
-    result = trial(TrialRequest(str(tiny)), out=tmp_path / "out")
+    said: list[str] = []
+    result = trial(TrialRequest(str(tiny)), out=tmp_path / "out", say=said.append)
     assert sorted(names(result)) == sorted(every)
+    after = [line for line in said if "held-out loss" in line]
+    assert after[0] == "  held-out loss 3.5000" and after[-1] == "  held-out loss 3.0000, 0 s"
+    assert after[1] == f"  held-out loss 3.0000, 0 s; {len(every) - 1} more, about 1 min"
     asked = answers["asked"][-1]["training"]
     assert asked["max_steps"] == 200 and asked["save_steps"] == 0 and "max_seconds" not in asked
 

@@ -15,9 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shoestring import models
@@ -98,14 +100,17 @@ def trial(
     source = models.resolve(request.model)
     with open_run(out, "trial", asdict(request), resume=resume, label=f"{Path(request.model).name}-trial") as run:
         rows: dict[str, dict[str, Any]] = run.read("rows.json") or {}
+        took: list[float] = []
         for number, name in enumerate((BASE, *names)):
             if name in rows:
                 say(f"{name}: kept")
                 continue
             say("measuring the model as it is" if name == BASE else f"[{number}/{len(names)}] {name}")
+            began = time.monotonic()
             rows[name] = _row(request, name, source, run.work / name, limits)
             run.write("rows.json", rows)
-            say(f"  {_remark(rows[name])}")
+            took += [time.monotonic() - began] if name != BASE else []
+            say(f"  {_remark(rows[name])}{_outlook(took, len(names) + 1 - len(rows))}")
         result = _result(request, limits, rows, run.folder)
         trial_report.write(result, run.folder)
         write_json(run.folder / "trial.json", result)
@@ -220,6 +225,14 @@ def _verdict(result: dict[str, Any]) -> dict[str, Any]:
         error = ShoestringError("no method could be trained", result["rows"][0]["reason"])
     error.result = result
     raise error
+
+
+def _outlook(took: Sequence[float], left: int) -> str:
+    """How long the last method took, and what the rest may take if they are like those before."""
+    if not took:
+        return ""
+    rest = f"; {left} more, about {max(1, round(left * median(took) / 60)):,} min" if left else ""
+    return f", {took[-1]:.0f} s{rest}"
 
 
 def _remark(row: Mapping[str, Any]) -> str:

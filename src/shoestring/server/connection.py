@@ -12,8 +12,8 @@ from shoestring.server.settings import Settings
 
 
 def limited(base: Any, settings: Settings) -> Any:
-    """The server's protocol class with limits. Applications find `shoestring.abort` in the scope: ends the connection
-    at once, whatever is still to be written.
+    """The server's protocol class with limits. Applications find in the scope `shoestring.send`, the connection's own,
+    and `shoestring.abort`: it ends the connection at once, whatever is still to be written.
     """
 
     class Limited(base):  # type: ignore[misc]
@@ -24,7 +24,7 @@ def limited(base: Any, settings: Settings) -> Any:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             application: Any = self.app
-            self.app = partial(_with_abort, application, self)
+            self.app = partial(_with_means, application, self)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -79,6 +79,6 @@ def limited(base: Any, settings: Settings) -> Any:
     return Limited
 
 
-async def _with_abort(app: Any, protocol: Any, scope: Any, receive: Any, send: Any) -> None:
-    scope["shoestring.abort"] = protocol.transport.abort
+async def _with_means(app: Any, protocol: Any, scope: Any, receive: Any, send: Any) -> None:
+    scope["shoestring.abort"], scope["shoestring.send"] = protocol.transport.abort, send
     await app(scope, receive, send)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -43,9 +42,12 @@ def requests(prompts: Sequence[list[int]], adapter: str, client: str, isolation:
 async def vectors(work: Work) -> list[np.ndarray]:
     """float32 [hidden] for each input."""
     found: dict[int, np.ndarray] = {}
-    async with aclosing(work.batches()) as batches:
+    async with work.batches() as batches:
         async for batch in batches:
-            found |= {at: delta.embedding for at, delta in batch if delta.embedding is not None}
+            for i, delta in batch:
+                at = work.noted(i, delta)
+                if delta.embedding is not None:
+                    found[at] = delta.embedding
     return [found[at] for at in range(len(work.requests))]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import aclosing
 from json.encoder import encode_basestring_ascii as quoted  # type: ignore[attr-defined]
 from typing import Any, Protocol
 
@@ -69,6 +68,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            # Layers around the routes see to how an answer begins; what follows it would only pass through them.
+            send = scope.get("shoestring.send", send)
             await attended(self._service, receive, self._write(scope, send))
         except ClientGone:
             pass
@@ -82,12 +83,12 @@ class EventStream(Response):
 
     async def _write(self, scope: Scope, send: Send) -> None:
         watch = asyncio.create_task(self._watch(scope, send))
-        add = self._events.add
+        add, noted = self._events.add, self._work.noted
         try:
             await self._say(send, self._events.begin())
-            async with aclosing(self._work.batches()) as batches:
+            async with self._work.batches() as batches:
                 async for batch in batches:
-                    if chunk := b"".join([add(at, delta) for at, delta in batch]):
+                    if chunk := b"".join([add(noted(i, delta), delta) for i, delta in batch]):
                         await self._say(send, chunk)
         finally:
             watch.cancel()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -58,16 +58,16 @@ class Work:
         self._metered = service.meter.read()
         self._computed = self._total()
 
-    async def batches(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """What the engine has given since the last look, each with the number of its answer.
+    @asynccontextmanager
+    async def batches(self) -> AsyncIterator[AsyncGenerator[list[tuple[int, Delta]], None]]:
+        """What the engine gives, each time all since the last look, with the number of the prompt. To be `noted`.
 
         Raises:
             ApiError: the engine refused, failed, or could not finish an answer.
         """
         try:
             async with aclosing(self.engine.streams(self.requests)) as batches:
-                async for batch in batches:
-                    yield [(self._noted(i * self.n + delta.index, delta), delta) for i, delta in batch]
+                yield batches
         except RequestError as error:
             raise refusal(error) from None
         except ShoestringError as error:
@@ -76,10 +76,10 @@ class Work:
     async def answers(self) -> list[Answer]:
         """All answers, whole."""
         found = [Answer() for _ in range(len(self.requests) * self.n)]
-        async with aclosing(self.batches()) as batches:
+        async with self.batches() as batches:
             async for batch in batches:
-                for at, delta in batch:
-                    found[at].add(delta)
+                for i, delta in batch:
+                    found[self.noted(i, delta)].add(delta)
         return found
 
     def usage(self) -> dict[str, Any]:
@@ -123,7 +123,13 @@ class Work:
             self._end(at, "abort")
         self._ticket.leave()
 
-    def _noted(self, at: int, delta: Delta) -> int:
+    def noted(self, i: int, delta: Delta) -> int:
+        """Count what prompt i's answer was given; returns the number of that answer.
+
+        Raises:
+            ApiError: it could not be finished.
+        """
+        at = i * self.n + delta.index
         before, now = self.usages.get(at), delta.usage
         if delta.tokens and before is not None and before.last_token:
             count = len(delta.tokens)

@@ -117,7 +117,9 @@ def served(words: Sequence[str], port: int, ready: str = "/v1/models", seconds: 
             while not _answers(f"http://127.0.0.1:{port}{ready}"):
                 if server.poll() is not None or time.monotonic() > end:
                     said.seek(0)
-                    raise RuntimeError(f"{' '.join(words[:4])} did not start: {said.read()[-1500:]}")
+                    code = server.poll()
+                    why = f"was not ready after {seconds:.0f} s" if code is None else f"ended with {code}"
+                    raise RuntimeError(f"{' '.join(words[:4])} {why}: {said.read()[-1500:]}")
                 time.sleep(0.1)
             yield server.pid
         finally:

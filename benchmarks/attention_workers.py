@@ -5,7 +5,7 @@
 Every arm has the same cores: one for the model, one for each worker; the single process gets one core, and all of them
 in an arm of its own. A round's figure is the median step in which all answers decode. Model and workers share one
 memory bus here, so absolute throughput need not rise; what devices of two kinds would bring per dollar is the planner's
-part, from their published figures.
+part, from their published figures: the best pair of kinds beside the best number of devices of one kind.
 
 With --network the same runs between two network namespaces (Linux, root, `ip` and `tc`): a worker behind a veth pair
 with limited rate and delay.
@@ -50,8 +50,12 @@ def main() -> int:
             return 0
         report["contexts"][context] = found = compared(arms, context, given)
         printed(context, found)
+    print(f"\n{'tokens per modelled dollar':28}{'context':>8}{'devices apart':>20}", end="")
+    print("".join(f"{f'{name} alone':>14}" for name in ("h100", "h20")) + f"{'apart / h100':>14}{'GB/s sent':>11}")
     for plan in report["plans"]:
-        print(f"\n{plan['model']}, {plan['text']}")
+        alone = "".join(f"{plan['alone'].get(name, 0):>14,.0f}" for name in ("h100", "h20"))
+        apart = f"{plan['per_dollar']:,.0f} ({plan['devices']})"
+        print(f"{plan['model']:28}{plan['context']:>8,}{apart:>20}{alone}{plan['gain']:>14.2f}{plan['sent']:>11.1f}")
     keep(given.json, report)
     return 0
 
@@ -180,7 +184,16 @@ def planned() -> list[dict[str, Any]]:
     for name, sizes in models.items():
         for context in (128, 2048, 8192, 32768):
             made = METHOD.plan(sizes, context=context)
-            plans.append({"model": name, "context": context, "gain": made.gain, "text": str(made)})
+            alone: dict[str, float] = {}
+            for point in made.points:  # the best first
+                if not point.b:
+                    alone.setdefault(point.compute, point.per_dollar)
+            plans.append(
+                {
+                    "model": name, "context": context, "gain": made.gain, "per_dollar": made.best.per_dollar,
+                    "devices": f"{made.best.a} + {made.best.b}", "alone": alone, "sent": made.best.link / 1e9,
+                }
+            )  # fmt: skip
     return plans
 
 

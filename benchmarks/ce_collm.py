@@ -3,10 +3,10 @@
     python benchmarks/ce_collm.py [--heads FOLDER] [--rate 10e6] [--delay 0.04] [--prompts 4] [--rounds 3] [--json FILE]
 
 FOLDER holds two trained exit heads (`shoestring train smollm2 --method exit_heads --data ... --out ...`); without one
-they are trained now, on the default model's own answers, and kept. Edge and cloud are one process each way over a cable
-of this many bits a second and this delay each way. Every threshold is an arm; that of 1 is the cloud alone, "again"
-what sending all states for each token would cost, "edge alone" has no cloud. Agreement is with what the whole model
-says after the same text.
+they are trained on the default model's own answers and kept: the first time takes some minutes more, the next none.
+Edge and cloud talk over a cable of this many bits a second and this delay each way. Every threshold is an arm; that of
+1 is the cloud alone, "again" what sending all states for each token would cost, "edge alone" has no cloud. Agreement is
+with what the whole model says after the same text.
 """
 
 from __future__ import annotations

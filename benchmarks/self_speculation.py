@@ -2,7 +2,8 @@
 
     python benchmarks/self_speculation.py [--streams FOLDER] [--heads FOLDER] [--prompts 3] [--rounds 3] [--json FILE]
 
-Without folders both are trained now, on the default model's own answers, and kept. Given ones are those that
+Without folders both are trained on the default model's own answers and kept: the first time takes ten minutes more,
+the next none. Given ones are those that
 `shoestring train` makes with --method m2r2 and --method exit_heads, trained alike, with the same first gate. Accepted
 tokens are counted on the same prompts and the torch runner; times are of whole answers, one at a time. The head is also
 run on the native runner, beside plain decoding there.

@@ -102,6 +102,10 @@ def test_explain_rooms_and_claims(shoestring: Shoestring) -> None:
     )
     if slug:
         assert claim.files()[slug].about in shoestring("explain", slug).out
+    for name in {slug, next(name for name in claim.files() if name in catalog.methods())} - {None}:
+        if record := claim.read_record(claim.get(str(name))):
+            said = shoestring("explain", name)
+            assert all(record.about[key] in said.out for key in ("command", "commit", "date"))
 
 
 def test_claims_lists_and_table(shoestring: Shoestring) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from shoestring.core import claim
@@ -11,10 +12,10 @@ from shoestring.core.claim import Claim, ClaimFile, Measured
 HEADER = ("claim", "what", "expected", "measured", "verdict", "the paper says")
 
 
-def rows() -> list[dict[str, Any]]:
-    """Every claim of every file, as `row`."""
+def rows(claim_files: Iterable[ClaimFile] | None = None) -> list[dict[str, Any]]:
+    """Every claim of these files, or of all there are, as `row`."""
     found = []
-    for claim_file in claim.files().values():
+    for claim_file in claim.files().values() if claim_files is None else claim_files:
         record = claim.read_record(claim_file)
         if record is None:
             found += [row(claim_file, c, Measured(), claim.NO_RECORD) for c in claim_file.claims]

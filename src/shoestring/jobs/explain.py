@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.core import catalog, claim, survey, text
+from shoestring.core.claim import ClaimFile
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.method import Method
 from shoestring.jobs import claim_table
@@ -73,8 +74,8 @@ def to_text(found: Mapping[str, Any]) -> str:
 def _method(method: Method) -> dict[str, Any]:
     source = Path(method.file).read_text(encoding="utf-8")
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    slugs = [f.slug for f in claim.files().values() if method.name in f.methods]
-    own = {slug: {c.name for c in claim.get(slug).of(method.name)} for slug in slugs}
+    files = [f for f in claim.files().values() if method.name in f.methods]
+    own = {f.slug: {c.name for c in f.of(method.name)} for f in files}
     return {
         "kind": "method",
         "name": method.name,
@@ -91,8 +92,9 @@ def _method(method: Method) -> dict[str, Any]:
         "settings": _returned(functions.get("settings")),
         "example": _returned(functions.get("example")),
         "file": method.file,
-        "claims": [row for row in claim_table.rows() if row["slug"] in slugs and row["claim"] in own[row["slug"]]],
+        "claims": [row for row in claim_table.rows(files) if row["claim"] in own[row["slug"]]],
         "claim": claim.state_of(method.name),
+        "records": [_record(f) for f in files],
     }
 
 
@@ -118,21 +120,23 @@ def _room(name: str) -> dict[str, Any]:
 
 def _claim(slug: str) -> dict[str, Any]:
     found = claim.get(slug)
-    record = claim.read_record(found)
-    about = (
-        {}
-        if record is None
-        else {k: record.about.get(k) for k in ("command", "seeds", "date", "commit", "seconds", "machine")}
-    )
-    rows = [row for row in claim_table.rows() if row["slug"] == slug]
     return {
         "kind": "claim",
         "name": slug,
         "about": found.about,
         "file": str(found.file),
-        "claims": rows,
-        "record": about,
+        "claims": claim_table.rows([found]),
+        "record": _record(found),
     }
+
+
+def _record(claim_file: ClaimFile) -> dict[str, Any]:
+    """How a record came about, and where it is; empty without one."""
+    record = claim.read_record(claim_file)
+    if record is None:
+        return {}
+    known = {k: record.about.get(k) for k in ("command", "seeds", "date", "commit", "seconds", "machine")}
+    return {**known, "file": str(claim_file.record)}
 
 
 def _returned(function: ast.FunctionDef | None) -> str:
@@ -153,9 +157,8 @@ def _method_text(found: Mapping[str, Any]) -> str:
     lines += [f"Expected  {check} cannot hold: {reason}" for check, reason in found["expects"].items()]
     lines += [f"Settings  {found['settings']}"] if found["settings"] else []
     lines += [f"Example   {found['example']}"] if found["example"] else []
-    return "\n".join(
-        [*lines, f"File      {found['file']}", f"Claim     {found['claim']}", *_claims_text(found["claims"])]
-    )
+    lines += [f"File      {found['file']}", f"Claim     {found['claim']}", *_claims_text(found["claims"])]
+    return "\n".join([*lines, *(line for record in found["records"] for line in _record_text(record))])
 
 
 def _room_text(found: Mapping[str, Any]) -> str:
@@ -165,16 +168,19 @@ def _room_text(found: Mapping[str, Any]) -> str:
 
 
 def _claim_text(found: Mapping[str, Any]) -> str:
-    record = found["record"]
-    lines = [found["about"], "", *_claims_text(found["claims"])]
-    if record:
-        machine = (record["machine"] or {}).get("machine", {}).get("processor", "")
-        lines += [
-            "",
-            f"Measured {record['date']} on {machine} in {text.show(record['seconds'], 's')}, seeds {record['seeds']}:",
-        ]
-        lines += [f"    {record['command']}"]
+    lines = [found["about"], "", *_claims_text(found["claims"]), *_record_text(found["record"])]
     return "\n".join([*lines, f"File {found['file']}"])
+
+
+def _record_text(record: Mapping[str, Any]) -> list[str]:
+    if not record:
+        return []
+    machine = (record["machine"] or {}).get("machine", {})
+    where = f"{machine.get('processor', '')}, {machine.get('cores', '?')} cores"
+    return [
+        f"Measured {record['date']} on {where} in {text.show(record['seconds'], 's')}:",
+        *(f"    {line}" for line in (record["command"], f"commit {record['commit']}", f"record {record['file']}")),
+    ]
 
 
 def _claims_text(rows: list[dict[str, Any]]) -> list[str]:
@@ -187,6 +193,7 @@ def _claims_text(rows: list[dict[str, Any]]) -> list[str]:
             f"        here            {row['here']}",
         ]
         lines += [f"        measured        {what} = {value}, expected {expect}"] if row["expect"] else []
+        lines += [f"        no verdict      {row['reason']}"] if row["expect"] and row["reason"] else []
         lines += [f"        not here        {row['cannot']}"] if row["cannot"] else []
     return lines
 

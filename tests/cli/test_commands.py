@@ -108,6 +108,13 @@ def test_explain_rooms_and_claims(shoestring: Shoestring) -> None:
             assert all(record.about[key] in said.out for key in ("command", "commit", "date"))
 
 
+@pytest.mark.parametrize("words", [(), ("claims",)])
+def test_a_word_that_needs_another_shows_which(words: tuple[str, ...], shoestring: Shoestring) -> None:
+    said = shoestring(*words)
+    assert said.code == 2 and said.out == ""
+    assert said.err.startswith("Usage: shoestring") and "\nCommands:\n" in said.err
+
+
 def test_claims_lists_and_table(shoestring: Shoestring) -> None:
     listed = shoestring("claims", "ls", "--json").json
     assert [row["slug"] for row in listed] == list(claim.files())

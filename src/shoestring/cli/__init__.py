@@ -98,6 +98,9 @@ def exit_code(args: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _failed(screen, error, one_line(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort, _Terminated) as error:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +105,36 @@ def test_refused_before_a_folder_is_made(change: dict, words: str, tiny: Path, d
         compress(CompressRequest(**{"model": str(tiny), "method": "int8", "data": str(data), **change}),
                  out=tmp_path / "out")  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+# A signal that cannot be heard comes when half of the weights are on the disk.
+_KILLED = """
+import json, os, signal, sys
+import transformers.modeling_utils as saving
+from shoestring.jobs.compress import CompressRequest, compress
+
+def half(tensors, file, **more):
+    real(tensors, file, **more)
+    os.truncate(file, os.path.getsize(file) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+real, saving.safe_save_file = saving.safe_save_file, half
+compress(CompressRequest(**json.loads(sys.argv[1])), out=sys.argv[2])
+"""
+
+
+def test_killed_while_it_writes_it_leaves_no_model_and_goes_on(
+    tiny: Path, data: Path, tmp_path: Path, digest: Callable[[Path], str]
+) -> None:
+    request = {"model": str(tiny), "bits": 5.0, "data": str(data), "keep": 0.1, "eval_examples": 2}
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, json.dumps(request), str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-1500:]
+    (half,) = [path.parent for path in out.rglob("config.json")]
+    assert ".partial-" in half.name and not (out / "model").exists()
+    compress(CompressRequest(**request), out=out, resume=True)  # type: ignore[arg-type]
+    compress(CompressRequest(**request), out=alone)  # type: ignore[arg-type]
+    assert digest(out / "model") == digest(alone / "model")
+    assert not half.exists(), "what was half lies about"

@@ -350,7 +350,7 @@ def test_an_mlp_may_answer_with_more_than_states(trained: tuple[Any, Path, Path]
 
 def both_plugs(mixed: tuple[Any, Path, Path], **options: Any) -> Engine:
     word = ",".join([f"m2r2,streams={mixed[1]}", *(f"{k}={v}" for k, v in options.items())])
-    return exact(mixed[2], plugs=["expert_offloading,slots=6,confidence=0", word])
+    return exact(mixed[2], plugs=["expert_offloading,slots=6,confidence=0,always=true", word])
 
 
 def test_experts_come_and_go_and_answers_stay(mixed: tuple[Any, Path, Path]) -> None:

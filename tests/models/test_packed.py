@@ -24,6 +24,7 @@ from shoestring.core.errors import UsageError
 from shoestring.methods.quantizers.dfloat11 import Dfloat11Config
 from shoestring.methods.quantizers.int4 import Int4Config
 from shoestring.methods.quantizers.int8 import Int8Config
+from shoestring.methods.quantizers.ptqtp import PtqtpConfig
 from shoestring.models.packed import Packed, PackedEmbedding, parameters_of, tied_to_table
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -152,3 +153,11 @@ def test_what_stays_on_the_disk_is_not_packed(plain: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="left on the disk cannot be packed"):
         packed(plain, device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path / "away")
     assert isinstance(packed(plain, device_map={"": "cpu"}).model.layers[0].mlp.up_proj, Packed)
+
+
+def test_what_products_are_computed_in_changes_no_code(plain: Path) -> None:
+    made, config = [], PtqtpConfig(modules_to_not_convert=["mlp", "q_proj", "o_proj"])
+    for lowered in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            made.append(AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())

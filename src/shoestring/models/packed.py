@@ -297,7 +297,9 @@ class Pack(ConversionOps):
             value = value.t()
         config = self.quantizer.quantization_config
         try:
-            tensors = config.pack(value.contiguous(), packed.format, owner)
+            # Codes are what the weights say, whatever the caller's products are computed in.
+            with torch.autocast(value.device.type, enabled=False):
+                tensors = config.pack(value.contiguous(), packed.format, owner)
         except UsageError as error:
             # transformers would bury it in a report: kept until the weights are read.
             self.quantizer.refusals.append(f"{name} cannot be quantized: {error}")

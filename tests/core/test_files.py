@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoestring.core.errors import ShoestringError, UsageError
@@ -50,6 +52,17 @@ def test_an_occupied_folder_is_refused_and_overwritten_on_request(tmp_path: Path
     with atomic_folder(target, overwrite=True) as temp:
         (temp / "new").write_text("y")
     assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_under_numpy_is_said_so(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ShoestringError, match="no space is left"), atomic_file(tmp_path / "out") as temp:
+            np.ones(65536, np.uint8).tofile(temp)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -18,7 +18,7 @@ import torch
 from families import tiny
 from safetensors.torch import load_file, save_file
 
-from shoestring.core.errors import UsageError
+from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.models import cache as cache_module
 from shoestring.models import load, resolve
 from shoestring.models.folder import check_folder
@@ -362,6 +362,18 @@ def test_conversion_happens_once_for_each_content(tmp_path: Path) -> None:
     assert changed != first and (changed / "weights").read_text() == "two" and (first / "weights").read_text() == "one"
     (first / cache_module.MANIFEST).unlink()
     assert convert("one") == first and made == ["one", "two", "one"]
+
+
+def test_a_whole_cache_that_cannot_be_written_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise ShoestringError(f"Writing {path} failed: permission denied")
+
+    source = _source(tmp_path / "model.gguf", "x")
+    folder = cache_module.convert_once(source, lambda folder: None)
+    monkeypatch.setattr(cache_module, "write_text", refuse)
+    moved = source.rename(tmp_path / "elsewhere.gguf").rename(tmp_path / "model.gguf")
+    os.utime(moved, ns=(0, 1))
+    assert cache_module.convert_once(moved, lambda folder: pytest.fail("converted again")) == folder
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.core.errors import ShoestringError
 from shoestring.planner import machine as planner
 
 
@@ -27,6 +28,17 @@ def test_the_floor_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_text(text)
         assert planner.machine().floor == 123456789
     assert len(asked) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise ShoestringError(f"Writing {path} failed: permission denied")
+
+    done = subprocess.CompletedProcess([], 0, stdout="7\n")
+    monkeypatch.setenv("SHOESTRING_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner.subprocess, "run", lambda command, **o: done)
+    monkeypatch.setattr(planner, "write_text", refuse)
+    assert planner.machine().floor == 7
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3"])

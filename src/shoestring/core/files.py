@@ -20,6 +20,7 @@ _FULL = {
     errno.EFBIG: "it would be too large",
 }
 _OS_ERROR = re.compile(r"os error (\d+)")
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy, which does not say why
 
 
 @contextmanager
@@ -142,6 +143,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         match = _OS_ERROR.search(str(error))
         code = error.errno if isinstance(error, OSError) else int(match.group(1)) if match else None
+        if code is None and _CUT_SHORT.search(str(error)):
+            code = errno.ENOSPC
         if code in _FULL:
             raise ShoestringError(
                 f"Writing {path} failed: {_FULL[code]}",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _known_digest(source: Path, models: Path) -> str:
         return str(entry["sha256"])
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with locked(models / ".digests.lock"):
+    with suppress(ShoestringError), locked(models / ".digests.lock"):  # a full cache that is read-only serves as well
         known = {path: entry for path, entry in _read_json(index).items() if os.path.exists(path)}
         known[str(source.resolve())] = {"mark": mark, "sha256": digest}
         write_text(index, json.dumps(known))

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
+from shoestring.core.errors import ShoestringError
 from shoestring.core.files import write_text
 from shoestring.models.cache import cache_dir
 
@@ -81,7 +83,8 @@ def _floor() -> int:
         except (ValueError, KeyError, TypeError):
             pass  # an unreadable memory is measured again
     floor = _probed(_PROBE)
-    write_text(file, json.dumps({"key": key, "bytes": floor}))
+    with suppress(ShoestringError):  # where the cache cannot be written it is measured each time
+        write_text(file, json.dumps({"key": key, "bytes": floor}))
     return floor
 
 

@@ -368,10 +368,11 @@ def test_run_a_pipeline_and_what_it_resolved_to(tiny: Path, data: Path, tmp_path
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("one", "two")]
     assert weights[0] == weights[1], "the same pipeline gives the same model"
     words = ["--method", PACKER, "--data", data, "--keep", "0.5", "--eval-examples", "4"]
-    assert shoestring("compress", tiny, *words, "--out", "three").code == 0
-    assert shoestring("run", "three/run/config.resolved.yaml", "--out", "four").code == 0
+    said = shoestring("compress", tiny, *words, "--out", "a third")
+    assert said.code == 0 and "shoestring chat 'a third/model'" in said.err, "a hint can be pasted"
+    assert shoestring("run", "a third/run/config.resolved.yaml", "--out", "four").code == 0
     kinds = {run["folder"].rsplit("/", 1)[-1]: run["kind"] for run in shoestring("runs", tmp_path, "--json").json}
-    assert kinds == {"one": "run", "two": "run", "three": "compress", "four": "compress"}
+    assert kinds == {"one": "run", "two": "run", "a third": "compress", "four": "compress"}
 
 
 def test_env_masks_secrets(shoestring: Shoestring, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -27,4 +28,4 @@ def command(out: str | None, resume: bool, **given: Any) -> None:
         result = compress(request, out=out, resume=resume, say=screen.say)
     rows = "\n".join(f"{name:40} {value}" for name, value in bill(result))
     screen.show(result, lambda: f"{rows}\n{result['model']}")
-    screen.say(f"Talk to it: shoestring chat {result['model']}")
+    screen.say(f"Talk to it: shoestring chat {shlex.quote(result['model'])}")

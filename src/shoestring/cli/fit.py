@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -33,4 +34,4 @@ def command(out: str | None, resume: bool, **given: Any) -> None:
             screen.show(kept, lambda: report.terminal(kept, console()))
         raise
     screen.show(result, lambda: report.terminal(result, console()))
-    screen.say(f"The model is in {result['model']}. Talk to it: shoestring chat {result['model']}")
+    screen.say(f"The model is in {result['model']}. Talk to it: shoestring chat {shlex.quote(result['model'])}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -51,7 +52,7 @@ def command(out: str | None, resume: bool, is_trial: bool, budget: str | None, *
     loss = f"held-out loss {result['loss_before']:.4f} -> {result['loss_after']:.4f} nats a token"
     screen.show(result, lambda: f"{steps}: {loss}\n{result['model']}")
     if catalog.get(result["method"]).traits.get("merges") != "no":
-        screen.say(f"Fold it into its base: shoestring merge {result['model']} --out DIR")
+        screen.say(f"Fold it into its base: shoestring merge {shlex.quote(result['model'])} --out DIR")
 
 
 def _trial(out: str | None, resume: bool, given: dict[str, Any]) -> None:

@@ -256,9 +256,9 @@ struct SkAttention {  // queries of one kv head of one sequence
 
 constexpr int64_t SK_SPAN = 256;   // slots whose softmax is computed in one go
 constexpr int64_t SK_BEYOND = 96;  // slots after a span that nodes of a tree may fill and yet count as inside
-// Floats of a query's weights that are kept: of a span, and over so many slots.
-inline int64_t sk_kept_span(bool tree) { return 16 + SK_SPAN + (tree ? SK_BEYOND : 0); }
-inline int64_t sk_kept_stride(int64_t slots, bool tree) { return (slots + SK_SPAN - 1) / SK_SPAN * sk_kept_span(tree); }
+// Floats of a query's weights that are kept: of a span, and over so many slots. Static: kernels share no symbol.
+static inline int64_t sk_kept_span(bool tree) { return 16 + SK_SPAN + (tree ? SK_BEYOND : 0); }
+static inline int64_t sk_kept_stride(int64_t slots, bool tree) { return (slots + SK_SPAN - 1) / SK_SPAN * sk_kept_span(tree); }
 
 bool sk_page_layout(int64_t kv_heads, int64_t head_dim, int64_t type, bool window, bool keys, SkPageLayout& out);
 

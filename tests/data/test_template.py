@@ -93,6 +93,13 @@ def test_template_that_loses_the_answer_is_refused(tokenizer):
         encode(corpus_of(chat("a", "b", line=7)), changed, 99)
 
 
+def test_a_model_without_tokenizer_is_a_clear_error():
+    corpus = Corpus([Example(text="some text")], "text")
+    for asked in (lambda: encode(corpus, None, 64), lambda: describe(corpus, None)):
+        with pytest.raises(UsageError, match="no tokenizer"):
+            asked()
+
+
 def test_plain_template_is_told(tokenizer):
     bare = with_template(tokenizer, "none")
     encoded = encode(corpus_of(chat("Hi", "Hello")), bare, 99)

@@ -86,8 +86,8 @@ def encode(
         on_long: what happens to an example above `max_length`: "error", "truncate" (its end is cut) or "drop".
 
     Raises:
-        UsageError: an example too long, a template that refuses a conversation, or nothing to train; names file and
-            line.
+        UsageError: no tokenizer, an example too long, a template that refuses a conversation, or nothing to train;
+            names file and line.
     """
     if loss_on not in ("answer", "all"):
         raise UsageError(f"loss_on={loss_on} is unknown", remedy=nearest(loss_on, ("answer", "all")))
@@ -162,6 +162,12 @@ def _too_long(corpus: Corpus, row: _Row, max_length: int) -> UsageError:
 
 def _rows(corpus: Corpus, tokenizer: Any, loss_on: str) -> Iterator[_Row]:
     """Every example at its full length; a few hundred at a time so that the tokenizer works in batches."""
+    if tokenizer is None:
+        raise UsageError(
+            "The model's folder holds no tokenizer",
+            "without one text cannot become tokens",
+            "Copy the tokenizer of its base model into the folder",
+        )
     writer = _Writer(corpus, tokenizer)
     for start in range(0, len(corpus), _BATCH):
         batch = corpus.examples[start : start + _BATCH]

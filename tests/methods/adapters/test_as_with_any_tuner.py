@@ -22,6 +22,20 @@ OURS = sorted(method.name for method in catalog.that_define("register") if metho
 GATED = ("exit_heads", "m2r2")  # they say where they stand by the numbers of their gates
 
 
+class InPlace(nn.Module):
+    """Adds in place to what a layer gives, as DeBERTa does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, length, 32) -> (rows, 32, length)"""
+        y = self.layer(x).permute(0, 2, 1)
+        y += 1
+        return y
+
+
 class Stack(nn.Module):
     """A network that is none of transformers' and calls its parts `layers`."""
 
@@ -66,6 +80,13 @@ def test_merging_twice_is_said_to_do_nothing(name: str) -> None:
 def test_what_a_model_calls_layers_stays_within_reach(name: str) -> None:
     model = wrapped(name, Stack(), target_modules=["0", "1"], **({"group_size": 32} if name in ROUNDED else {}))
     assert model.layers[0] is model.base_model.model.layers[0] and model.layers[0].has("default")
+
+
+@pytest.mark.parametrize("name", ["paca", "pst", *ROUNDED, "mos", "triadapt_lora", "ssf"])
+def test_a_model_that_adds_in_place(name: str) -> None:
+    model = wrapped(name, InPlace(), target_modules=["layer"], **({"group_size": 32} if name in ROUNDED else {}))
+    model.train()(torch.randn(2, 5, 32)).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["paca", "pst", *ROUNDED, "ssf"])

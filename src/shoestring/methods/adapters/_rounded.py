@@ -247,7 +247,10 @@ class RoundedLinear(_shared.LinearLayer):
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:
         name, dtype, bias = _one(names), _shared.answer_dtype(x), _shared.read_bias(self._base())
         bias = None if bias is None else bias.to(dtype)
-        return RoundedProduct.apply(x.to(dtype), bias, self.rules[name], *self.parts(name))  # type: ignore[no-any-return]
+        # Rows go in and come out: models may add in place to what a layer gives, which no view made inside allows.
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        y = RoundedProduct.apply(rows, bias, self.rules[name], *self.parts(name))
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put a float layer with the rounded weight in the base's place; the base comes back with `unmerge`.

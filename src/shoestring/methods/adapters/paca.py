@@ -212,14 +212,16 @@ class PacaLinear(_shared.LinearLayer):
                 y = y + nn.functional.linear(few, (self.scaling[name] * self.paca_change[name]).to(few.dtype))
             return y
         name, dtype, bias = names[0], _shared.answer_dtype(x), _shared.read_bias(base)
-        return _Columns.apply(
-            x.to(dtype),
+        # Rows go in and come out: models may add in place to what a layer gives, which no view made inside allows.
+        y = _Columns.apply(
+            x.to(dtype).reshape(-1, x.shape[-1]),
             _shared.read_weight(base),
             None if bias is None else bias.to(dtype),
             self.paca_change[name],
             self.paca_columns[name],
             self.scaling[name],
         )
+        return y.view(*x.shape[:-1], -1)
 
     def _writes(self, base: Any) -> bool:
         """Whether the columns are written into the weight: in training alone, and where it does nothing else."""

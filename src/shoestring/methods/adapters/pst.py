@@ -288,8 +288,10 @@ class PstLinear(_shared.LinearLayer):
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:
         name, dtype, bias = _one(names), _shared.answer_dtype(x), _shared.read_bias(self.get_base_layer())
         bias = None if bias is None else bias.to(dtype)
-        zeros = int(self.pst_zeros[name])
-        return MaskedProduct.apply(x.to(dtype), bias, self.rules[name], zeros, *self.parts(name))  # type: ignore[no-any-return]
+        # Rows go in and come out: models may add in place to what a layer gives, which no view made inside allows.
+        rows, zeros = x.to(dtype).reshape(-1, x.shape[-1]), int(self.pst_zeros[name])
+        y = MaskedProduct.apply(rows, bias, self.rules[name], zeros, *self.parts(name))
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         wanted = self.active_adapters if adapter_names is None else adapter_names

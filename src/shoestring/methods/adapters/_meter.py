@@ -19,6 +19,8 @@ from shoestring.core.step import Work
 from shoestring.methods.adapters._dimension import Found, Memory, search
 from shoestring.methods.adapters._shared import number, sizes, whole
 
+_STEADY = 2048  # dimensions up to which one learning rate serves
+
 
 @dataclass(frozen=True)
 class Meter:
@@ -31,7 +33,8 @@ class Meter:
         share: of the baseline's score that is enough.
         baseline: "direct" trains all covered weights; a number is the fall of the held-out loss in nats that counts.
         steps, batch: of one run.
-        rate: learning rate of v; the same for all d, as in the paper.
+        rate: learning rate of v up to 2,048 dimensions; above, it falls with the root of d, so that a step moves the
+            weights no further.
         direct_rate: learning rate of direct training.
         examples: held-out examples that score.
         projection, target_modules: as in the adapter.
@@ -223,7 +226,7 @@ class _Runner:
         """Held-out loss after training v (d,)."""
         model = get_peft_model(self.loaded.model, self._config(d, seed))
         try:
-            return self._train(model, seed, self.meter.rate)
+            return self._train(model, seed, self.meter.rate * min(1.0, (_STEADY / d) ** 0.5))
         finally:
             model.unload()  # type: ignore[operator]
 

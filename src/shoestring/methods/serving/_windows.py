@@ -105,8 +105,8 @@ class Frozen:
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Heads of queries, and of keys and values."""
-        block = self.weights.blocks[layer]
-        return block.q.rows // self.model.head_dim, block.k.rows // self.model.head_dim
+        queries, keys = (self.model.shape_of(role, layer)[0] // self.model.head_dim for role in ("q", "k"))
+        return queries, keys
 
     def embedded(self, ids: Tensor) -> Tensor:
         """float32 [tokens, hidden]: what enters the first layer."""

@@ -17,10 +17,10 @@ def rows(claim_files: Iterable[ClaimFile] | None = None) -> list[dict[str, Any]]
     found = []
     for claim_file in claim.files().values() if claim_files is None else claim_files:
         record = claim.read_record(claim_file)
-        if record is None:
-            found += [row(claim_file, c, Measured(), claim.NO_RECORD) for c in claim_file.claims]
-        else:
-            found += [row(claim_file, c, m, record.standing) for c, m in record.claims]
+        known = {said.name: (said, measured) for said, measured in record.claims} if record else {}
+        for said in claim_file.claims:  # those that came after the record have none
+            standing = record.standing if record and said.name in known else claim.NO_RECORD
+            found.append(row(claim_file, *known.get(said.name, (said, Measured())), standing))
     return found
 
 

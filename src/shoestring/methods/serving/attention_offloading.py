@@ -286,9 +286,11 @@ class Elsewhere:
             for link, rows, *parts in zip(lane.links, lane.kept, first, self._heads(k), self._heads(v), strict=True):
                 own = [x if len(rows) == len(x) else x[rows] for x in parts[1:]]
                 link.send(kind, layer, lane.tag, parts[0], *own)
-            began = time.perf_counter()
+            epoch, began = self._epoch, time.perf_counter()
             if self.turns:
                 self.turns.hand_over(self._lanes.index(lane))
+                if self._epoch != epoch:  # these workers were never asked
+                    raise Lost("A worker was lost while the other batch computed")
             found = [_answer(link, lane.tag, protocol.RESULT) for link in lane.links]
             ended = time.perf_counter()
             self.waited += ended - began

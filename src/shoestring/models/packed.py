@@ -164,6 +164,11 @@ class PackedLinear(Packed, nn.Linear):
         # Not through attributes: nn.Module is slow to find them, and a small layer takes a few microseconds in all.
         own: Any = self._parameters
         beside: Any = self._buffers
+        if not input.is_floating_point():
+            raise TypeError(
+                f"a packed layer is given {input.dtype}: the model casts what enters it to the type of its weight, "
+                "which is packed here; leave the layer out with modules_to_not_convert or exclude_modules"
+            )
         if self._grouped:
             return self._product(input, own["weight"], beside["scales"], own["bias"])
         return self._product(input, {"weight": own["weight"], **beside}, own["bias"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from shoestring.jobs.merge import merge
 from shoestring.lab import tiny
 from shoestring.methods.adapters import lr_qat
 from shoestring.methods.adapters._rounded import RoundedProduct
+from shoestring.methods.adapters.l4q import L4qConfig
 from shoestring.methods.adapters.lr_qat import Held, LrQatConfig, LrQatRule
 from shoestring.models import packed
 from shoestring.models.merging import plain_products
@@ -390,3 +393,19 @@ def test_on_the_default_model() -> None:
     weights = {n: rule.weight(torch.float32, *own).detach() for n, (rule, own) in trained.items()}
     found = dict(packed.packed_modules(model.eval().merge_and_unload()))
     assert len(found) == 4 and all(torch.equal(found[n].unpacked(), w) for n, w in weights.items())
+
+
+@pytest.mark.parametrize("config", [L4qConfig, LrQatConfig])
+def test_layers_whose_weight_the_family_reads_stay_floats(config: type[Any]) -> None:
+    """T5 casts what enters `wo` to the type of its weight; integers there would leave nothing of it."""
+    sizes = dict(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    given = {"input_ids": torch.randint(3, 90, (2, 9)), "decoder_input_ids": torch.randint(3, 90, (2, 5))}
+    model = get_peft_model(copy.deepcopy(base), config()).eval()
+    with torch.no_grad():
+        wanted = model(**given).logits
+        found = model.merge_and_unload()(**given).logits
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()  # inputs of integer products are rounded
+    with pytest.raises(ValueError, match="casts what enters"):
+        get_peft_model(copy.deepcopy(base), config(target_modules=["wo"])).merge_and_unload()

@@ -333,6 +333,16 @@ class RoundedTuner(_shared.LinearTuner):
     tuner_layer_cls = RoundedLinear
     slow: ClassVar[tuple[str, ...]] = ()  # containers that are trained at `scale_rate`
 
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        named = peft_config.target_modules != "all-linear" or isinstance(peft_config.exclude_modules, str)
+        if not named and self._read_past():
+            peft_config.exclude_modules = sorted({*(peft_config.exclude_modules or ()), *self._read_past()})
+        super()._prepare_model(peft_config, model)
+
+    def _read_past(self) -> frozenset[str]:
+        """Names of layers that the family computes in the type of their weight, which integers would be taken for."""
+        return frozenset(getattr(self.model, "_keep_in_fp32_modules", None) or ())
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str):
             _one(adapter_name)
@@ -381,6 +391,13 @@ class RoundedTuner(_shared.LinearTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *rest: Any, **given: Any) -> Any:
         if merge:  # before the first layer is replaced
+            past = [name for name, module in self.model.named_modules() if isinstance(module, RoundedLinear)]
+            past = [name for name in past if name.rpartition(".")[2] in self._read_past()]
+            if past:
+                raise ValueError(
+                    f"{type(self.model).__name__} casts what enters {past[0]} to the type of its weight, which may not "
+                    "become integers; train with exclude_modules for it, or keep the adapter beside"
+                )
             for layer in self._layers():
                 for name in layer.acting_on_merge(given.get("adapter_names")):
                     layer.rules[name].stored_group()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +164,44 @@ def test_what_products_are_computed_in_changes_no_code(plain: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
             made.append(AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+@pytest.mark.parametrize("config", [Int8Config(), Int4Config(group_size=32, embeddings=4), Dfloat11Config("fixed")])
+def test_a_packed_table_keeps_its_rows(config: Any, plain: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16).eval()
+    wanted = model(IDS).logits
+    for part in (model, model.model, copy.deepcopy(model)):
+        table = part.get_input_embeddings()
+        assert part.resize_token_embeddings(96) is table and part.resize_token_embeddings() is table
+        assert part.resize_token_embeddings(95, pad_to_multiple_of=32) is table
+        for asked in ({"new_num_tokens": 100}, {"new_num_tokens": 90}, {"pad_to_multiple_of": 64}):
+            with pytest.raises(UsageError, match=r"96 rows packed as .*dequantize\(\)"):
+                part.resize_token_embeddings(**asked)
+    assert torch.equal(model(IDS).logits, wanted) and model.config.vocab_size == 96
+    floats = model.dequantize()
+    floats.resize_token_embeddings(100)
+    assert floats(IDS).logits.shape[-1] == floats.config.vocab_size == 100
+
+
+def test_a_packed_model_is_gone_after_its_last_use(plain: Path) -> None:
+    model = packed(plain)
+    seen = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None, "the model holds itself"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("config", [Int8Config(), PtqtpConfig(), Dfloat11Config("fixed")])
+def test_a_packed_model_without_values_says_its_shapes(config: Any, tmp_path: Path) -> None:
+    tiny("qwen2", tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path)  # a family whose layers have biases
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16).to("meta")
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            logits = model(IDS.to("meta")).logits
+        assert logits.is_meta and logits.shape == (1, 4, 96) and logits.dtype == torch.bfloat16
+    inside = torch.empty(1, 4, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    model(inputs_embeds=inside).logits.sum().backward()
+    assert inside.grad is not None and inside.grad.shape == inside.shape

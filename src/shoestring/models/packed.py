@@ -194,6 +194,8 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         layout = self.format.layout
+        if input.is_meta:
+            return torch.empty(*input.shape, self.columns, dtype=self.dtype, device="meta")
         if layout.kind == "int":
             codes = self.weight.flatten(1)
             rows = ops.embedding(
@@ -266,6 +268,7 @@ def mark(model: PreTrainedModel, config: PackedConfig | None = None) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     tie(model)
+    _keep_rows(model)
 
 
 def packing_of(model: nn.Module) -> dict[str, str]:
@@ -418,6 +421,7 @@ class PackedQuantizer(HfQuantizer):
         if self.refusals:
             raise UsageError(*self.refusals[:3])
         tie(model)
+        _keep_rows(model)
         self.quantization_config.packing = packing_of(model)
         return model
 
@@ -434,6 +438,8 @@ class PackedQuantizer(HfQuantizer):
         packed, transposed = list(packed_modules(model)), _transposed(model)
         made = ((name, float_module(module, dtype, name in transposed)) for name, module in packed)
         surgery.replace_modules(model, made)
+        for part in _models(model):
+            vars(part).pop("resize_token_embeddings", None)
         model.tie_weights()
         return model
 
@@ -476,6 +482,41 @@ def tie(model: PreTrainedModel) -> None:
             if isinstance(other, PackedLinear) and other.bias is not None:
                 # transformers makes a head's bias as long as the weight is, which it takes for one of floats.
                 other.bias.data = other.bias.data[: other.rows]
+
+
+def _keep_rows(model: PreTrainedModel) -> None:
+    """Make a model whose token table is packed refuse another number of tokens: transformers would resize the codes."""
+    for part in _models(model):
+        try:
+            table = part.get_input_embeddings()
+        except NotImplementedError:  # as parts of some families say that have none
+            continue
+        if isinstance(table, PackedEmbedding):
+            # Of the table and not of the model, which would then hold itself and outlive its last use.
+            part.resize_token_embeddings = partial(_same_rows, table)  # type: ignore[method-assign]
+
+
+def _same_rows(
+    table: PackedEmbedding,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> PackedEmbedding:
+    """transformers' `resize_token_embeddings` of a packed table, which only ever keeps its rows.
+
+    Raises:
+        UsageError: another number of rows is asked for.
+    """
+    wanted = table.rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != table.rows:
+        raise UsageError(
+            f"The token table has {table.rows} rows packed as {table.format} and cannot have {wanted}",
+            "the codes of a table are not drawn anew",
+            "Resize the model that it was packed from and pack that, or call dequantize() first, which makes it floats",
+        )
+    return table
 
 
 def tied_to_table(model: PreTrainedModel) -> tuple[str, list[str]]:

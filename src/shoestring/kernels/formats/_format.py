@@ -97,7 +97,7 @@ class Product:
         return Product, (self.format, *self.size)
 
     def __call__(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        if bias is not None and not self.format.native and not ops.recorded(x, bias):
+        if bias is not None and not self.format.native and not x.is_meta and not ops.recorded(x, bias):
             # As a plain layer does it: the bias is added before the sum is rounded.
             self._check(x)
             return F.linear(x, self.format.unpack(tensors, self.size[1]).to(x.dtype), bias.to(x.dtype))
@@ -108,6 +108,8 @@ class Product:
         """Without gradients and without the bias."""
         rows, cols = self.size
         self._check(x)
+        if x.is_meta:  # of which formats as long as their content have no length
+            return x.new_empty(*x.shape[:-1], rows)
         weight = tensors["weight"]
         if not (self.format.native and x.is_cpu and weight.is_cpu and ops.backend()["native"]) or _traced(x):
             return self.format.multiply(x, tensors, cols, rows)
@@ -124,6 +126,8 @@ class Product:
 
     def gradient(self, grad: Tensor, tensors: Tensors) -> Tensor:
         """grad [..., rows] @ matrix in grad's type; rounding of activations counts as identity."""
+        if grad.is_meta:
+            return grad.new_empty(*grad.shape[:-1], self.size[1])
         return grad @ self.format.unpack(tensors, self.size[1]).to(grad.dtype)
 
 

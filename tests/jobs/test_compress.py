@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,33 @@ def test_refused_before_a_folder_is_made(change: dict, words: str, tiny: Path, d
     with pytest.raises(UsageError, match=words):
         compress(CompressRequest(**{"model": str(tiny), "method": "int8", "data": str(data), **change}),
                  out=tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer*", None, "holds no tokenizer"),
+        ("model.safetensors", None, "holds no weights"),
+        ("tokenizer.json", '{"model": {"type": ', "tokenizer in .* cannot be loaded"),
+        ("tokenizer.json", '{"model": {"type": "Unheard"}}', "tokenizer in .* cannot be loaded"),
+        ("chat_template.jinja", "{% for %}", "chat template refuses"),
+        ("tokenizer.json", {"w4": 99}, "makes the token 99, and the model knows 64"),
+    ],
+)
+def test_a_folder_that_quality_cannot_be_measured_of_is_refused_before_any_work(
+    name: str, content: Any, words: str, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny, folder)
+    if isinstance(content, dict):
+        tokenizer = json.loads((folder / name).read_text())
+        tokenizer["model"]["vocab"] |= content
+        content = json.dumps(tokenizer)
+    for file in folder.glob(name):
+        file.write_text(content) if content else file.unlink()
+    with pytest.raises(UsageError, match=words):
+        compress(CompressRequest(str(folder), "int8", data=str(data)), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -22,6 +22,7 @@ from shoestring.jobs.evaluate import compare
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 from shoestring.models.folder import check_folder
+from shoestring.models.load import load_tokenizer
 from shoestring.planner.plan import by_verb, refuse_family, room_for_weights
 
 
@@ -82,13 +83,13 @@ def compress(
     open_doors(source)
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
     steps = _refuse_early(steps + (_within(request, shape, bool(methods)) if limited else []), shape)
-    corpus = datasets.read(request.data)
+    train, valid, test = datasets.split(datasets.read(request.data), seed=0)
+    rows = _encoded(test, source, shape, request)
     label = f"{Path(request.model).name}-{'+'.join(step.method for step in steps if step.method)}"
     with (
         open_run(out, "compress", asdict(request), resume=resume, label=label) as run,
         Ledger() as ledger,
     ):
-        train, valid, test = datasets.split(corpus, seed=0)
         work = Work(
             ledger, run.work, train, valid, request.training,
             resume=resume, seed=request.seed, trust_remote_code=request.trust_remote_code,
@@ -97,15 +98,8 @@ def compress(
         folder, facts = execute(steps, source, work)
         say("comparing with the original")
         with ledger.stage("compare", settle=True):
-            original = open_model(str(source), trust_remote_code=request.trust_remote_code)
-            stride = max(1, len(test) // max(1, request.eval_examples))
-            rows = datasets.encode(
-                test.part(test.examples[::stride][: request.eval_examples]),
-                original.tokenizer,
-                shape.context or 2048,
-                on_long="truncate",
-            ).rows
-            found = compare(open_model(folder).model, original.model, rows)
+            original = open_model(str(source), trust_remote_code=request.trust_remote_code, tokenizer=False)
+            found = compare(open_model(folder, tokenizer=False).model, original.model, rows)
         kept = 1 / found.perplexity_ratio.value
         result = {
             "model": str(run.model), "method": ",".join(step.method for step in steps if step.method),
@@ -183,6 +177,27 @@ def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
             refuse_family(catalog.get(step.method), shape)
             shape = module.price(shape, dict(step.options)).shape
     return steps
+
+
+def _encoded(test: datasets.Corpus, source: Path, shape: Shape, request: CompressRequest) -> list[dict[str, list[int]]]:
+    """What the result will be compared on. Raises UsageError where the tokenizer is none, or another model's."""
+    tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    if tokenizer is None:
+        raise UsageError(
+            f"{source} holds no tokenizer",
+            "quality is measured on text",
+            "Copy the tokenizer of its base model into the folder",
+        )
+    stride = max(1, len(test) // max(1, request.eval_examples))
+    some = test.part(test.examples[::stride][: request.eval_examples])
+    rows = datasets.encode(some, tokenizer, shape.context or 2048, on_long="truncate").rows
+    largest = max(token for row in rows for token in row["input_ids"])
+    if largest >= shape.vocab:
+        raise UsageError(
+            f"The tokenizer in {source} makes the token {largest}, and the model knows {shape.vocab}",
+            remedy="Use the tokenizer that belongs to the model",
+        )
+    return rows
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -96,6 +96,7 @@ def test_a_stack_prunes_nothing_after_packing_and_trains_between(tiny: Path, dat
         ({"size": "1MB", "bits": 3.0}, "both --size and --bits"),
         ({"bits": 0.0, "method": ""}, "--bits 0.0"),
         ({"keep": 0}, "keep is 0"),
+        ({"eval_examples": 0}, "eval_examples is 0"),
         ({"options": {"group_size": 48}}, "group_size 48"),
         ({"options": {"embeddings": 3}}, "embeddings 3"),
         ({"options": {"groups": 64}}, "no option groups"),

@@ -116,7 +116,8 @@ def encode(
     if not trained:
         why = f"all {len(corpus)} examples were dropped" if len(corpus) else "there are no examples"
         longest = f"; with max_length={max_length} no answer is reached" if truncated or dropped else ""
-        raise UsageError(f"{corpus.source or 'the data'} has 0 tokens to train", why + longest, "Raise max_length")
+        remedy = "Raise max_length" if len(corpus) else "Give more data"
+        raise UsageError(f"{corpus.source or 'the data'} has 0 tokens to train", why + longest, remedy)
     if pack:
         rows = pack_rows(rows, max_length)
     texts = all(example.text is not None for example in corpus.examples)

@@ -66,6 +66,10 @@ def compress(
     """
     if not 0 < request.keep <= 1:
         raise UsageError(f"keep is {request.keep}", "it is a share of the quality", "Use a number above 0, at most 1")
+    if request.eval_examples < 1:
+        raise UsageError(
+            f"eval_examples is {request.eval_examples}", "quality is measured on them", "Use 1 or more (--limit)"
+        )
     done = finished(out, "compress", asdict(request)) if resume else None
     if done:
         say(f"the run in {out} has finished; nothing is left to do")
@@ -188,7 +192,7 @@ def _encoded(test: datasets.Corpus, source: Path, shape: Shape, request: Compres
             "quality is measured on text",
             "Copy the tokenizer of its base model into the folder",
         )
-    stride = max(1, len(test) // max(1, request.eval_examples))
+    stride = max(1, len(test) // request.eval_examples)
     some = test.part(test.examples[::stride][: request.eval_examples])
     rows = datasets.encode(some, tokenizer, shape.context or 2048, on_long="truncate").rows
     largest = max(token for row in rows for token in row["input_ids"])

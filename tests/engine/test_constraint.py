@@ -277,6 +277,7 @@ _values = st.recursive(
     | st.text(max_size=20).map(lambda text: Constraint("json_schema", text))
     | st.text(alphabet="ab(){}[]*+?|\\.^$-012,dws:/\n\ud800", max_size=20).map(lambda text: Constraint("regex", text))
     | st.text(alphabet='ab(){}[]*+?|:/"\n ', max_size=20).map(lambda text: Constraint("grammar", "start: " + text))
+    | st.text(alphabet='ab(){}[]*+?|:/"\n =', max_size=20).map(lambda text: Constraint("grammar", "root ::= " + text))
 )
 def test_anything_is_compiled_or_refused(constraints: Constraints, small: Bytes, constraint: Constraint) -> None:
     try:
@@ -312,6 +313,10 @@ REFUSED = [
     ("grammar", "start: foo", "foo"),
     ("grammar", "start: start", "Nothing matches"),
     ("grammar", "", "Empty grammar"),
+    ("grammar", "root ::= foo", "foo"),
+    ("grammar", "root ::= " + "(" * 9999, "nested too deeply"),
+    ("grammar", 'root ::= "\ud800"', "surrogates"),
+    ("grammar", "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1}" for i in range(400))]), "rules"),
 ]
 
 
@@ -342,6 +347,7 @@ HEAVY = [
     Constraint("regex", r"([a-z]+\s?){1000}"),
     Constraint("grammar", 'start: e\ne: e e | "a" | e e e'),
     Constraint("grammar", 'start: "a"{1000000}'),
+    Constraint("grammar", "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1}" for i in range(398)), 'r398 ::= "a"'])),
     Constraint("json_schema", json.dumps(_laughs({"allOf": [_LAST, _LAST]}))),
     Constraint("json_schema", json.dumps(_laughs({"anyOf": [_LAST, _LAST]}))),
     Constraint("json_schema", json.dumps(_laughs({"allOf": [_EITHER, _EITHER]}))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from shoestring.engine.request import Constraint, RequestError
 MAX_TEXT = 65_536  # characters of a schema, expression or grammar
 MAX_DEPTH = 64  # of nested JSON in a schema
 _REMEMBERED = 32
+_GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
+_MAX_RULES = 400  # of a grammar that is rewritten first, in time that grows with their square
 _NO_MATCH = "NoExtensionBias"  # the library's word
 # In the library's units of work. They keep the worst grammar of MAX_TEXT characters to some 0.3 s and 30 MB when it is
 # compiled, and a mask to some milliseconds; with the library's own limits both can take a second and more than 1 GB.
@@ -173,11 +176,25 @@ def _grammar(constraint: Constraint) -> str:
         # Digits are 0 to 9, as in a schema's patterns; letters are those of all scripts.
         grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, 'd')}/")
     elif kind == "grammar":
-        grammar = LLMatcher.grammar_from_lark(text)
+        grammar = LLMatcher.grammar_from_lark(_lark(constraint) if _GBNF.search(text) else text)
     else:
         schema = _schema(constraint) if kind == "json_schema" else {"type": "object"}
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
     return grammar
+
+
+def _lark(constraint: Constraint) -> str:
+    """A grammar as llama.cpp and vLLM write it, as Lark does."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if constraint.text.count("::=") > _MAX_RULES:
+        raise _refused(constraint, f"It has more than {_MAX_RULES} rules")
+    try:
+        return str(gbnf_to_lark(constraint.text))
+    except RecursionError:
+        raise _refused(constraint, "It is nested too deeply") from None
+    except Exception as error:  # the library has no class for all of them
+        raise _refused(constraint, str(error)[:400]) from None
 
 
 def _schema(constraint: Constraint) -> dict[str, Any]:

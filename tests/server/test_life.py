@@ -186,6 +186,7 @@ def taken() -> Any:
         (["--kv-memory", "lots"], "not a quantity"),
         (["--runner", "magic"], "unknown"),
         (["--max-num-seqs", "0"], "too small"),
+        (["--max-stop", "65"], "too large"),
         (["--no-such-flag"], "No such option"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -85,6 +85,20 @@ def test_limits_on_chats(small: Server, below: Any, above: Any, param: str | Non
     assert answer.status_code == 400 and error_of(answer)["param"] == param
 
 
+def test_limits_can_be_raised() -> None:
+    with toy(max_n=9, max_stop=20, max_stop_chars=70, max_logprobs=30, max_logit_bias=301) as wide:
+        for fields in (
+            {"n": 9},
+            {"stop": [f"~{i}" for i in range(20)]},
+            {"stop": "~" * 70},
+            {"logprobs": True, "top_logprobs": 30},
+            {"prompt_logprobs": 30},
+            {"logit_bias": {str(i % 257): 1 for i in range(257)}},
+        ):
+            answer = wide.chat(max_tokens=1, **fields)
+            assert answer.status_code == 200, answer.text
+
+
 def test_limits_on_prompts_and_inputs(small: Server) -> None:
     assert small.complete(prompt=["a", "b"]).status_code == 200
     assert error_of(small.complete(prompt=["a", "b", "c"]))["param"] == "prompt"

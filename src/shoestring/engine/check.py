@@ -8,7 +8,8 @@ from typing import Any
 
 from shoestring.engine.request import RequestError, Sampling
 
-MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_ANSWERS, MAX_LOGPROBS = 4, 64, 300, 8, 20
+# What one request may ask for at most, whoever asks; a server's own limits lie below.
+MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_ANSWERS, MAX_LOGPROBS = 64, 1024, 4096, 128, 1000
 _INT64 = 1 << 63
 
 # (field, lowest, highest, whether the lowest itself is allowed)

@@ -8,11 +8,19 @@ from dataclasses import dataclass, fields
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.text import BYTES, quantity
+from shoestring.engine import check
 from shoestring.engine.plug import method_for, spelled
 
 _CHOICES = {
     "runner": ("auto", "native", "torch"),
     "kv_dtype": ("bf16", "int8", "fp32"),
+}
+_MOST = {
+    "max_n": check.MAX_ANSWERS,
+    "max_stop": check.MAX_STOPS,
+    "max_stop_chars": check.MAX_STOP_LENGTH,
+    "max_logprobs": check.MAX_LOGPROBS,
+    "max_logit_bias": check.MAX_BIASES,
 }
 _ZERO_MEANS_NONE = ("key_concurrency", "key_requests_per_minute", "max_queue", "port")
 
@@ -121,7 +129,7 @@ class Settings:
     max_messages: int = 1024
     max_prompts: int = 128
     max_n: int = 8
-    max_stop: int = 4
+    max_stop: int = 16
     max_stop_chars: int = 64
     max_logprobs: int = 20
     max_logit_bias: int = 300
@@ -142,6 +150,8 @@ class Settings:
                 least = 0 if field.name in _ZERO_MEANS_NONE else 1 if isinstance(value, int) else 0.01
                 if not least <= value < float("inf"):
                     raise UsageError(f"--{_flag(field.name)} {value} is too small", remedy=f"The least is {least}")
+                if value > (most := _MOST.get(field.name, value)):
+                    raise UsageError(f"--{_flag(field.name)} {value} is too large", remedy=f"The most is {most}")
         if self.port > 65535:
             raise UsageError(f"--port {self.port} is no port", "Ports end at 65535")
         for name, known in _CHOICES.items():

@@ -372,6 +372,7 @@ def test_logprobs_of_equals_are_in_the_order_of_ids() -> None:
     row[[9, 40_000]] = 1
     assert [token for token, _ in logprob_of(row, 3, 5).top] == [9, 40_000, 0, 1, 2]
     assert logprob_of(row, 3, 0).top == ()
+    assert [logprob_of(row, token, 0).rank for token in (9, 40_000, 0, 10)] == [1, 2, 3, 12]
 
 
 def test_logprobs_only_when_asked() -> None:

@@ -24,7 +24,7 @@ class Pieces:
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
 
-    def stream(self) -> _Stream:
+    def stream(self, *, after: Sequence[int] = ()) -> _Stream:
         return _Stream(self.pieces)
 
 

@@ -78,6 +78,13 @@ def sentence_piece() -> tokenizers.Tokenizer:
     return made
 
 
+def underscores() -> tokenizers.Tokenizer:
+    """Words with underscores whose decoder is of none of the kinds that are read byte by byte."""
+    made = sentence_piece()
+    made.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    return made
+
+
 # ---- the default model ----
 
 
@@ -273,6 +280,15 @@ def test_pieces_make_the_whole(make: Callable[[], tokenizers.Tokenizer], text: s
     if make is byte_level:
         assert made.decode(spelled) == text
         assert b"".join(map(made.token_bytes, spelled)).decode() == text
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece, underscores])
+def test_a_text_goes_on_where_it_was_cut(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    made = Tokenizer(make())
+    ids = made.encode("he  hell w or, d", whole=False)
+    for cut in range(1, len(ids)):
+        stream = made.stream(after=ids[:cut])
+        assert made.decode(ids[:cut]) + stream.push(ids[cut:]) + stream.finish() == made.decode(ids)
 
 
 def test_a_character_waits_for_its_bytes() -> None:

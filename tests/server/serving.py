@@ -25,6 +25,7 @@ from toy import TEMPLATE, ToyRunner, tokenizer
 import shoestring
 from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.engine import Engine
+from shoestring.engine.tokenizer import Tokenizer
 from shoestring.server.keys import Keys
 from shoestring.server.life import _bind, http_server
 from shoestring.server.service import Service
@@ -86,12 +87,12 @@ class Server:
 @contextmanager
 def toy(
     *, keys: list[str] | None = None, seconds: float = 0.0, context: int = 512, template: str | None = None,
-    engine: dict[str, Any] | None = None, **settings: Any,
+    words: Tokenizer | None = None, engine: dict[str, Any] | None = None, **settings: Any,
 ) -> Iterator[Server]:  # fmt: skip
     """A server in this process, on a free port."""
     made = Settings(port=0, **settings)
     runner = ToyRunner(context, seconds)
-    words = tokenizer() if template is None else tokenizer(template)
+    words = words or (tokenizer() if template is None else tokenizer(template))
     inner = Engine((runner, words), max_sequences=made.max_num_seqs, **(engine or {}))  # type: ignore[arg-type]
     for name, folder in made.adapters.items():
         inner.add_adapter(name, folder)

@@ -11,6 +11,8 @@ import pytest
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import HELLO, Server, error_of, events, toy
+from tokenizers.processors import TemplateProcessing
+from toy import START, tokenizer
 
 TOOL = {
     "type": "function",
@@ -288,6 +290,27 @@ def test_answers_keep_to_a_schema(server: Server) -> None:
     assert server.chat(response_format={"type": "text"}).status_code == 200
 
 
+def test_completions_keep_to_a_format(server: Server) -> None:
+    tight: Any = {str(ord(blank)): -100 for blank in " \n"}
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = server.complete(max_tokens=100, logit_bias=tight, response_format=form)
+    assert set(json.loads(answer.json()["choices"][0]["text"])) == {"ok"}
+    assert "x-shoestring-warning" not in answer.headers
+    assert server.complete(response_format={"type": "text"}).status_code == 200
+    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}
+    assert error_of(server.complete(response_format=bad))["param"] == "response_format"
+    both = server.complete(response_format=form, structured_outputs={"regex": "a"})
+    assert error_of(both)["param"] == "structured_outputs"
+
+
+def test_a_grammar_may_be_written_in_either_way(server: Server) -> None:
+    for grammar in ('start: "ab"{2,2} END\nEND: "!"', 'root ::= "ab"{2,2} end\n# the end\nend ::= [!]'):
+        made = server.chat(max_tokens=9, structured_outputs={"grammar": grammar}).json()["choices"][0]
+        assert made["message"]["content"] == "abab!" and made["finish_reason"] == "stop"
+
+
 def test_completions(server: Server) -> None:
     made = server.client().completions.create(model="toy", prompt=["ab", "c"], max_tokens=3, n=2, echo=True, logprobs=2)
     assert isinstance(made, Completion)
@@ -376,8 +399,29 @@ def test_tokenize_and_back(server: Server) -> None:
         ids = made.json()["tokens"]
         assert made.json()["count"] == len(ids) and max(ids) < 256  # special tokens in text are text
         assert len(made.json()["token_strs"]) == len(ids)
+        plain = server.http.post(f"{prefix}/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()
+        assert plain["tokens"] == [97] and plain["token_strs"] is None
         assert server.http.post(f"{prefix}/detokenize", json={"tokens": ids}).json() == {"prompt": "héllo <|im_end|>"}
     assert error_of(server.http.post("/detokenize", json={"tokens": [1, 258]}))["param"] == "tokens[1]"
+
+
+def test_special_tokens_around_a_text_can_be_left_out() -> None:
+    words = tokenizer()
+    words._inner.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)])
+    with toy(words=words) as running:
+        asked = lambda **more: running.http.post("/tokenize", json={"model": "toy", **more})
+        assert (
+            asked(prompt="a").json()["tokens"]
+            == [START, 97]
+            == asked(prompt="a", add_special_tokens=True).json()["tokens"]
+        )
+        assert asked(prompt="a", add_special_tokens=False).json()["tokens"] == [97]
+        for special, size in ((None, 2), (True, 2), (False, 1)):
+            made = running.complete(prompt="a", add_special_tokens=special, echo=True, logprobs=0).json()
+            assert made["usage"]["prompt_tokens"] == size
+            assert made["choices"][0]["logprobs"]["text_offset"] == [0] * size + [1, 2]
+        assert asked(messages=HELLO, add_special_tokens=False).json() == asked(messages=HELLO).json()
+        assert error_of(asked(messages=HELLO, add_special_tokens=True))["param"] == "add_special_tokens"
 
 
 def test_unknown_extras_are_answered_with_a_warning(server: Server) -> None:

@@ -258,14 +258,14 @@ class Engine:
         sequence = Answer(request, 0, tokens, len(tokens), positions)
         states = [self.sampler.state(request, i) for i in range(1 if request.embed else sampling.n)]
         adapter = self.adapters.get(request.adapter, self._own_adapter)
-        work = _Work(sequence, states[0], self._stop(sampling), adapter, states[1:])
+        work = _Work(sequence, states[0], self._stop(request), adapter, states[1:])
         self.scheduler.add(sequence)
         self._works[sequence] = work
         self._requests[request.id] = [sequence]
         self._totals["prompt_tokens"] += size
 
-    def _stop(self, sampling: Sampling) -> TextStop:
-        return TextStop(self.tokenizer, sampling)
+    def _stop(self, request: Request) -> TextStop:
+        return TextStop(self.tokenizer, request.sampling, request.prompt if request.continues else ())
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; its pages are free at once. Unknown or ended ones are passed over."""
@@ -387,9 +387,7 @@ class Engine:
         for index, (state, choice) in enumerate(zip(states, outcome.siblings), start=1):
             twin = self.scheduler.fork(sequence, index)
             twin.tokens[sequence.prompt_tokens :] = [choice.token]
-            other = _Work(
-                twin, state, self._stop(sequence.request.sampling), work.adapter, [], work.started, cached=work.cached
-            )
+            other = _Work(twin, state, self._stop(sequence.request), work.adapter, [], work.started, cached=work.cached)
             self._works[twin] = other
             self._requests[sequence.request.id].append(twin)
             self._take(other, [choice], now)
@@ -526,7 +524,7 @@ class Engine:
             RequestError: one of the requests cannot be served; none is begun.
         """
         many = prompts if _several(prompts) else [prompts]
-        requests = [Request(self.prompt_ids(p), sampling, adapter=adapter) for p in many]  # type: ignore[arg-type]
+        requests = [self._asking(p, sampling, adapter) for p in many]  # type: ignore[arg-type]
         for request in requests:
             self.check(request)
         found: dict[str, list[list[Delta]]] = {r.id: [[] for _ in range(sampling.n)] for r in requests}
@@ -549,9 +547,12 @@ class Engine:
         Raises:
             RequestError: by the call itself, before the first piece.
         """
-        request = Request(self.prompt_ids(prompt), sampling, adapter=adapter)
+        request = self._asking(prompt, sampling, adapter)
         self.submit(request)
         return self._pieces(request)
+
+    def _asking(self, prompt: Prompt, sampling: Sampling, adapter: str) -> Request:
+        return Request(self.prompt_ids(prompt), sampling, adapter=adapter, continues=isinstance(prompt, str))
 
     def _pieces(self, request: Request) -> Iterator[Delta]:
         try:

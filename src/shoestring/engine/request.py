@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Constraint:
-    """The answer must match: a JSON schema, a regular expression, a Lark grammar, or be any JSON object."""
+    """The answer must match: a JSON schema, a regular expression, a grammar (Lark or GBNF), or be any JSON object."""
 
     kind: Literal["json_schema", "json_object", "regex", "grammar"]
     text: str = ""
@@ -76,6 +76,8 @@ class Request:
         isolation: only requests with the same word share cached prefixes.
         priority: smaller goes first.
         embed: no answer is wanted but the mean of the prompt's normed hidden states.
+        continues: the answer goes on with the prompt's text, so a space at its beginning is part of it; otherwise it
+            is a text of its own.
     """
 
     prompt: list[int]
@@ -85,17 +87,23 @@ class Request:
     isolation: str = ""
     priority: int = 0
     embed: bool = False
+    continues: bool = False
     id: str = field(default_factory=lambda: f"req-{next(_numbers)}")
     arrival: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithm of a token's probability before temperature and filters, with the likeliest alternatives."""
+    """Natural logarithm of a token's probability before temperature and filters, with the likeliest alternatives.
+
+    Attributes:
+        rank: 1 for the likeliest token, 2 for the next one.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,8 @@ def logprob_of(row: np.ndarray, token: int, top: int) -> TokenLogprob:
         ids = _largest(row, min(top, len(row)))
         order = np.argsort(-row[ids], kind="stable")[:top]
         likeliest = tuple((int(i), float(row[i]) - norm) for i in ids[order])
-    return TokenLogprob(token, float(row[token]) - norm, likeliest)
+    rank = 1 + int(np.count_nonzero(row > row[token]) + np.count_nonzero(row[:token] == row[token]))
+    return TokenLogprob(token, float(row[token]) - norm, likeliest, rank)
 
 
 def _usable(peak: np.floating) -> None:

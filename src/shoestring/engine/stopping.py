@@ -25,7 +25,7 @@ class Streams(Protocol):
     @property
     def eos(self) -> Sequence[int]: ...
 
-    def stream(self) -> TokenStream: ...
+    def stream(self, *, after: Sequence[int] = ()) -> TokenStream: ...
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,13 @@ class TextStop:
     The stop string that is complete first ends the answer, the longest where several are complete with the same
     character. What may be the beginning of one is held back until it no longer can be. Stop strings are looked for in
     the text that follows the first `min_tokens` tokens.
+
+    Args:
+        after: token ids that the answer's text goes on with.
     """
 
-    def __init__(self, tokenizer: Streams, sampling: Sampling) -> None:
-        self._stream = tokenizer.stream()
+    def __init__(self, tokenizer: Streams, sampling: Sampling, after: Sequence[int] = ()) -> None:
+        self._stream = tokenizer.stream(after=after)
         self._sampling = sampling
         self._eos = frozenset() if sampling.ignore_eos else frozenset(tokenizer.eos)
         self._stop_tokens = frozenset(sampling.stop_token_ids)

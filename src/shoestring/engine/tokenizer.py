@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_CONTEXT = 8  # tokens before a text that decide how it begins
 _PRIVATE = 0x10F000  # characters that stand in for others begin here, in a plane nobody uses
 
 
@@ -123,9 +124,13 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return stream.push(ids) + stream.finish()
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder that takes ids as they come."""
-        return TextStream(self, skip_special)
+    def stream(self, skip_special: bool = True, *, after: Sequence[int] = ()) -> TextStream:
+        """A decoder that takes ids as they come.
+
+        Args:
+            after: ids that those to come follow in the same text. Words are written otherwise at its beginning.
+        """
+        return TextStream(self, skip_special, after)
 
     def token_text(self, token: int) -> str:
         """The text of one token by itself; U+FFFD stands for a part of a character."""
@@ -343,14 +348,15 @@ class _Kind:
 class TextStream:
     """Decodes ids as they come; what is given out together with `finish()` is the text of all of them."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer._special_ids if skip_special else frozenset()
         kind = tokenizer._kind
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if kind.bytes else None
-        self._strip = kind.strip
-        self._ids: list[int] = []  # of other kinds: those whose text may still depend on each other
-        self._read = 0  # how many of them have been given out
+        before = [token for token in after[-_CONTEXT:] if token not in tokenizer._special_ids]
+        self._strip = 0 if before else kind.strip
+        self._ids: list[int] = before  # of other kinds: those whose text may still depend on each other
+        self._read = len(before)  # how many of them have been given out
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is settled by these ids: a character whose bytes are not all there waits."""

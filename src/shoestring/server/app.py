@@ -157,18 +157,17 @@ def _tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(given: schema.TokenizeRequest, request: Request) -> Response:
         engine = service.engine.engine
         service.pick(given.model or service.names[0], client_of(request))
-        if given.add_special_tokens is False:
-            raise bad("add_special_tokens", "only true is supported", "unsupported_parameter")
         if given.messages is not None:
             if len(given.messages) > service.settings.max_messages:
                 raise bad("messages", f"At most {service.settings.max_messages} messages are read")
+            if given.add_special_tokens and engine.tokenizer.encode(""):
+                raise bad("add_special_tokens", "A conversation has those that its template writes, and no more")
             told = [tool.model_dump(exclude_none=True) for tool in given.tools or ()]
             ids = await chat.tokens_of(engine.tokenizer, given.messages, told, ending=given.ending)
         else:
-            (ids,) = await completions.ids_of(engine.tokenizer, [given.prompt or ""])
-        found: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context, "tokens": ids}
-        if given.return_token_strs:
-            found["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
+            (ids,) = await completions.ids_of(engine.tokenizer, [given.prompt or ""], given.add_special_tokens)
+        words = [engine.tokenizer.token_text(token) for token in ids] if given.return_token_strs else None
+        found = {"count": len(ids), "max_model_len": engine.context, "tokens": ids, "token_strs": words}
         return _json(found, _headers(given))
 
     async def detokenize(given: schema.DetokenizeRequest, request: Request) -> Response:

@@ -14,8 +14,16 @@ from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.request import Constraint, Delta, Request, RequestError, Sampling
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.server.errors import ApiError, bad
-from shoestring.server.logprobs import of_chat
-from shoestring.server.sampling import checked, compiled, of_logprobs, of_schema, of_structured, sampling
+from shoestring.server.logprobs import of_chat, of_prompt
+from shoestring.server.sampling import (
+    checked,
+    compiled,
+    of_logprobs,
+    of_schema,
+    of_structured,
+    sampling,
+    wanted_schema,
+)
 from shoestring.server.schema import ChatRequest, Message, NamedTool, Tool
 from shoestring.server.service import Service, log
 from shoestring.server.settings import Settings
@@ -36,6 +44,7 @@ class Chat:
     Attributes:
         known: names of the tools that answers are searched for; empty: not at all.
         whole: an answer may be a call only as a whole, since it is constrained to be JSON.
+        continues: an answer goes on with the final message.
     """
 
     id: str
@@ -47,6 +56,7 @@ class Chat:
     known: tuple[str, ...] = ()
     whole: bool = False
     most: int = 128
+    continues: bool = False
     usage_in_stream: bool = False
     usage_so_far: bool = False
 
@@ -76,6 +86,7 @@ async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, req
         inner.facts.vocab,
         max_tokens=given.max_completion_tokens or given.max_tokens,
         logprobs=of_logprobs("top_logprobs", given.top_logprobs or 0, limits) if given.logprobs else None,
+        prompt_logprobs=of_logprobs("prompt_logprobs", given.prompt_logprobs, limits),
         constraint=constraint,
     )
     told = [tool.model_dump(exclude_none=True, exclude=None) for tool in offered]
@@ -91,13 +102,15 @@ async def prepare(service: Service, engine: AsyncEngine, given: ChatRequest, req
         known=tuple(tool.function.name for tool in offered),
         whole=constraint is not None,
         most=1 if given.parallel_tool_calls is False else 128,
+        continues=bool(given.continue_final_message),
         usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
         usage_so_far=bool(given.stream_options and given.stream_options.continuous_usage_stats),
     )
 
 
 def requests(chat: Chat, adapter: str, client: str, isolation: str) -> list[Request]:
-    return [Request(chat.prompt, chat.sampling, adapter=adapter, client=client, isolation=isolation)]
+    more: dict[str, Any] = {"adapter": adapter, "client": client, "isolation": isolation}
+    return [Request(chat.prompt, chat.sampling, continues=chat.continues, **more)]
 
 
 # ---------------------------------------------------------------- the question
@@ -214,11 +227,7 @@ def _constraint(
     given: ChatRequest, offered: Sequence[Tool], forced: bool, limits: Settings
 ) -> tuple[Constraint | None, str]:
     """What the answer must match, and the field that says so."""
-    structured, form = of_structured(given.structured_outputs, limits), given.response_format
-    schema: dict[str, Any] | None = None
-    if form is not None and form.type != "text":
-        wanted = form.schema_ if form.type == "json_object" else form.json_schema.schema_
-        schema = {"type": "object"} if wanted is None else wanted
+    structured, schema = of_structured(given.structured_outputs, limits), wanted_schema(given.response_format)
     if structured is not None:
         if schema is not None or offered:
             raise bad("structured_outputs", "It cannot be combined with response_format or tools")
@@ -238,6 +247,7 @@ def _constraint(
 
 def answer(chat: Chat, tokenizer: Tokenizer, found: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
     """A whole `chat.completion`."""
+    scored = chat.sampling.prompt_logprobs
     return {
         "id": chat.id,
         "object": "chat.completion",
@@ -246,6 +256,7 @@ def answer(chat: Chat, tokenizer: Tokenizer, found: Sequence[Answer], usage: dic
         "system_fingerprint": chat.fingerprint,
         "choices": [_choice(chat, tokenizer, i, one) for i, one in enumerate(found)],
         "usage": usage,
+        "prompt_logprobs": None if scored is None else of_prompt(tokenizer, found[0].prompt_logprobs, scored),
     }
 
 

@@ -13,8 +13,8 @@ from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.request import Delta, Request, Sampling, TokenLogprob
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.server.errors import bad
-from shoestring.server.logprobs import of_completion
-from shoestring.server.sampling import compiled, of_logprobs, of_structured, sampling
+from shoestring.server.logprobs import Offsets, of_completion, of_prompt
+from shoestring.server.sampling import compiled, of_format, of_logprobs, of_structured, sampling
 from shoestring.server.schema import CompletionRequest
 from shoestring.server.service import Service
 from shoestring.server.stream import Tail, event, quoted
@@ -29,6 +29,8 @@ class Continuation:
 
     Attributes:
         echo: what stands before each answer; empty without `echo`.
+        offsets: where the tokens of each prompt begin in what stands before its answer; empty where nobody asks.
+        prompt_logprobs: alternatives to report with each token of the prompts, apart from those of `echo`.
         silent: only the prompt is wanted, nothing of what follows.
     """
 
@@ -39,6 +41,8 @@ class Continuation:
     created: int
     fingerprint: str
     echo: list[str]
+    offsets: list[list[int]]
+    prompt_logprobs: int | None = None
     silent: bool = False
     usage_in_stream: bool = False
     usage_so_far: bool = False
@@ -54,11 +58,18 @@ class Continuation:
         }
 
 
-async def ids_of(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of texts; ids are left as they are. Text that looks like a special token is text."""
+async def ids_of(
+    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], special: bool | None = None
+) -> list[list[int]]:
+    """Token ids of texts; ids are left as they are. Text that looks like a special token is text.
+
+    Args:
+        special: false leaves out the tokens that this tokenizer begins every text with.
+    """
 
     def encode() -> list[list[int]]:
-        return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        whole = special is not False
+        return [tokenizer.encode(prompt, whole=whole) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     return await asyncio.to_thread(encode) if size > _LONG else encode()
@@ -77,11 +88,15 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
         raise bad("best_of", "best_of is only supported where it equals n", "unsupported_parameter")
     if given.max_tokens == 0 and not given.echo:
         raise bad("max_tokens", "max_tokens can be 0 only with echo")
-    if given.add_special_tokens is False:
-        raise bad("add_special_tokens", "only true is supported; token ids leave them out", "unsupported_parameter")
-    constraint = of_structured(given.structured_outputs, limits)
-    await compiled(engine, constraint, "structured_outputs")
+    constraint, param = of_structured(given.structured_outputs, limits), "structured_outputs"
+    if form := of_format(given.response_format, limits):
+        if constraint is not None:
+            raise bad("structured_outputs", "It cannot be combined with response_format")
+        constraint, param = form, "response_format"
+    await compiled(engine, constraint, param)
     logprobs = of_logprobs("logprobs", given.logprobs, limits)
+    prompt_logprobs = of_logprobs("prompt_logprobs", given.prompt_logprobs, limits)
+    judged = [wanted for wanted in (prompt_logprobs, logprobs if given.echo else None) if wanted is not None]
     silent = given.max_tokens == 0
     settings = sampling(
         given,
@@ -89,21 +104,25 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
         inner.facts.vocab,
         max_tokens=1 if silent else 16 if given.max_tokens is None else given.max_tokens,
         logprobs=logprobs,
-        prompt_logprobs=logprobs if given.echo else None,
+        prompt_logprobs=max(judged, default=None),
         constraint=constraint,
     )
-    prompts = await ids_of(inner.tokenizer, given.prompt)
+    prompts = await ids_of(inner.tokenizer, given.prompt, given.add_special_tokens)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise bad("prompt" if len(prompts) == 1 else f"prompt[{i}]", "The prompt is empty")
         if max(prompt) >= inner.facts.vocab:
             raise bad("prompt", f"Token ids end at {inner.facts.vocab - 1}")
     texts = [""] * len(prompts)
+    offsets: list[list[int]] = [[] for _ in prompts]
     if given.echo:
         texts = [
             text if isinstance(text, str) else inner.tokenizer.decode(ids, skip_special=False)
             for text, ids in zip(given.prompt, prompts)
         ]
+        if logprobs is not None:
+            streams = [inner.tokenizer.stream(skip_special=isinstance(text, str)) for text in given.prompt]
+            offsets = [Offsets(stream).of(ids) for stream, ids in zip(streams, prompts)]
     return Continuation(
         id=f"cmpl-{request_id}",
         model=given.model,
@@ -112,6 +131,8 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
         created=int(time.time()),
         fingerprint=service.fingerprint,
         echo=texts,
+        offsets=offsets,
+        prompt_logprobs=prompt_logprobs,
         silent=silent,
         usage_in_stream=bool(given.stream_options and given.stream_options.include_usage),
         usage_so_far=bool(given.stream_options and given.stream_options.continuous_usage_stats),
@@ -119,7 +140,8 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
 
 
 def requests(made: Continuation, adapter: str, client: str, isolation: str) -> list[Request]:
-    return [Request(p, made.sampling, adapter=adapter, client=client, isolation=isolation) for p in made.prompts]
+    more: dict[str, Any] = {"adapter": adapter, "client": client, "isolation": isolation, "continues": True}
+    return [Request(prompt, made.sampling, **more) for prompt in made.prompts]
 
 
 def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
@@ -127,24 +149,34 @@ def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], us
     choices = []
     n = made.sampling.n
     for at, one in enumerate(found):
-        prompt, echo = made.prompts[at // n], made.echo[at // n]
-        of_prompt = found[at // n * n].prompt_logprobs
-        tokens, judged = [*prompt, *one.tokens], [*of_prompt, *one.logprobs]
-        if made.silent:
-            tokens, judged = prompt, of_prompt
-        elif not echo:
-            tokens, judged = one.tokens, list(one.logprobs)
-        wanted = made.sampling.logprobs
+        i = at // n
+        echo, scored = made.echo[i], found[i * n].prompt_logprobs
+        wanted, logprobs = made.sampling.logprobs, None
+        if wanted is not None:
+            tokens = [] if made.silent else one.tokens
+            offsets = _offsets(made, tokenizer, i).of(tokens)
+            judged: list[TokenLogprob | None] = [*one.logprobs]
+            if echo:
+                tokens, judged = [*made.prompts[i], *tokens], [*scored, *judged]
+                offsets = made.offsets[i] + offsets
+            logprobs = of_completion(tokenizer, tokens, judged, wanted, offsets)
+        extra = made.prompt_logprobs
         choices.append(
             {
                 "index": at,
                 "text": echo if made.silent else echo + one.text,
-                "logprobs": None if wanted is None else of_completion(tokenizer, tokens, judged, wanted, 0),
+                "logprobs": logprobs,
                 "finish_reason": one.finish_reason,
                 "stop_reason": one.stop_reason,
+                "prompt_logprobs": None if extra is None else of_prompt(tokenizer, scored, extra),
             }
         )
     return {**made.head, "choices": choices, "usage": usage}
+
+
+def _offsets(made: Continuation, tokenizer: Tokenizer, i: int) -> Offsets:
+    """Of an answer to prompt i."""
+    return Offsets(tokenizer.stream(after=made.prompts[i]), len(made.echo[i]))
 
 
 class Events:
@@ -160,7 +192,7 @@ class Events:
         self._plain = ',"logprobs":null,"finish_reason":null}]'
         self._waiting = set(answers) if any(made.echo) else set()
         self._of_prompt: list[list[TokenLogprob | None]] = [[] for _ in made.prompts]
-        self._offsets = [len(made.echo[at // self._n]) for at in answers]
+        self._offsets = [_offsets(made, tokenizer, at // self._n) for at in answers]
         self._held: list[tuple[int, Delta]] = []
 
     def begin(self) -> bytes:
@@ -192,19 +224,18 @@ class Events:
 
     def _line(self, at: int, delta: Delta) -> str:
         made, i = self._made, at // self._n
-        text, tokens, offset = delta.text, list(delta.tokens), self._offsets[at]
+        text, tokens = delta.text, list(delta.tokens)
         judged: list[TokenLogprob | None] = list(delta.logprobs)
         if made.silent:
             text, tokens, judged = "", [], []
+        offsets = self._offsets[at].of(tokens) if self._wanted is not None else []
         if at in self._waiting:
             self._waiting.discard(at)
-            text, tokens, offset = made.echo[i] + text, made.prompts[i] + tokens, 0
+            text, tokens, offsets = made.echo[i] + text, made.prompts[i] + tokens, made.offsets[i] + offsets
             judged = self._of_prompt[i] + judged
         logprobs = "null"
         if self._wanted is not None and tokens:
-            shown = of_completion(self._tokenizer, tokens, judged, self._wanted, offset)
-            self._offsets[at] = shown["text_offset"][-1] + len(shown["tokens"][-1])
-            logprobs = json.dumps(shown)
+            logprobs = json.dumps(of_completion(self._tokenizer, tokens, judged, self._wanted, offsets))
         reason, more = "null", ""
         if delta.finish_reason:
             reason, more = f'"{delta.finish_reason}"', f',"stop_reason":{json.dumps(delta.stop_reason)}'

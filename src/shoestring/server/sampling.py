@@ -12,7 +12,7 @@ from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.request import Constraint, RequestError, Sampling
 from shoestring.server.body import depth_of
 from shoestring.server.errors import ApiError, bad, refusal
-from shoestring.server.schema import Knobs, StructuredOutputs
+from shoestring.server.schema import Knobs, ResponseFormat, StructuredOutputs
 from shoestring.server.settings import Settings
 
 _COMPILE_SECONDS = 5.0
@@ -70,6 +70,20 @@ def of_structured(given: StructuredOutputs | None, limits: Settings) -> Constrai
     if given.regex is not None:
         return Constraint("regex", checked(given.regex, limits, "structured_outputs.regex"))
     return Constraint("grammar", checked(given.grammar or "", limits, "structured_outputs.grammar"))
+
+
+def wanted_schema(given: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that `response_format` asks for; None where any text will do."""
+    if given is None or given.type == "text":
+        return None
+    wanted = given.schema_ if given.type == "json_object" else given.json_schema.schema_
+    return {"type": "object"} if wanted is None else wanted
+
+
+def of_format(given: ResponseFormat | None, limits: Settings) -> Constraint | None:
+    """The constraint that `response_format` asks for."""
+    schema = wanted_schema(given)
+    return None if schema is None else of_schema(schema, limits, "response_format")
 
 
 def of_schema(schema: dict[str, Any], limits: Settings, param: str) -> Constraint:
@@ -148,6 +162,6 @@ def _bias(given: dict[str, float], limits: Settings, vocab: int) -> tuple[tuple[
     found = []
     for word, value in given.items():
         if not (word.isascii() and word.isdigit() and len(word) < 12 and int(word) < vocab):
-            raise bad("logit_bias", f"Its names are token ids from 0 to {vocab - 1}")
+            raise bad("logit_bias", f"{word[:40]!r} is no token id; they are whole numbers from 0 to {vocab - 1}")
         found.append((int(word), float(value)))
     return tuple(found)

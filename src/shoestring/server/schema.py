@@ -110,6 +110,30 @@ class StructuredOutputs(_Body):
         return self
 
 
+class TextFormat(_Body):
+    type: Literal["text"]
+
+
+class JsonFormat(_Body):
+    type: Literal["json_object"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
+class NamedSchema(_Body):
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class SchemaFormat(_Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
 class Knobs(_Body):
     """Of sampling and stopping; the same in chats and completions."""
 
@@ -132,7 +156,9 @@ class Knobs(_Body):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, lt=2**31)] = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=256)] = None
     user: Annotated[str | None, Field(max_length=512)] = None
     chat_template: Unsupported = None
@@ -143,6 +169,13 @@ class Knobs(_Body):
     def _of_a_stream(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and not info.data.get("stream"):
             raise ValueError("it needs stream to be true")
+        return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _of_a_whole(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("stream"):
+            raise ValueError("it is not given in a stream; with echo, logprobs are")
         return value
 
 
@@ -281,30 +314,6 @@ def _word_or_object(value: Any) -> Any:
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool | None, BeforeValidator(_word_or_object)]
 
 
-class TextFormat(_Body):
-    type: Literal["text"]
-
-
-class JsonFormat(_Body):
-    type: Literal["json_object"]
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-
-
-class NamedSchema(_Body):
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class SchemaFormat(_Body):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
-
-
 class ChatRequest(Knobs, Ending):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
@@ -314,7 +323,6 @@ class ChatRequest(Knobs, Ending):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
     safety_identifier: Annotated[str | None, Field(max_length=512)] = None
     prompt_cache_key: Annotated[str | None, Field(max_length=512)] = None
@@ -473,6 +481,17 @@ class ChatLogprobs(_Answer):
     refusal: None = None
 
 
+class PromptLogprob(_Answer):
+    """Rank 1 is the likeliest token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class AnswerMessage(_Answer):
     role: Literal["assistant"]
     content: str | None
@@ -496,12 +515,13 @@ class ChatAnswer(_Answer):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageAnswer
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionLogprobs(_Answer):
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[Mapping[str, float] | None] | None
+    top_logprobs: list[Mapping[str, float] | None]
     text_offset: list[int]
 
 
@@ -511,6 +531,7 @@ class CompletionChoice(_Answer):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(_Answer):

@@ -28,7 +28,7 @@ from shoestring.methods.quantizers.dfloat11 import Dfloat11Config
 from shoestring.methods.quantizers.int4 import Int4Config
 from shoestring.methods.quantizers.int8 import Int8Config
 from shoestring.methods.quantizers.ptqtp import PtqtpConfig
-from shoestring.models.packed import Packed, PackedEmbedding, parameters_of, tied_to_table
+from shoestring.models.packed import Packed, PackedEmbedding, packable, parameters_of, tied_to_table
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 
@@ -205,3 +205,24 @@ def test_a_packed_model_without_values_says_its_shapes(config: Any, tmp_path: Pa
     inside = torch.empty(1, 4, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
     model(inputs_embeds=inside).logits.sum().backward()
     assert inside.grad is not None and inside.grad.shape == inside.shape
+
+
+def test_a_scale_is_rounded_where_the_family_rounds_it(tmp_path: Path) -> None:
+    original = tiny("gemma2", tie_word_embeddings=True).bfloat16()
+    original.save_pretrained(tmp_path)
+    config = Dfloat11Config("fixed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config).eval()
+    wanted = original(IDS).logits
+    assert torch.equal(model(IDS).logits, wanted) and torch.equal(model.dequantize()(IDS).logits, wanted)
+
+
+class _Normed(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+def test_a_table_that_does_more_than_to_look_up_stays_a_float_one(plain: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    assert packable(model, "model.embed_tokens", model.get_input_embeddings())
+    model.set_input_embeddings(_Normed(96, 32))
+    assert not packable(model, "model.embed_tokens", model.get_input_embeddings())

@@ -183,7 +183,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         width: int,
         format: Format,
         padding_idx: int | None,
-        scale: float,
+        scale: float | torch.Tensor,
         dtype: torch.dtype,
         tied: bool = False,
     ) -> None:
@@ -215,7 +215,7 @@ class PackedEmbedding(Packed, nn.Embedding):
                 )
             rows = self.format.rows(self.tensors(), input.flatten(), self.columns).to(self.dtype)
             rows = rows.view(*input.shape, self.columns)
-        return rows if self.scale == 1.0 else rows * self.scale
+        return _scaled(rows, self.scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
@@ -551,7 +551,7 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Whether a module's weight is one that formats are made for."""
     if isinstance(module, nn.Embedding):
         # Only the token table: position and type tables are small and often indexed in other ways.
-        return name == tied_to_table(model)[0]
+        return name == tied_to_table(model)[0] and _only_scales(module)
     if not isinstance(module, nn.Linear | Conv1D) or _of_task(model, name) or _kept_in_floats(model, name):
         return False
     # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
@@ -569,10 +569,24 @@ def _kept_in_floats(model: PreTrainedModel, name: str) -> bool:
     return any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules or ())
 
 
-def scale_of(table: nn.Embedding) -> float:
-    """By what an embedding multiplies the rows that it looks up."""
+def scale_of(table: nn.Embedding) -> float | torch.Tensor:
+    """By what an embedding multiplies the rows that it looks up; a tensor where it first rounds that to their type."""
     scale = getattr(table, "scalar_embed_scale", None)
-    return float(getattr(table, "embed_scale", 1.0) if scale is None else scale)
+    if scale is None:
+        return float(getattr(table, "embed_scale", 1.0))
+    return torch.tensor(float(scale), device="cpu")
+
+
+def _scaled(rows: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        return rows * scale.to(rows.dtype)
+    return rows if scale == 1.0 else rows * scale
+
+
+def _only_scales(table: nn.Embedding) -> bool:
+    """Whether a table does no more with the rows that it looks up than to scale them, and holds nothing beside them."""
+    plain = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
+    return plain and [name for name, _ in table.named_parameters()] == ["weight"] and not list(table.children())
 
 
 def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
@@ -601,11 +615,10 @@ def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
 class _ScaledEmbedding(nn.Embedding):
     """A float table that scales what it looks up, as some families' own do."""
 
-    scale = 1.0
+    scale: float | torch.Tensor = 1.0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = super().forward(input)
-        return rows if self.scale == 1.0 else rows * self.scale
+        return _scaled(super().forward(input), self.scale)
 
 
 def _transposed(model: PreTrainedModel) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import decoders, models
 from toy import END, START, VOCAB
 
 from shoestring.engine.tokenizer import Tokenizer
+from shoestring.server import completions
 
 
 def words() -> Tokenizer:
@@ -63,6 +65,20 @@ def test_a_conversation_is_judged(server: Server) -> None:
     assert server.chat().json()["prompt_logprobs"] is None
     completion = server.client().chat.completions.create(model="toy", messages=HELLO, max_tokens=1)
     assert completion.prompt_logprobs is None  # type: ignore[attr-defined]
+
+
+def test_long_prompts_are_written_out_beside_the_other_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, write = [], completions.answer
+
+    def noted(*given: Any) -> Any:
+        threads.append(threading.get_ident())
+        return write(*given)
+
+    monkeypatch.setattr(completions, "answer", noted)
+    for size in (10, 400):
+        made = server.complete(prompt="a" * size, prompt_logprobs=1).json()["choices"][0]
+        assert len(made["prompt_logprobs"]) == size
+    assert threads[0] != threads[1]
 
 
 @pytest.mark.parametrize("wanted", [{"prompt_logprobs": -1}, {"prompt_logprobs": 21}, {"prompt_logprobs": True}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schema.ErrorAnswer, "description": "The request cannot be served"},
     "5XX": {"model": schema.ErrorAnswer, "description": "The server cannot answer now"},
 }
+_MANY = 256  # tokens of prompts that are judged between two answers of others
 _NOTHING_LEAVES: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
 
 
@@ -142,7 +144,11 @@ async def _answered(
             handed_over = True
             return EventStream(service, work, kind.Events(made, tokenizer), _headers(given))
         found = await attended(service, request.receive, work.answers())
-        return _json(kind.answer(made, tokenizer, found, work.usage()), _headers(given))
+        usage, headers = work.usage(), _headers(given)
+        whole = lambda: _json(kind.answer(made, tokenizer, found, usage), headers)
+        # What is said of each token of a long prompt takes a while, in which other answers must go on.
+        judged = sum(len(one.prompt_logprobs) for one in found)
+        return await asyncio.to_thread(whole) if judged > _MANY else whole()
     finally:
         if not handed_over:
             if work:

@@ -208,7 +208,7 @@ def test_a_packed_model_without_values_says_its_shapes(config: Any, tmp_path: Pa
 
 
 def test_a_scale_is_rounded_where_the_family_rounds_it(tmp_path: Path) -> None:
-    original = tiny("gemma2", tie_word_embeddings=True, hidden_size=40).bfloat16()  # of which the root is 6.32, not 6.31
+    original = tiny("gemma2", tie_word_embeddings=True, hidden_size=40).bfloat16()  # the root of 40 is 6.32, not 6.31
     original.save_pretrained(tmp_path)
     config = Dfloat11Config("fixed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config).eval()

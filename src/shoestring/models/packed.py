@@ -574,7 +574,7 @@ def scale_of(table: nn.Embedding) -> float | torch.Tensor:
     scale = getattr(table, "scalar_embed_scale", None)
     if scale is None:
         return float(getattr(table, "embed_scale", 1.0))
-    return torch.tensor(float(scale), device="cpu")
+    return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
 
 
 def _scaled(rows: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -279,7 +279,7 @@ def _through_experts(recipe: mixture.Recipe, gate: int, rank: int, steps: int, s
 
         learn(wrapped, batch, steps, method.TRAINING["learning_rate"]).save_pretrained(str(folder))
 
-    said = {"mixture": source.name, "options": options, "steps": steps, "seed": seed, "version": 3}
+    said = {"mixture": source.name, "options": options, "steps": steps, "seed": seed, "version": 4}
     folder = make_once("m2r2", said, make)
     return PeftModel.from_pretrained(load(source, dtype="float32").model, str(folder)).eval()
 

@@ -21,6 +21,7 @@ from shoestring.core import catalog
 from shoestring.engine.engine import Engine
 from shoestring.engine.request import Sampling
 from shoestring.models.cache import make_once
+from shoestring.training.between_steps import BetweenSteps
 
 MODEL = "smollm2"
 _FORMS = (
@@ -31,7 +32,7 @@ _TOPICS = (
     "foxes", "the sea", "bread", "castles", "winter", "music", "computers", "the moon", "friendship", "tea", "trees",
     "cities", "mountains", "trains", "dogs", "light",
 )  # fmt: skip
-_ANSWERS, _PARTS = 1, 3  # raise them when the same recipe gives other ones
+_ANSWERS, _PARTS = 1, 4  # raise them when the same recipe gives other ones
 
 Answers = list[tuple[list[int], list[int]]]
 
@@ -92,9 +93,11 @@ def fit(
 
 
 def learn(model: Any, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float) -> Any:
-    """AdamW on what is still free, a tenth of the steps to warm up, then to zero; `batch` gives ids and labels."""
+    """AdamW on what is still free, a tenth of the steps to warm up, then to zero; `batch` gives ids and labels. A tuner
+    that acts between steps does so."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
-    warm = max(1, steps // 10)
+    between, warm = BetweenSteps(model), max(1, steps // 10)
+    between.begin(steps)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
@@ -102,6 +105,7 @@ def learn(model: Any, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, ra
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
+        between.act(step, optimizer, tuple)
     return model.eval()
 
 

@@ -26,8 +26,9 @@ from shoestring.engine.exits import WARMTH, gates_in, read_exits
 from shoestring.engine.open import open_model
 from shoestring.lab import answering, tiny
 from shoestring.lab.answering import answers, exact
-from shoestring.methods.adapters._exits import Gate, gates_loss, kept_rows
+from shoestring.methods.adapters._exits import Gate, fit_temperatures, gates_loss, kept_rows
 from shoestring.methods.adapters.exit_heads import ExitHeadsConfig
+from shoestring.training.between_steps import BetweenSteps
 
 Train = Callable[..., list[float]]
 WIDE: dict[str, Any] = {"num_hidden_layers": 4, "initializer_range": 0.2}
@@ -120,6 +121,86 @@ def test_temperatures_meet_how_often_a_gate_is_right(trained: tuple[Any, Path, P
         right = (logits.argmax(-1) == out.logits.flatten(0, 1).argmax(-1).numpy()).mean()
         assert abs(heads.confidence(gate, logits).mean() - right) < 0.1
     runner.close()
+
+
+def least(logits: torch.Tensor, right: torch.Tensor) -> float:
+    """The temperature of a fine grid at which cross-entropy is least."""
+    grid = torch.linspace(-2, 2, 4001).exp().tolist()
+    return min(grid, key=lambda t: F.cross_entropy(logits / t, right).item())
+
+
+def test_a_temperature_is_fitted_where_cross_entropy_is_least() -> None:
+    torch.manual_seed(0)
+    gates, head = [Gate(nn.RMSNorm(8)), Gate(nn.RMSNorm(8))], nn.Linear(8, 20, bias=False)
+    final = torch.randn(3000, 8)
+    with torch.no_grad():
+        head.weight.mul_(5)
+        gates[1].warmth.fill_(0.2)
+    read = torch.stack([final + torch.randn_like(final), final + 0.4 * torch.randn_like(final), final])
+    fit_temperatures(gates, read, head)
+    with torch.no_grad():
+        for gate, x in zip(gates, read):
+            assert gate.temperature.item() == pytest.approx(least(head(gate(x)), head(final).argmax(-1)), rel=3e-3)
+    assert gates[0].temperature > 1.2 * gates[1].temperature
+
+
+def test_a_gate_that_is_never_wrong_and_one_without_rows_have_temperatures_too() -> None:
+    gate, head = Gate(nn.Identity()), nn.Linear(8, 20, bias=False)
+    gate.norm = nn.RMSNorm(8, elementwise_affine=True)
+    x = torch.randn(2, 0, 8)
+    fit_temperatures([gate], x, head)
+    assert gate.temperature.item() == 1
+    x = gate.norm(torch.randn(500, 8)).detach()
+    fit_temperatures([gate], torch.stack([x, x]), head)
+    assert 0.04 < gate.temperature.item() < 0.06
+
+
+@pytest.mark.parametrize("ends", ["as planned", "earlier", "from a checkpoint"])
+def test_a_run_ends_by_fitting_temperatures_to_its_gates(ends: str) -> None:
+    """What training left of them, here something absurd, is no part of the end."""
+
+    def step(model: Any, number: int) -> None:
+        ids = texts(number)
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.base_model.update_and_allocate(number)
+
+    model = wrapped().train()
+    for number, gate in enumerate(gates_in_it(model)):
+        with torch.no_grad():
+            gate.up.normal_(generator=torch.Generator().manual_seed(number)).mul_(0.05)
+            gate.warmth.fill_(0.1)
+    between = BetweenSteps(model)
+    between.begin(6 if ends == "earlier" else 4)
+    for number in range(3):
+        step(model, number)
+    assert all(gate.warmth.item() == pytest.approx(0.1) for gate in gates_in_it(model))
+    if ends == "from a checkpoint":
+        kept, weights = between.state(), model.state_dict()
+        model = wrapped().train()
+        model.load_state_dict(weights)
+        between = BetweenSteps(model)
+        between.load(kept)
+        between.begin(4)
+    step(model, 3)
+    if ends == "earlier":
+        between.shorten(4)
+    ids = torch.cat([texts(number) for number in range(4)])
+    rows = kept_rows(ids)
+    rows[:, -1] = False
+    with torch.no_grad():
+        out = model.base_model.model(input_ids=ids, output_hidden_states=True)
+        right, head = out.logits[rows].argmax(-1), model.get_output_embeddings()
+        for place, gate in zip((1, 3), gates_in_it(model)):
+            wanted = least(head(gate(out.hidden_states[place][rows])), right)
+            assert gate.temperature.item() == pytest.approx(wanted, rel=3e-3)
+
+
+def texts(number: int) -> torch.Tensor:
+    return 3 + torch.randint(60, (4, 40), generator=torch.Generator().manual_seed(number))
+
+
+def gates_in_it(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Gate)]
 
 
 @pytest.mark.parametrize("kind", ["native", "torch"])

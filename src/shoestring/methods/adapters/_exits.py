@@ -6,7 +6,7 @@ model: the base answers as ever, before training and after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from shoestring.training.loss import IGNORED, last_hidden_and_head
 
 _PRIMES = (1, 1_000_003, 998_244_353, 754_974_721)
 _CHUNK = 1 << 25  # bytes of one set of logits; some of them are there at the same time
+_NEWEST = 2048  # rows that temperatures are fitted on in the end: enough to know one within a percent
 
 
 @dataclass
@@ -108,9 +109,22 @@ class Gate(nn.Module):
 
 
 class ExitTuner(BlockTuner):
-    """Keeps gates behind blocks. A call with labels trains them; one without is the base model's own."""
+    """Keeps gates behind blocks. A call with labels trains them; one without is the base model's own.
+
+    Where it hears how long a run is (`training/between_steps.py`), it ends the run by fitting every temperature to the
+    gates as they then are: step by step, a temperature follows gates that still change, at the rate of their weights.
+    """
 
     uses_shared_state = True
+    _total = 0
+    _step = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By adapter: of the newest rows that are kept from the gates what each reads, (gates + 1, rows, width); the
+        # gates and the head.
+        self._newest: dict[str, Tensor] = {}
+        self._reading: dict[str, tuple[list[Gate], nn.Module]] = {}
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -148,6 +162,71 @@ class ExitTuner(BlockTuner):
     def loss(self, name: str, batch: dict[str, Any], labels: Tensor) -> Tensor:
         """The adapter's loss on the positions that a label follows."""
         raise NotImplementedError
+
+    def taught(
+        self, name: str, gates: Sequence[Gate], states: Sequence[Tensor], final: Tensor, head: nn.Module, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`gates_loss` of an adapter's gates, weighed as its config says."""
+        config: Any = self.peft_config[name]
+        if self.training and self._total:
+            rows = torch.stack([x.detach()[kept].to(final.dtype) for x in (*states, final)])
+            before = self._newest.get(name, rows[:, :0]).to(rows)
+            self._newest[name] = torch.cat([before, rows], 1)[:, -_NEWEST:]
+            self._reading[name] = list(gates), head
+        weights = config.weights or [1.0] * len(gates)
+        return gates_loss(gates, states, weights, head, final, config.temperature, kept)
+
+    def configure_schedule(self, total_steps: int) -> None:
+        """Hear how long the run is; it may be said again."""
+        self._total = total_steps
+        self._end()
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Fit the temperatures after the last step; the first is number 0."""
+        self._step = global_step + 1
+        self._end()
+
+    def _end(self) -> None:
+        if self._step >= self._total:
+            for name, (gates, head) in self._reading.items():
+                fit_temperatures(gates, self._newest[name], head)
+            self._newest, self._reading = {}, {}
+
+    def allocation_state(self) -> dict[str, Any]:
+        """The newest rows of every adapter, to go on from a checkpoint."""
+        return {"step": self._step, "newest": self._newest}
+
+    def load_allocation_state(self, state: Mapping[str, Any]) -> None:
+        self._step, self._newest = int(state["step"]), dict(state["newest"])
+
+
+@torch.no_grad()
+def fit_temperatures(gates: Sequence[Gate], read: Tensor, head: Any) -> None:
+    """Give each gate the temperature at which its cross-entropy with the whole model's first choice is least.
+
+    Args:
+        read: (gates + 1, rows, width): what stands behind each gate's block, and what the head is applied to.
+        head: a linear layer.
+    """
+    read = read.to(head.weight.dtype)
+    parts = range(0, read.shape[1], _at_once(head))
+    best = [head(read[-1, start : start + parts.step]).argmax(-1, keepdim=True) for start in parts]
+    for gate, states in zip(gates, read[:-1] if best else ()):
+        warmth = gate.temperature.log()
+        for _ in range(20):  # Fisher's scoring: two or three bring it home from where training left it
+            slope, bend = torch.zeros_like(warmth), torch.zeros_like(warmth)
+            for start, right in zip(parts, best):
+                x = gate(states[start : start + parts.step]).to(read.dtype)
+                scaled = head(x).float() / warmth.exp()
+                q = scaled.softmax(-1)
+                mean = (q * scaled).sum(-1, keepdim=True)
+                slope += (scaled.gather(-1, right) - mean).sum()
+                bend += (q * (scaled - mean).square()).sum()
+            step = (slope / bend.clamp_min(1e-9)).clamp(-1, 1)
+            warmth = (warmth - step).clamp(-3, 3)  # a gate that is never wrong could be as sure as one likes
+            if abs(step.item()) < 1e-3:
+                break
+        gate.warmth.copy_(warmth / WARMTH)
 
 
 def wanted_rows(labels: Tensor) -> Tensor:
@@ -206,7 +285,7 @@ class _Divergence(torch.autograd.Function):
         sums, sure, into_warmth = (torch.zeros(count, device=read.device) for _ in range(3))
         into_read = torch.zeros_like(read)
         agree = torch.zeros(read.shape[:2], dtype=torch.bool, device=read.device)
-        rows = max(16, _CHUNK // (4 * head.out_features))
+        rows = _at_once(head)
         for start in range(0, len(final), rows):
             here = slice(start, start + rows)
             said = head(final[here]).float()
@@ -233,6 +312,11 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         into_read, into_warmth = ctx.saved_tensors
         return (into_read * grads[0][:, None, None]).to(into_read.dtype), into_warmth * grads[1], None, None, None, None
+
+
+def _at_once(head: Any) -> int:
+    """Rows whose logits are there at the same time."""
+    return max(16, _CHUNK // (4 * head.out_features))
 
 
 def gates_of(layers: int) -> list[int]:

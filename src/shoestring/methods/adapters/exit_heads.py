@@ -6,9 +6,9 @@ How it works
        p_e = softmax(head(norm_e(x)))      norm_e starts as the model's last norm, head is the model's own       (eq. 2)
     2. Training minimises over all positions  sum_e w_e KL(p || p_e),  p what the whole model says.              (eq. 3)
        The model runs once, without gradients; nothing flows into a tied embedding.
-    3. A temperature t_e for each gate is fitted on the way, at one position in eight, which the gates are not trained
-       at: it minimises the cross-entropy of softmax(logits_e / t_e) with the token that the whole model likes
-       best.                                                                                                     (eq. 4)
+    3. A temperature t_e for each gate is fitted on the way and, once the gates are done, on the newest 2,048 rows, at
+       one position in eight, which the gates are not trained at: it minimises the cross-entropy of
+       softmax(logits_e / t_e) with the token that the whole model likes best.                                   (eq. 4)
     4. At work a token leaves at the first gate whose calibrated confidence max softmax(logits_e / t_e) reaches the
        threshold; the keys and values that it lacks above are computed if a later token needs them.
 
@@ -20,7 +20,7 @@ Where it bends
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,6 @@ from shoestring.methods.adapters._exits import (
     ExitTuner,
     Gate,
     final_norm,
-    gates_loss,
     gates_of,
     kept_rows,
     wanted_rows,
@@ -165,7 +164,6 @@ class ExitHeadsModel(ExitTuner):
         return {gate: getattr(by_place[gate], GatedBlock.child) for gate in config.gates}
 
     def loss(self, name: str, batch: dict[str, Any], labels: Tensor) -> Tensor:
-        config: Any = self.peft_config[name]
         gates = self.gates(name)
         for layer in gates.values():
             layer.seen = []
@@ -176,11 +174,9 @@ class ExitHeadsModel(ExitTuner):
             for layer in gates.values():
                 layer.seen = None
         rows = wanted_rows(labels)
-        weights: Sequence[float] = config.weights or [1.0] * len(gates)
         states = [seen[gate][rows] for gate in gates]
-        heads = [layer.gate[name] for layer in gates.values()]
-        kept = kept_rows(batch["input_ids"])[rows]
-        return gates_loss(heads, states, weights, head, final[rows], config.temperature, kept)[0]  # eq. 3, 4
+        heads: list[Any] = [layer.gate[name] for layer in gates.values()]
+        return self.taught(name, heads, states, final[rows], head, kept_rows(batch["input_ids"])[rows])[0]  # eq. 3, 4
 
 
 def register() -> None:

@@ -9,8 +9,8 @@ How it works
        U = 0 at the start, so that p = h; V makes V n about 1. Keys and values are those of h: the cache does not grow,
        and one pass computes both streams, so that weights are read once.
     3. Training freezes the base and minimises sum_k w_k KL(p_L || p_k), p_k = softmax(head(norm_k(p at e_k))), with
-       norm_k a trained copy of the last norm; all positions at once. One in eight only fits a temperature: how sure a
-       gate says it is shall be how often it is right.                                                         (eq. 4)
+       norm_k a trained copy of the last norm; all positions at once. One in eight only fits a temperature, on the
+       way and once more at the end: how sure a gate says it is shall be how often it is right.                (eq. 4)
     4. A router tells from the fast stream whether a token may leave: c = W p, a small attention of the newest token
        over the latents c of the last few, and a logistic unit on both, trained on whether gate and model agree. (eq. 5)
     5. Used as an exit, a token leaves where router or calibrated confidence reach the threshold; keys and values above
@@ -58,7 +58,6 @@ from shoestring.methods.adapters._exits import (
     Gate,
     at_rest,
     final_norm,
-    gates_loss,
     gates_of,
     kept_rows,
     wanted_rows,
@@ -319,10 +318,10 @@ class M2R2Model(ExitTuner):
         config: Any = self.peft_config[name]
         found, final, head = self.fast(name, batch)
         gates: list[Any] = [self.layers(name)[gate - 1].gate[name] for gate in config.gates]
-        rows, weights = wanted_rows(labels), config.weights or [1.0] * len(gates)
+        rows = wanted_rows(labels)
         states = [found[gate][rows] for gate in config.gates]
         kept = kept_rows(batch["input_ids"])[rows]
-        loss, agree = gates_loss(gates, states, weights, head, final[rows], config.temperature, kept)  # eq. 4
+        loss, agree = self.taught(name, gates, states, final[rows], head, kept)  # eq. 4
         decided = [gate.whole(found[at].detach())[rows] for gate, at in zip(gates, config.gates)]
         routed = sum(
             F.binary_cross_entropy_with_logits(one.float(), right.float()) for one, right in zip(decided, agree)

@@ -79,6 +79,7 @@ def user(content: Any) -> list[Any]:
         ({"stop_token_ids": [2**31]}, "stop_token_ids[0]"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {}, "value": {}}}, "response_format.value"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}},
          "response_format"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),

@@ -274,6 +274,7 @@ def test_answers_keep_to_a_schema(server: Server) -> None:
     assert set(json.loads(made.choices[0].message.content or "")) == {"ok"}
     for other in (
         {"type": "json_object", "schema": schema},
+        {"type": "json_object", "value": schema},
         {"type": "json_schema", "json_schema": {"schema": schema}},
     ):
         answer = server.chat(max_tokens=100, logit_bias=tight, response_format=other)  # as other servers take it
@@ -334,6 +335,15 @@ def test_the_prompt_alone_can_be_judged(server: Server) -> None:
     made = server.complete(prompt=[ids, ids[:2]], max_tokens=0, echo=True, logprobs=1).json()
     assert [c["text"] for c in made["choices"]] == ["abcd", "ab"]
     assert [len(c["logprobs"]["token_logprobs"]) for c in made["choices"]] == [4, 2]
+    assert (
+        made["usage"]["completion_tokens"] == 0 and made["usage"]["total_tokens"] == made["usage"]["prompt_tokens"] == 6
+    )
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for chunk in events(server.complete(prompt=ids, max_tokens=0, echo=True, stream=True, stream_options=options).text):
+        assert (chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"]) == (4, 0)
+    silent = server.complete(prompt=ids, max_tokens=0, prompt_logprobs=0, logprobs=0).json()["choices"][0]
+    assert silent["text"] == "" and silent["logprobs"]["tokens"] == [] and len(silent["prompt_logprobs"]) == 4
+    assert error_of(server.complete(max_tokens=0))["param"] == "max_tokens"
     longer = server.complete(prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0).json()["choices"][0]
     assert longer["logprobs"]["token_logprobs"][:4] == pytest.approx(
         made["choices"][0]["logprobs"]["token_logprobs"], abs=1e-5

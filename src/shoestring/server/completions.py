@@ -86,8 +86,8 @@ async def prepare(service: Service, engine: AsyncEngine, given: CompletionReques
         raise bad("prompt", f"There are {len(given.prompt)} prompts; at most {limits.max_prompts} are read")
     if given.best_of not in (None, given.n or 1):
         raise bad("best_of", "best_of is only supported where it equals n", "unsupported_parameter")
-    if given.max_tokens == 0 and not given.echo:
-        raise bad("max_tokens", "max_tokens can be 0 only with echo")
+    if given.max_tokens == 0 and not given.echo and given.prompt_logprobs is None:
+        raise bad("max_tokens", "max_tokens can be 0 only with echo or prompt_logprobs")
     constraint, param = of_structured(given.structured_outputs, limits), "structured_outputs"
     if form := of_format(given.response_format, limits):
         if constraint is not None:
@@ -171,7 +171,12 @@ def answer(made: Continuation, tokenizer: Tokenizer, found: Sequence[Answer], us
                 "prompt_logprobs": None if extra is None else of_prompt(tokenizer, scored, extra),
             }
         )
-    return {**made.head, "choices": choices, "usage": usage}
+    return {**made.head, "choices": choices, "usage": _counted(made, usage)}
+
+
+def _counted(made: Continuation, usage: dict[str, Any]) -> dict[str, Any]:
+    """The engine draws one token at least; where none is wanted it is no part of the answer."""
+    return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if made.silent else usage
 
 
 def _offsets(made: Continuation, tokenizer: Tokenizer, i: int) -> Offsets:
@@ -215,7 +220,9 @@ class Events:
         return "".join(lines).encode()
 
     def end(self, work: Work) -> bytes:
-        return event({**self._made.head, "choices": [], "usage": work.usage()}) if self._made.usage_in_stream else b""
+        if not self._made.usage_in_stream:
+            return b""
+        return event({**self._made.head, "choices": [], "usage": _counted(self._made, work.usage())})
 
     def _ready(self, at: int) -> bool:
         i = at // self._n
@@ -243,4 +250,5 @@ class Events:
         return f'{self._opening[at]}{quoted(text)},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]{end}'
 
     def _end_of(self, at: int, delta: Delta) -> str:
-        return self._tail(len(self._made.prompts[at // self._n]), delta.usage.completion_tokens)
+        done = 0 if self._made.silent else delta.usage.completion_tokens
+        return self._tail(len(self._made.prompts[at // self._n]), done)

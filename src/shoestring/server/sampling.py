@@ -76,7 +76,10 @@ def wanted_schema(given: ResponseFormat | None) -> dict[str, Any] | None:
     """The JSON schema that `response_format` asks for; None where any text will do."""
     if given is None or given.type == "text":
         return None
-    wanted = given.schema_ if given.type == "json_object" else given.json_schema.schema_
+    if given.type == "json_schema":
+        wanted = given.json_schema.schema_
+    else:
+        wanted = given.value if given.schema_ is None else given.schema_
     return {"type": "object"} if wanted is None else wanted
 
 

@@ -115,8 +115,18 @@ class TextFormat(_Body):
 
 
 class JsonFormat(_Body):
+    """`schema` as llama.cpp takes it, `value` as the client of Hugging Face sends it."""
+
     type: Literal["json_object"]
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    value: dict[str, Any] | None = None
+
+    @field_validator("value")
+    @classmethod
+    def _one_of_them(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("schema_") is not None:
+            raise ValueError("it is the same as schema; give one of them")
+        return value
 
 
 class NamedSchema(_Body):

@@ -114,6 +114,7 @@ def test_what_begins_a_text_and_what_ends_an_answer_comes_along(tmp_path: Path) 
         ({"family": "granite"}, "no exact form"),
         ({"family": "smollm3", "no_rope_layers": [0], "pad_token_id": 0}, "no exact form"),
         ({"family": "llama", "hidden_act": "gelu_pytorch_tanh"}, "no exact form"),
+        ({"family": "gemma2", "head_dim": 32}, "no exact form.*Gemma2ForCausalLM.*Families: llama"),
     ],
 )
 def test_families_that_gguf_does_not_carry(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -23,6 +23,7 @@ from shoestring.models.llama_like import (
     GGUF_NAMES,
     PROJECTIONS,
     LlamaLike,
+    NotNative,
     describe,
     packing,
     usual_rotation,
@@ -45,7 +46,14 @@ def write_gguf(folder: Path, out: Path) -> Path:
     import gguf
 
     source = open_source(folder)
-    model = describe(source)
+    try:
+        model = describe(source)
+    except NotNative as error:  # whose remedy is another runner
+        raise UsageError(
+            f"{folder} has no exact form in GGUF",
+            error.what,
+            f"Families: {', '.join(_ARCHITECTURES)}; without --format gguf plain weights of any are written",
+        ) from None
     architecture = _ARCHITECTURES.get(model.family)
     if (
         architecture is None

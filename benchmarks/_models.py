@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def packed(like: Path, out: Path, spec: str, table: str, sizes: dict[str, int] =
     (out / "config.json").write_text(json.dumps(config))
     save_file(tensors, out / "model.safetensors")
     return out
+
+
+def coded(source: Path, place: Path, coding: str) -> Path:
+    """The bfloat16 model at `source` without losing a bit; the file `seconds` in it says how long that took."""
+    from shoestring.core import catalog
+    from shoestring.core.ledger import Ledger
+    from shoestring.core.step import Step, Work
+
+    begin = time.perf_counter()
+    step = Step("compress", "dfloat11", {"coding": coding})
+    module, room = catalog.module("dfloat11"), catalog.contract("quantizers")
+    room.apply(module, step, source, place / coding, Work(Ledger(), place))
+    (place / coding / "seconds").write_text(str(time.perf_counter() - begin))
+    return place / coding
 
 
 def sizes_of(folder: Path) -> dict[str, int]:

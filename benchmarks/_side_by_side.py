@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from _models import big_gguf, packed, requantized
+from _models import big_gguf, coded, packed, requantized
 from _peers import ENVIRONMENT, gguf
 from shoestring.models import resolve
 
@@ -86,7 +86,9 @@ def sets(names: list[str], given: Any, folder: Path) -> Iterator[tuple[str, list
             arms = [Arm("ours", "ours", here, file)] + ([Arm("llama.cpp", "llama", peer, file)] if peer else [])
         elif name == "bf16":
             plain = resolve(file)
-            arms = [Arm("ours", "ours", here, plain), Arm("transformers", "transformers", here, plain)]
+            same = coded(plain, folder, "fixed")
+            arms = [Arm("ours", "ours", here, plain), Arm("ours, codes of one length", "ours", here, same)]
+            arms.append(Arm("transformers", "transformers", here, plain))
             if peer:
                 same = requantized(peer, file, folder / "bf16.gguf", given.threads)
                 arms.append(Arm("llama.cpp", "llama", peer, same))

@@ -2,10 +2,11 @@
 
     python benchmarks/engine_decode.py [--llama-python PYTHON] [--sets 4-bit,bf16,1B] [--rounds 5] [--json FILE]
 
-Sets: the default model in its own four bits; the same numbers in bfloat16; a random Llama of 1.07 billion parameters in
-four bits. Every model is loaded once, by a process of its own, and asked in turns. Ours is the whole engine with its
-scheduler and sampler; llama.cpp is `llama_decode` and the largest logit. A round's figure is its median token; the
-bound is one pass over as many bytes as the weights have, by as many threads, measured in every round.
+Sets: the default model in its own four bits; the same numbers in bfloat16, plain and in codes of one length, which lose
+no bit; a random Llama of 1.07 billion parameters in four bits. Every model is loaded once, by a process of its own, and
+asked in turns. Ours is the whole engine with its scheduler and sampler; llama.cpp is `llama_decode` and the largest
+logit. A round's figure is its median token; the bound is one pass over as many bytes as the weights have, by as many
+threads, measured in every round.
 """
 
 from __future__ import annotations

@@ -22,12 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from _models import coded
 from _peers import arguments, circumstances, keep, ratios, shown, spread, turns
 from _side_by_side import Arm, asked
 from engine_decode import compared, printed
-from shoestring.core import catalog
-from shoestring.core.ledger import Ledger
-from shoestring.core.step import Step, Work
 from shoestring.engine.native_runner import NativeRunner
 from shoestring.kernels import huffman
 from shoestring.models import resolve
@@ -70,16 +68,6 @@ def main() -> int:
     printed("decode", found)
     print(f"codes of one length over bfloat16: {shown(report['codes_over_bfloat16'], '.2f')}")
     return 0
-
-
-def coded(source: Path, place: Path, coding: str) -> Path:
-    """The model at `source`, packed."""
-    begin = time.perf_counter()
-    step = Step("compress", "dfloat11", {"coding": coding})
-    module, room = catalog.module("dfloat11"), catalog.contract("quantizers")
-    room.apply(module, step, source, place / coding, Work(Ledger(), place))
-    (place / coding / "seconds").write_text(str(time.perf_counter() - begin))
-    return place / coding
 
 
 def decoding(folder: Path, rounds: int) -> list[float]:

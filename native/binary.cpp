@@ -28,7 +28,6 @@ struct Signs {
 
 #if defined(__AVX512VNNI__)
   static constexpr int MOST = 4;
-  static constexpr int64_t AHEAD = 8192;  // bytes fetched in advance on the first pass over a tile
 
   static __m512 numbers(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
@@ -54,7 +53,7 @@ struct Signs {
 #pragma GCC unroll 4
         for (int line = 0; line < LINES; ++line) {
           const uint8_t* from = p + plane * PLANE + line * 64;
-          _mm_prefetch(from + ahead, _MM_HINT_T0);
+          fetch<false>(from + ahead);
           const __m512i both = _mm512_loadu_si512(from);
           const __m512i left = _mm512_and_si512(both, nibble), right = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
 #pragma GCC unroll 4

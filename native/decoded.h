@@ -45,6 +45,7 @@ inline bool sound_head(const char* name, int64_t rows, int64_t cols, const void*
 // A format F is made of a matrix and says
 //   Row: where it is in a row, made of (const F&, int64_t row); next(uint16_t* out) decodes the next PIECE columns, anything
 //     beyond the last one
+//   Later: made of (const F&, int64_t row, int64_t count); next() asks for the next piece of `count` rows' bytes AHEAD of them
 //   bool sound(rows, cols, group, source, source_size)
 template <class F>
 struct Decoded {
@@ -78,6 +79,7 @@ struct Decoded {
     alignas(64) uint16_t piece[R][PIECE];
     typename F::Row from[R];
     Sum sum[R][T];
+    typename F::Later later(format, row, R);
     for (int r = 0; r < R; ++r) {
       from[r] = typename F::Row(format, row + r);
       for (int i = 0; i < T; ++i) sum[r][i] = nothing();
@@ -85,7 +87,10 @@ struct Decoded {
     int64_t k = 0;
     for (; k + PIECE <= m.cols; k += PIECE) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) from[r].next(piece[r]);
+      for (int r = 0; r < R; ++r) {
+        later.next();
+        from[r].next(piece[r]);
+      }
 #pragma GCC unroll 4
       for (int64_t j = 0; j < PIECE; j += B::STEP, a += B::STEP * B::X_BYTES) {
         typename B::Weights w[R];
@@ -124,11 +129,15 @@ struct Decoded {
     const int64_t width = pieces_of(m.cols) * PIECE;
     uint16_t* rows = reinterpret_cast<uint16_t*>(scratch.at_least((PANEL * m.cols + width) * 2));
     if (!rows) return false;
+    typename F::Later later(format, begin, end - begin);
     for (; begin < end; begin += PANEL) {
       const int64_t count = end - begin < PANEL ? end - begin : PANEL;
       for (int64_t r = 0; r < count; ++r) {
         typename F::Row from(format, begin + r);
-        for (int64_t k = 0; k < m.cols; k += PIECE) from.next(rows + r * m.cols + k);  // the next row covers what is too much
+        for (int64_t k = 0; k < m.cols; k += PIECE) {
+          later.next();
+          from.next(rows + r * m.cols + k);  // the next row covers what is too much
+        }
       }
       const SkMatrix panel{rows, m.bias ? m.bias + begin : nullptr, count, m.cols, m.format, m.group};
       Stored<B>::product(panel, x, y + begin, y_stride, add, 0, count);

@@ -50,9 +50,6 @@ struct Exponents {
     void find() { next_at = entry < last ? number_at<uint32_t>(entry, 0) & 0xffffff : INT64_MAX; }
 
     void next(uint16_t* out) {
-      // Two lines in advance: a piece is longer than one and shorter than two.
-      __builtin_prefetch(p + AHEAD);
-      __builtin_prefetch(p + AHEAD + 64);
       decode(format->table, p, out);
       p += PIECE_BYTES, column += PIECE;
       while (__builtin_expect(next_at < column, 0)) {
@@ -61,6 +58,16 @@ struct Exponents {
         entry += 4;
         find();
       }
+    }
+  };
+
+  struct Later {
+    const uint8_t* p;
+    Later(const Exponents& f, int64_t row, int64_t) : p(f.pieces + row * f.row_bytes + AHEAD) {}
+    void next() {  // a piece is longer than a line and shorter than two
+      fetch<true>(p);
+      fetch<true>(p + 64);
+      p += PIECE_BYTES;
     }
   };
 

@@ -2,6 +2,7 @@
 //   y[t][r] = sum_g weight_scale[r][g] * token_scale[t][g] * sum_j q[r][g][j] * code[t][g][j]
 // The inner sums are exact integers. The plain loop at the end is what every level computes; the two others
 // exist because the compiler keeps one accumulator per group and reduces it at every group.
+#include "ahead.h"
 #include "kernels.h"
 #include "number.h"
 #if defined(__AVX2__)
@@ -17,7 +18,6 @@ void finish(const SkOutput& out, int64_t token, int64_t row, float sum) {
 
 #if defined(__AVX512VNNI__)
 constexpr int MOST = 3;
-constexpr int AHEAD = 8192;  // bytes fetched in advance: four short rows at a time are no stream the hardware follows well
 constexpr int ROWS = 4;      // rows together: activations are loaded once for all of them
 
 struct Lanes {
@@ -47,7 +47,7 @@ constexpr Lanes lanes() {
   return l;
 }
 
-template <int BITS, int GROUP, int T>
+template <int BITS, int GROUP, int T, bool ONCE>
 void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const SkOutput& out, int64_t begin, int64_t end) {
   // A step is 64 or 128 weights: whole groups, whole registers.
   constexpr int VECTORS = BITS == 4 || GROUP == 128 ? 2 : 1;
@@ -69,6 +69,7 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
       p[r] = w.packed + at * row_bytes;
       s[r] = w.scales + at * w.groups;
     }
+    const uint8_t* later = p[0] + (token == 0 ? AHEAD : 0);
     __m512 sum[ROWS][T];
     for (int r = 0; r < ROWS; ++r)
       for (int i = 0; i < T; ++i) sum[r][i] = _mm512_setzero_ps();
@@ -106,7 +107,7 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
           __m512i code[VECTORS];
-          for (int v = 0; v < LOADS; ++v) _mm_prefetch(p[r] + byte + 64 * v + AHEAD, _MM_HINT_T0);
+          for (int v = 0; v < LOADS; ++v, later += 64) fetch<ONCE>(later);
           if (__builtin_expect(whole, 1))
             for (int v = 0; v < LOADS; ++v) code[v] = _mm512_loadu_si512(p[r] + byte + 64 * v);
           else
@@ -145,7 +146,7 @@ float total(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-template <int BITS, int GROUP, int T>
+template <int BITS, int GROUP, int T, bool ONCE>
 void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const SkOutput& out, int64_t begin, int64_t end) {
   constexpr int PIECES = GROUP / 32;  // registers of 32 codes in a group
   const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -193,7 +194,7 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
 #else
 constexpr int MOST = 4;
 
-template <int BITS, int GROUP, int T>
+template <int BITS, int GROUP, int T, bool ONCE>
 void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const SkOutput& out, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float sum[T] = {};
@@ -221,13 +222,16 @@ void rows_together(const SkWeight& w, const SkTokens& t, int64_t token, const Sk
 
 template <int BITS, int GROUP>
 void tokens(const SkWeight& w, const SkTokens& t, const SkOutput& out, int64_t begin, int64_t end) {
+  if (t.count == 1) return rows_together<BITS, GROUP, 1, true>(w, t, 0, out, begin, end);
+  if (t.count == 2) return rows_together<BITS, GROUP, 2, true>(w, t, 0, out, begin, end);
+  if (t.count == 3) return rows_together<BITS, GROUP, 3, true>(w, t, 0, out, begin, end);
   for (int64_t row = begin; row < end; row += 32) {  // few enough rows to stay in the nearest cache over all tokens
     const int64_t stop = row + 32 < end ? row + 32 : end;
     int64_t i = 0;
-    for (; i + MOST <= t.count; i += MOST) rows_together<BITS, GROUP, MOST>(w, t, i, out, row, stop);
-    if (MOST == 4 && t.count - i == 3) rows_together<BITS, GROUP, 3>(w, t, i, out, row, stop);
-    if (t.count - i == 2) rows_together<BITS, GROUP, 2>(w, t, i, out, row, stop);
-    if (t.count - i == 1) rows_together<BITS, GROUP, 1>(w, t, i, out, row, stop);
+    for (; i + MOST <= t.count; i += MOST) rows_together<BITS, GROUP, MOST, false>(w, t, i, out, row, stop);
+    if (MOST == 4 && t.count - i == 3) rows_together<BITS, GROUP, 3, false>(w, t, i, out, row, stop);
+    if (t.count - i == 2) rows_together<BITS, GROUP, 2, false>(w, t, i, out, row, stop);
+    if (t.count - i == 1) rows_together<BITS, GROUP, 1, false>(w, t, i, out, row, stop);
   }
 }
 

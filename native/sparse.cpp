@@ -28,7 +28,7 @@ constexpr Spread SPREAD = spread();
 
 struct Sparse {
   const uint8_t *starts, *bits, *numbers;
-  int64_t row_bits;
+  int64_t row_bits;  // bytes
 
   explicit Sparse(const SkMatrix& m) {
     starts = static_cast<const uint8_t*>(m.data) + HEAD;
@@ -44,12 +44,26 @@ struct Sparse {
     Row(const Sparse& f, int64_t row) : bits(f.bits + row * f.row_bits), numbers(f.numbers + 2 * int64_t(number_at<uint32_t>(f.starts, 4 * row))) {}
 
     void next(uint16_t* out) {
-      __builtin_prefetch(bits + AHEAD / 8);
-      __builtin_prefetch(numbers + AHEAD);
-      __builtin_prefetch(numbers + AHEAD + 64);
       const uint64_t there = number_at<uint64_t>(bits, 0);
       decode(there, numbers, out);
       bits += 8, numbers += 2 * __builtin_popcountll(there);
+    }
+  };
+
+  struct Later {
+    const uint8_t *bits, *numbers;
+    int64_t each;  // bytes of numbers of a piece, as many as rows have on average
+    Later(const Sparse& f, int64_t row, int64_t count) : bits(f.bits + row * f.row_bits + AHEAD / 8) {
+      const int64_t first = number_at<uint32_t>(f.starts, 4 * row), last = number_at<uint32_t>(f.starts, 4 * (row + count));
+      const int64_t pieces = count * f.row_bits / 8;
+      numbers = f.numbers + 2 * first + AHEAD;
+      each = pieces ? (2 * (last - first) + pieces - 1) / pieces : 0;
+    }
+    void next() {  // numbers of a piece are two lines at most
+      fetch<true>(bits);
+      fetch<true>(numbers);
+      fetch<true>(numbers + 64);
+      bits += 8, numbers += each;
     }
   };
 

@@ -2,6 +2,7 @@
 // Every lane of a register adds up its own columns in order and the lanes are added at the end, so a token gets the same
 // bits in any batch. A weight that is not a number makes its row's results not a number, and no other's.
 #pragma once
+#include "ahead.h"
 #include "kernels.h"
 #include "number.h"
 #if defined(__AVX2__)
@@ -38,7 +39,6 @@ typedef float Sum __attribute__((vector_size(16)));
 constexpr int MOST = 2, ROWS = 4;
 #endif
 
-constexpr int64_t AHEAD = 8192;    // bytes fetched in advance when a row is read for the first time
 constexpr int64_t PANEL = 32;      // rows that stay in the second cache while all tokens meet them
 constexpr int64_t NEAREST = 24576; // bytes of tokens that stay in the nearest cache while a panel meets them
 
@@ -63,12 +63,12 @@ struct Stored {
   }
 
   // R rows meet T tokens.
-  template <int R, int T>
+  template <int R, int T, bool ONCE>
   static void some(const SkMatrix& m, const SkInput& x, int64_t token, int64_t row, float* y, int64_t y_stride, bool add) {
     const int64_t row_bytes = m.cols * F::BYTES, x_bytes = x.stride * F::X_BYTES;
     const char* p = static_cast<const char*>(m.data) + row * row_bytes;
     const char* a = static_cast<const char*>(x.rows) + token * x_bytes;
-    const int64_t ahead = token == 0 ? AHEAD : 0;
+    const char* later = p + (token == 0 ? AHEAD : 0);
     Sum sum[R][T];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < T; ++i) sum[r][i] = nothing();
@@ -76,8 +76,8 @@ struct Stored {
     for (; k + F::STEP <= m.cols; k += F::STEP, p += F::STEP * F::BYTES, a += F::STEP * F::X_BYTES) {
       typename F::Weights w[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(p + r * row_bytes + ahead);
+      for (int r = 0; r < R; ++r, later += F::STEP * F::BYTES) {
+        fetch<ONCE>(later);
         w[r] = F::load(p + r * row_bytes);
       }
 #pragma GCC unroll 6
@@ -98,13 +98,27 @@ struct Stored {
       }
   }
 
-  template <int T>
+  template <int T, bool ONCE = false>
   static void rows(const SkMatrix& m, const SkInput& x, int64_t token, int64_t row, int64_t end, float* y, int64_t y_stride, bool add) {
-    if (end - row >= ROWS) return some<ROWS, T>(m, x, token, row, y, y_stride, add);
-    for (; row < end; ++row) some<1, T>(m, x, token, row, y, y_stride, add);
+    if (end - row >= ROWS) return some<ROWS, T, ONCE>(m, x, token, row, y, y_stride, add);
+    for (; row < end; ++row) some<1, T, ONCE>(m, x, token, row, y, y_stride, add);
+  }
+
+  template <int T>
+  static void once(const SkMatrix& m, const SkInput& x, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add) {
+    for (; begin < end; begin += ROWS) rows<T, true>(m, x, 0, begin, end, y, y_stride, add);
   }
 
   static void product(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end) {
+    if (x.count == 1) return once<1>(m, x, begin, end, y, y_stride, add);
+    if (x.count == 2) return once<2>(m, x, begin, end, y, y_stride, add);
+    if constexpr (MOST > 2)
+      if (x.count == 3) return once<3>(m, x, begin, end, y, y_stride, add);
+    if constexpr (MOST > 3) {
+      if (x.count == 4) return once<4>(m, x, begin, end, y, y_stride, add);
+      if (x.count == 5) return once<5>(m, x, begin, end, y, y_stride, add);
+      if (x.count == 6) return once<6>(m, x, begin, end, y, y_stride, add);
+    }
     const int64_t fit = NEAREST / (x.stride * F::X_BYTES) / MOST * MOST, block = fit > MOST ? fit : MOST;
     for (int64_t panel = begin; panel < end; panel += PANEL)
       for (int64_t first = 0; first < x.count; first += block) {

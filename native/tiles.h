@@ -7,6 +7,7 @@
 // dot is an exact integer and the sum over groups runs in order, so a token gets the same bits in any batch.
 // Rows a matrix does not have carry scale 0. A scale that is not a number makes its row not a number, and no other.
 #pragma once
+#include "ahead.h"
 #include "kernels.h"
 #include "number.h"
 #if defined(__AVX2__)
@@ -112,7 +113,7 @@ struct Product {
 #if defined(__AVX512VNNI__)
   static constexpr int MOST = PLANES > 1 ? 4 : 6;  // tokens together: with two tiles their sums and dots fill the registers
   static constexpr int TILES = 2;
-  static constexpr int64_t AHEAD = 8192, FAR = 32768;  // bytes fetched in advance on the first pass over a tile
+  static constexpr int64_t FAR = 32768;
   typedef uint64_t Wide __attribute__((vector_size(64)));
 
   static __m512 numbers(const uint8_t* p) {
@@ -155,7 +156,7 @@ struct Product {
 #pragma GCC unroll 4
           for (int l = 0; l < EACH<F>; ++l) {
             const uint8_t* at = p + n * next + (step * EACH<F> + l) * 64;
-            _mm_prefetch(at + ahead, _MM_HINT_T0);
+            fetch<N == 1>(at + ahead);
             line[n][l] = Wide(_mm512_loadu_si512(at));
           }
 #pragma GCC unroll 8
@@ -179,7 +180,7 @@ struct Product {
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) {
         const uint8_t* at = p + n * next + LINES * 64;
-        _mm_prefetch(at + ahead, _MM_HINT_T0);
+        fetch<N == 1>(at + ahead);
 #pragma GCC unroll 4
         for (int plane = 0; plane < PLANES; ++plane) {
           const __m512 scale = numbers(at + plane * SCALES);

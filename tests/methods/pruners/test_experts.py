@@ -6,15 +6,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from shoestring import models
 from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
+from shoestring.kernels import formats, ops
+from shoestring.kernels.formats import _rows, sparse
 from shoestring.lab import tiny
 from shoestring.methods.pruners import _experts, expert_merging, expert_pruning
+from shoestring.models import packed, surgery
 from shoestring.models.anatomy import mixtures
 
 ROWS = [
@@ -101,6 +106,60 @@ def test_weights_go_by_size_times_gated_input() -> None:
 def test_two_of_four() -> None:
     mask = expert_pruning.lowest(torch.tensor([[1.0, 4, 3, 2, 8, 5, 6, 7]]), 0.5, "2:4")
     assert mask.tolist() == [[True, False, False, True, False, True, True, False]]
+
+
+def test_experts_thinned_to_two_of_four_take_nine_bits_a_weight() -> None:
+    model = mixture().bfloat16()
+    seen, _ = _experts.watched(model, ROWS, 128)
+    assert expert_pruning.zero_weights(model, seen, 0.0, "2:4") == 0.5
+    for s in seen:
+        for name in s.mixture.tensors:
+            for matrix in model.get_submodule(s.mixture.experts).get_parameter(name).detach():
+                rows, columns = matrix.shape
+                data = sparse.encode(matrix)
+                # Two numbers of four and a bit for each place, which is as much as two places of two bits.
+                beside = 8 * (_rows.HEAD + 4 * (rows + 1) + 64)
+                assert 8 * len(data) - beside == rows * (8 * columns + 64 * -(-columns // 64))
+                assert torch.equal(sparse.decode(data, columns), matrix)
+
+
+def test_the_engine_runs_two_of_four_as_it_is_stored(tmp_path: Path) -> None:
+    if not ops.backend()["native"]:
+        pytest.skip("no native library in this installation")
+    from shoestring.engine.native_runner import NativeRunner
+
+    model = tiny.model(hidden_size=64, intermediate_size=128).bfloat16()
+    layers = {n: m for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    for layer in layers.values():
+        layer.weight.data.masked_fill_(expert_pruning.lowest(layer.weight.float().abs(), 0.0, "2:4"), 0)
+    model.save_pretrained(tmp_path / "plain")
+    for name, layer in layers.items():
+        data = sparse.encode(layer.weight.detach())
+        made = packed.linear(formats.parse(f"sparse/{len(data)}"), {"weight": data}, layer.in_features)
+        made.rows = made.out_features = layer.out_features
+        surgery.replace_module(model, name, made)
+    packed.mark(model)
+    model.save_pretrained(tmp_path / "sparse")
+    runners = [NativeRunner(tmp_path / name, threads=1) for name in ("plain", "sparse")]
+    assert np.array_equal(*(_logits(runner, ROWS[0]["input_ids"]) for runner in runners))
+    saved = sum(layer.weight.numel() * 2 - sparse.size(*layer.weight.shape, layer.weight.numel() // 2)
+        for layer in layers.values())  # fmt: skip
+    assert runners[0].facts.weight_bytes - runners[1].facts.weight_bytes == saved > 0
+
+
+def _logits(runner: Any, ids: list[int]) -> np.ndarray:
+    from shoestring.engine.runner import Batch
+
+    runner.reserve(8)
+    count = len(ids)
+    batch = Batch(
+        ids=np.array(ids, np.int32),
+        positions=np.arange(count, dtype=np.int32),
+        starts=np.array([0, count], np.int32),
+        contexts=np.array([0], np.int32),
+        tables=np.arange(8, dtype=np.int32)[None],
+    )
+    return runner.logits(runner.run(batch), np.arange(count, dtype=np.int32))  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- joining

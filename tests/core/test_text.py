@@ -35,8 +35,11 @@ def test_what_is_no_quantity(written: str, word: str) -> None:
 
 
 def test_an_error_shows_how_to_write_it() -> None:
-    with pytest.raises(UsageError, match="for example storage=10"):
-        text.quantity("4", text.BYTES, "storage")
+    with pytest.raises(UsageError, match="for example storage=10MB"):
+        text.quantity("much", text.BYTES, "storage")
+    for written, meant in (("400", "400MB"), (400, "400MB"), ("400000000", "400000000B")):
+        with pytest.raises(UsageError, match=f"has no unit.*for example storage={meant}"):
+            text.quantity(written, text.BYTES, "storage")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="Did you mean MB"):
         text.quantity("4Mb", text.BYTES, "storage")
 

@@ -94,6 +94,7 @@ def test_a_stack_prunes_nothing_after_packing_and_trains_between(tiny: Path, dat
         ({"method": "int8,int4"}, "int4 cannot follow int8: the weights are integers already"),
         ({"method": "int4,lora"}, "cannot be folded into packed weights"),
         ({"size": "1MB", "bits": 3.0}, "both --size and --bits"),
+        ({"size": "60", "method": ""}, "size=60 has no unit.*size=60MB"),
         ({"bits": 0.0, "method": ""}, "--bits 0.0"),
         ({"keep": 0}, "keep is 0"),
         ({"eval_examples": 0}, "eval_examples is 0"),

@@ -17,18 +17,21 @@ _NUMBER_UNIT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]
 
 
 def quantity(text: str, units: dict[str, float], name: str) -> float:
-    """`"90MB"` in the base unit of `units`.
+    """`"90MB"` in the base unit of `units`. A bare number may come as one, as settings that are guessed to be such do.
 
     Raises:
         UsageError: not a number with a unit, an unknown unit, not above zero, or beyond all numbers.
     """
-    match = _NUMBER_UNIT.fullmatch(text)
-    example = f"Write it with a unit, for example {name}=10{list(units)[min(2, len(units) - 1)]}"
+    match = _NUMBER_UNIT.fullmatch(str(text))
+    usual = list(units)[min(2, len(units) - 1)]
+    example = f"Write it with a unit, for example {name}=10{usual}"
     if not match:
         raise UsageError(f"{name}={text} is not a quantity", remedy=example)
     number, unit = match.groups()
     if not unit:
-        raise UsageError(f"{name}={text} has no unit", remedy=example)
+        # What was meant is known but for the unit: a number too large for the usual one counts single ones.
+        meant = usual if float(number) < 1e5 else next(unit for unit, scale in units.items() if scale == 1)
+        raise UsageError(f"{name}={text} has no unit", remedy=f"Write it with one, for example {name}={number}{meant}")
     if unit not in units:
         raise UsageError(f"{name}={text} has the unknown unit {unit}", remedy=nearest(unit, units))
     if float(number) <= 0:

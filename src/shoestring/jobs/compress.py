@@ -10,7 +10,6 @@ from typing import Any
 from shoestring import data as datasets
 from shoestring import models
 from shoestring.core import catalog, text
-from shoestring.core.budget import Budget
 from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
 from shoestring.core.files import write_text
 from shoestring.core.ledger import Ledger
@@ -153,7 +152,7 @@ def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]
     if request.size is not None and request.bits is not None:
         raise UsageError("both --size and --bits are given", remedy="Give one of them")
     if request.size is not None:
-        limit = room_for_weights(int(Budget.parse(f"storage={request.size}").limits["storage"]), shape)
+        limit = room_for_weights(int(text.quantity(request.size, text.BYTES, "size")), shape)
         if limit <= 0:
             raise DoesNotFit(
                 f"nothing is as small as {request.size}",

@@ -147,7 +147,8 @@ def _steps(arms: Arms) -> None:
     from torch import Tensor
 
     from shoestring.engine.native_runner import NativeRunner
-    from shoestring.methods.serving._windows import Example, Frozen, LowRank, Pass, Shape
+    from shoestring.methods.serving._frozen import Frozen
+    from shoestring.methods.serving._windows import Example, LowRank, Pass, Shape
     from shoestring.models.load import resolve
 
     loaded = arms.load(dtype="float32")

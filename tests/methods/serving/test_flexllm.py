@@ -29,7 +29,8 @@ from shoestring.engine.request import Sampling
 from shoestring.engine.tuning import Told, TuningJob
 from shoestring.kernels.matrix import make, to_int8
 from shoestring.lab import answering
-from shoestring.methods.serving import _windows, flexllm
+from shoestring.methods.serving import _frozen, flexllm
+from shoestring.methods.serving._frozen import Frozen, Rooms, unpacked
 from shoestring.methods.serving._latency import SIZES, Clock, Table
 from shoestring.methods.serving._training import _of_chat, checkpoints, encoded
 from shoestring.methods.serving._windows import (
@@ -37,13 +38,10 @@ from shoestring.methods.serving._windows import (
     REMATERIALISE,
     Bytes,
     Example,
-    Frozen,
     LowRank,
     Pass,
-    Rooms,
     Shape,
     dropped,
-    unpacked,
 )
 
 VOCAB = 96
@@ -218,7 +216,7 @@ def test_packed_weights_are_trained_on_as_they_answer(
 ) -> None:
     """The gradient is that of the model whose weights are what the codes stand for."""
     if not whole_layers:  # as of a large model, whose matrices of one shape take turns
-        monkeypatch.setattr(_windows, "_LAYER_BYTES", 0)
+        monkeypatch.setattr(_frozen, "_LAYER_BYTES", 0)
     found = []
     for weights in packed:
         monkeypatch.setattr(case, "frozen", Frozen(case.runner.model, weights))
@@ -232,7 +230,7 @@ def test_packed_weights_are_unpacked_once_a_direction(
     """However small the windows are: what a layer costs must not grow with what waits for it."""
     counted: list[Any] = []
     monkeypatch.setattr(
-        _windows, "unpacked", lambda matrix, *where, **how: counted.append(matrix) or unpacked(matrix, *where, **how)
+        _frozen, "unpacked", lambda matrix, *where, **how: counted.append(matrix) or unpacked(matrix, *where, **how)
     )
     found = []
     for window in ("999", "7"):

@@ -22,13 +22,12 @@ from shoestring.data.formats import read
 from shoestring.engine.request import RequestError
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.engine.tuning import Told
+from shoestring.methods.serving._frozen import Frozen, Rooms
 from shoestring.methods.serving._windows import (
     IGNORED,
     Example,
-    Frozen,
     LowRank,
     Pass,
-    Rooms,
     Shape,
     Totals,
     Unit,

@@ -202,8 +202,8 @@ class Trainer:
     def prepare(self, job: TuningJob) -> Training:
         import torch
 
+        from shoestring.methods.serving._frozen import Frozen
         from shoestring.methods.serving._training import Plan, Training, encoded
-        from shoestring.methods.serving._windows import Frozen
 
         config, runner, tokenizer = self.config, self.opened.runner, self.opened.tokenizer
         most = min(config.max_length, runner.facts.context)

@@ -142,6 +142,13 @@ def test_what_was_left_to_us_is_said_and_models_can_be_deleted(client: openai.Op
     assert _ended(client, again.id).status == "succeeded"
 
 
+def test_what_is_uploaded_is_for_the_server_alone_to_read(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    made = files.add("mine.jsonl", "fine-tune", io.BytesIO(b"secret"), "")
+    assert files.path(made["id"]).read_bytes() == b"secret"
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
 def test_a_job_outlives_its_disk(tmp_path: Path) -> None:
     """A line of events that a kill has cut, a file that is no job, a folder that can be written no more."""
     job = _Job(tmp_path / "jobs" / "one", {"id": "one", "created_at": 1, "status": "running"}, "ft:tiny:one", "")

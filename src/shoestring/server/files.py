@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
 from shoestring.core.errors import ShoestringError
-from shoestring.core.files import atomic_file, write_text
+from shoestring.core.files import atomic_file
 from shoestring.server import schema
 from shoestring.server.errors import ApiError, bad
 from shoestring.server.keys import Client, client_of
@@ -72,6 +72,7 @@ class Files:
         """
         file_id = f"file-{secrets.token_hex(12)}"
         with atomic_file(self.path(file_id)) as aside, aside.open("wb") as out:
+            aside.chmod(0o600)  # it holds what people wrote
             shutil.copyfileobj(source, out)
         about = {
             "id": file_id,
@@ -84,7 +85,9 @@ class Files:
             "expires_at": None,
             "status_details": None,
         }
-        write_text(self.folder / f"{file_id}.json", json.dumps({**about, "owner": owner}))
+        with atomic_file(self.folder / f"{file_id}.json") as aside:
+            aside.chmod(0o600)
+            aside.write_text(json.dumps({**about, "owner": owner}), encoding="utf-8")
         self._known[file_id] = owner, about
         return about
 

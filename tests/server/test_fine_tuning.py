@@ -19,6 +19,7 @@ from serving import command, toy
 from test_bad_requests import raw
 
 from shoestring.lab import answering
+from shoestring.server.files import Files
 from shoestring.server.fine_tuning import FineTuning, _Job
 
 ASKED = [{"role": "user", "content": "w7 w8"}]
@@ -298,7 +299,6 @@ def test_it_is_off_unless_a_folder_is_given() -> None:
 
 
 def test_a_file_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None:
-    from shoestring.server.files import Files
 
     with toy(max_file_bytes=1000, idle_seconds=0.3) as server:
         server.service.tuning = type("Tuning", (), {"files": Files(tmp_path)})()

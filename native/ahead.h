@@ -16,4 +16,10 @@ inline __attribute__((always_inline)) void fetch(const void* p) {
     __builtin_prefetch(p);
 }
 
+// Where reading begins, nothing has been asked for yet.
+template <bool ONCE>
+inline void fetch_first(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < AHEAD && at < bytes; at += 64) fetch<ONCE>(static_cast<const char*>(p) + at);
+}
+
 }  // namespace

@@ -106,6 +106,8 @@ struct Stored {
 
   template <int T>
   static void once(const SkMatrix& m, const SkInput& x, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add) {
+    const int64_t row_bytes = m.cols * F::BYTES;
+    fetch_first<true>(static_cast<const char*>(m.data) + begin * row_bytes, (end - begin) * row_bytes);
     for (; begin < end; begin += ROWS) rows<T, true>(m, x, 0, begin, end, y, y_stride, add);
   }
 

@@ -387,6 +387,8 @@ struct Product {
     // Two tiles share the loads of their tokens; tokens that pass a tile once read one stream better than two.
     if (TILES == 2 && x.count > MOST)
       for (; row + SK_TILE < out.rows; row += 2 * SK_TILE) all_tokens<TILES>(m, x, out, row);
+    const int64_t tile = (m.cols + GROUP - 1) / GROUP * BYTES, left = (out.rows - row + SK_TILE - 1) / SK_TILE;
+    fetch_first<true>(static_cast<const uint8_t*>(m.data) + row / SK_TILE * tile, left * tile);
     for (; row < out.rows; row += SK_TILE) all_tokens<1>(m, x, out, row);
   }
 };

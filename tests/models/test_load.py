@@ -103,6 +103,12 @@ def test_no_config(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_run_folder(folder_of: Maker, tmp_path: Path) -> None:
+    shutil.copytree(folder_of("llama"), tmp_path / "run" / "model")
+    with pytest.raises(UsageError, match=rf"no config\.json. Give {tmp_path / 'run' / 'model'}"):
+        check_folder(tmp_path / "run")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "", '{"a": ' + "[" * 100_000])
 def test_bad_config(folder_of: Maker, text: str) -> None:
     folder = folder_of()

@@ -44,9 +44,11 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> Folder:
     """
     _check_entries(path)
     if not (path / "config.json").is_file():
-        raise UsageError(
-            f"{path} is not a model folder", "it has no config.json", "Give the folder that save_pretrained wrote"
+        inside = path / "model"  # of a run that made a model
+        remedy = (
+            f"Give {inside}" if (inside / "config.json").is_file() else "Give the folder that save_pretrained wrote"
         )
+        raise UsageError(f"{path} is not a model folder", "it has no config.json", remedy)
     config = read_json(path / "config.json")
     refuse_code(path, trust_remote_code)
     return Folder(path, config, _check_weights(path))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from passes import logits_of
 from shoestring import models
 from shoestring.core.errors import UsageError
 from shoestring.core.ledger import Ledger
@@ -141,25 +142,10 @@ def test_the_engine_runs_two_of_four_as_it_is_stored(tmp_path: Path) -> None:
     packed.mark(model)
     model.save_pretrained(tmp_path / "sparse")
     runners = [NativeRunner(tmp_path / name, threads=1) for name in ("plain", "sparse")]
-    assert np.array_equal(*(_logits(runner, ROWS[0]["input_ids"]) for runner in runners))
+    assert np.array_equal(*(logits_of(runner, ROWS[0]["input_ids"]) for runner in runners))
     saved = sum(layer.weight.numel() * 2 - sparse.size(*layer.weight.shape, layer.weight.numel() // 2)
         for layer in layers.values())  # fmt: skip
     assert runners[0].facts.weight_bytes - runners[1].facts.weight_bytes == saved > 0
-
-
-def _logits(runner: Any, ids: list[int]) -> np.ndarray:
-    from shoestring.engine.runner import Batch
-
-    runner.reserve(8)
-    count = len(ids)
-    batch = Batch(
-        ids=np.array(ids, np.int32),
-        positions=np.arange(count, dtype=np.int32),
-        starts=np.array([0, count], np.int32),
-        contexts=np.array([0], np.int32),
-        tables=np.arange(8, dtype=np.int32)[None],
-    )
-    return runner.logits(runner.run(batch), np.arange(count, dtype=np.int32))  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- joining

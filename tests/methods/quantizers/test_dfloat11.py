@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from passes import logits_of
 from shoestring import models
 from shoestring.core import catalog
 from shoestring.core.errors import UsageError
@@ -166,7 +167,7 @@ def test_the_engine_gives_the_bits_of_the_original(coding, coded, tmp_path):
     from shoestring.engine.native_runner import NativeRunner
 
     _, _, folder = coded(coding)
-    found = [_logits(NativeRunner(path, threads=1), list(range(3, 19))) for path in (tmp_path / "plain", folder)]
+    found = [logits_of(NativeRunner(path, threads=1), list(range(3, 19))) for path in (tmp_path / "plain", folder)]
     assert np.array_equal(*found)
 
 
@@ -185,25 +186,10 @@ def test_the_default_model(coding, tmp_path):
         answers = [models.load(path).model(ids).logits for path in (source, out)]
     assert torch.equal(*answers)
     runners = [NativeRunner(path, threads=1) for path in (source, out)]
-    assert np.array_equal(*(_logits(runner, ids[0].tolist()) for runner in runners))
+    assert np.array_equal(*(logits_of(runner, ids[0].tolist()) for runner in runners))
     if coding == "fixed":
         assert runners[1].facts.weight_bytes < 0.76 * runners[0].facts.weight_bytes
 
 
 def _weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _logits(runner: Any, ids: list[int]) -> np.ndarray:
-    from shoestring.engine.runner import Batch
-
-    runner.reserve(8)
-    count = len(ids)
-    batch = Batch(
-        ids=np.array(ids, np.int32),
-        positions=np.arange(count, dtype=np.int32),
-        starts=np.array([0, count], np.int32),
-        contexts=np.array([0], np.int32),
-        tables=np.arange(8, dtype=np.int32)[None],
-    )
-    return runner.logits(runner.run(batch), np.arange(count, dtype=np.int32))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import random
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from shoestring.lab import answering
 from shoestring.methods.serving import _frozen, flexllm
 from shoestring.methods.serving._frozen import Frozen, Rooms, unpacked
 from shoestring.methods.serving._latency import SIZES, Clock, Table
-from shoestring.methods.serving._training import _of_chat, checkpoints, encoded
+from shoestring.methods.serving._training import Moments, _of_chat, checkpoints, encoded
 from shoestring.methods.serving._windows import (
     IGNORED,
     REMATERIALISE,
@@ -496,6 +498,47 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(opened: Opened, data: P
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)  # windows may have been cut otherwise
     finished, told = _train(opened, _job(data, tmp_path / "cut", epochs=4), **options)
     assert [t.kind for t in told] == ["started", "finished"]
+
+
+def test_steps_are_those_of_adamw() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ours = torch.randn(5, 7, generator=draw, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theirs], weight_decay=0.1)
+    moments = Moments.of(ours)
+    for step in range(1, 20):
+        optimizer.param_groups[0]["lr"] = 0.01 * step
+        ours.grad = torch.randn(5, 7, generator=draw) * 10.0 ** (step % 5 - 3)
+        theirs.grad = ours.grad.clone()
+        moments.update(ours, step, 0.01 * step, 0.1)
+        optimizer.step()
+        assert torch.equal(ours, theirs), step
+    ours.grad = None
+    moments.update(ours, 20, 0.2, 0.1)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_server_that_trains_does_not_load_the_compiler(model: Path, data: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from shoestring.engine.hooks import Spare
+from shoestring.engine.open import open_model
+from shoestring.engine.tuning import TuningJob
+from shoestring.methods.serving import flexllm
+opened = open_model(Path({str(model)!r}), threads=1)
+trainer = flexllm.Trainer(flexllm.FlexllmConfig(), opened)
+data, out = Path({str(data)!r}), Path({str(tmp_path / "out")!r})
+training = trainer.prepare(TuningJob("job", "model", data, out, batch_size=4))
+trainer.start(training, lambda told: None)
+while trainer.stats()["training_jobs"]:
+    trainer.work(Spare(64))
+training.close()
+assert training.step > 0 and "torch" in sys.modules
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_a_pause_in_the_middle_of_a_layer_changes_nothing(opened: Opened, data: Path, tmp_path: Path) -> None:

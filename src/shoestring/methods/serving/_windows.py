@@ -138,6 +138,16 @@ def dropped(tokens: Tensor, width: int, seed: int, share: float) -> Tensor:
 # ---- one linear layer ----
 
 
+def _gradients(outs: Sequence[Tensor], wanted: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Those of `wanted`, None where there is none, from those of `outs`.
+
+    Through one number: to compare the shapes of given gradients torch loads 35 MB of algebra.
+    """
+    with torch.enable_grad():
+        number = torch.stack([torch.dot(out.flatten(), grown.flatten()) for out, grown in zip(outs, given)]).sum()
+    return torch.autograd.grad(number, wanted, allow_unused=True)
+
+
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias in float32, by oneDNN where torch has it: on some processors twice as fast as torch's own choice.
 
@@ -485,7 +495,7 @@ class Pass:
             if grown is not None:
                 target = torch.from_numpy(weights.head.rows_of(wanted.numpy()))
                 dh = (mean - others[:, None] * target) / total[:, None] * (scale / self.targets)
-                (dx,) = torch.autograd.grad(normed, x, dh)
+                (dx,) = _gradients([normed], [x], [dh])
                 grown[rows] = dx
             begin += len(rows)
         if grown is not None:
@@ -525,7 +535,7 @@ class Pass:
         if not flowing:  # the first layer, and no LoRA in it
             return
         outs, grown = zip(*flowing)
-        found = torch.autograd.grad(outs, [*wanted, *own], grown, allow_unused=True)
+        found = _gradients(outs, [*wanted, *own], grown)
         for leaf, gradient in zip([*wanted, *own], found):
             if gradient is None:
                 continue

@@ -100,6 +100,15 @@ def test_tools_are_kept_and_arguments_become_objects(tmp_path):
     refused(write(tmp_path / "b.jsonl", row), "b.jsonl:1", "tool call")
 
 
+def test_functions_are_tools(tmp_path):
+    """OpenAI's earlier form of calls, which its files of that time have."""
+    asked = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}
+    row = {"messages": [ANSWER[0], asked], "functions": [{"name": "add", "parameters": {"type": "object"}}]}
+    (example,) = read(write(tmp_path / "a.jsonl", row)).examples
+    assert example.tools == [{"type": "function", "function": row["functions"][0]}]
+    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+
+
 def test_group_key_is_kept(tmp_path):
     assert read(write(tmp_path / "a.jsonl", CHAT | {"group": "g"})).examples[0].group == "g"
 

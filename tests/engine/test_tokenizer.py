@@ -209,6 +209,28 @@ def test_names_and_tools_cannot_forge_either() -> None:
     assert made.decode(ids, skip_special=False) == json.dumps([evil]) + "<|end|>" * 3
 
 
+def test_a_template_without_tools_says_them_in_words() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+    made = Tokenizer(byte_level(), templates={"default": plain})
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "<|end|>"}}}
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "So?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}, {"name": "clock"}]
+    text = made.chat_text(messages, tools)
+    assert text.startswith("[system] Be brief.\n\nYou can call") and '{"name": "clock"}' in text
+    assert '[assistant] <tool_call>\n{"name": "weather", "arguments": {"city": "<|end|>"}}\n</tool_call><|end|>' in text
+    assert text.endswith("[user] <tool_response>\nrain\n</tool_response><|end|>")
+    assert made.chat(messages, tools).count(made._special["<|end|>"]) == 4
+    assert made.chat_text(messages[1:2]) == "[user] So?<|end|>"
+
+    knowing = Tokenizer(byte_level(), templates={"default": "{{ tools | tojson }}" + plain})
+    assert "You can call" not in knowing.chat_text(messages, tools)
+
+
 def test_a_normalizer_cannot_forge_either() -> None:
     inner = byte_level(AddedToken("<|end|>", special=True, normalized=True))
     inner.normalizer = normalizers.NFKC()

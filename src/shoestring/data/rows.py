@@ -74,7 +74,10 @@ _Read = tuple[list[dict[str, Any]], list[float] | None, list[dict[str, Any]] | N
 
 
 def _chat(row: Mapping[str, Any]) -> _Read:
-    return *_messages(row["messages"], "messages", "role", "content"), _tools(row.get("tools"))
+    tools = _tools(row.get("tools"))
+    if not tools and (functions := _tools(row.get("functions"))):  # OpenAI's earlier form
+        tools = [{"type": "function", "function": function} for function in functions]
+    return *_messages(row["messages"], "messages", "role", "content"), tools
 
 
 def _sharegpt(row: Mapping[str, Any]) -> _Read:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoestring.core.errors import UsageError
 from shoestring.engine.request import RequestError
+from shoestring.engine.tool_text import with_tools_as_text
 from shoestring.models.folder import end_tokens, read_json
 from shoestring.models.gguf_tokenizer import build, byte_alphabet, number_of
 from shoestring.models.gguf_tokenizer import end_tokens as gguf_ends
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
 _CONTEXT = 8  # tokens before a text that decide how it begins
 _PRIVATE = 0x10F000  # characters that stand in for others begin here, in a plane nobody uses
 
@@ -89,6 +91,8 @@ class Tokenizer:
         **template_variables: Any,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template, or a plain one when it has none.
+
+        A template that knows no tools is told of them, of calls and of results in the text of messages.
 
         Args:
             add_generation_prompt: end with what begins an answer.
@@ -210,9 +214,10 @@ class Tokenizer:
         continued: bool,
         variables: Mapping[str, Any],
     ) -> tuple[str, dict[str, str]]:
-        from shoestring.engine.chat_template import TemplateRefused
-
         given = _plain({"messages": messages, "tools": tools or None, "variables": variables})
+        called = any(message.get("tool_calls") or message.get("role") == "tool" for message in given["messages"])
+        if (tools or called) and not self._knows_tools:
+            given["messages"], given["tools"] = with_tools_as_text(given["messages"], given["tools"] or ()), None
         texts = list(_texts(given))
         for text in texts:
             _check_text(text, "messages")
@@ -222,21 +227,30 @@ class Tokenizer:
         end = self._unused("".join(texts), hidden) if continued else ""
         if continued:
             said[-1:] = [_ended(said[-1] if said else {}, end)]
+        text = self._written(said, disarmed["tools"], prompt, disarmed["variables"])
+        return _cut(text, end) if continued else text, hidden
+
+    def _written(self, messages: Any, tools: Any, prompt: bool, variables: Mapping[str, Any]) -> str:
+        """What the template makes of a conversation."""
+        from shoestring.engine.chat_template import TemplateRefused
+
         names = {name: text for name, text in self._named.items() if text}
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": prompt}
         try:
-            text = self._template("tool_use" if tools else "default").render(
-                {
-                    **names,
-                    "documents": None,
-                    **disarmed["variables"],
-                    "messages": said,
-                    "tools": disarmed["tools"],
-                    "add_generation_prompt": prompt,
-                }
+            return self._template("tool_use" if tools else "default").render(
+                {**names, "documents": None, **variables, **given}
             )
         except TemplateRefused as error:
             raise RequestError(error.what, error.why, param="messages", code="invalid_messages") from None
-        return _cut(text, end) if continued else text, hidden
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether what the template writes depends on the tools it is given."""
+        hello = [{"role": "user", "content": "x"}]
+        try:
+            return self._written(hello, [_PROBE], True, {}) != self._written(hello, None, True, {})
+        except (RequestError, UsageError):
+            return False
 
     def _template(self, name: str) -> Template:
         from shoestring.engine.chat_template import Template

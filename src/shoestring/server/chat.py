@@ -28,13 +28,11 @@ from shoestring.server.schema import ChatRequest, Message, NamedTool, Tool
 from shoestring.server.service import Service, log
 from shoestring.server.settings import Settings
 from shoestring.server.stream import Tail, event, quoted
-from shoestring.server.tools import Call, Finder, call_schema, described, either
+from shoestring.server.tools import Call, Finder, call_schema, either
 from shoestring.server.work import Answer, Work
 
 _LONG = 4096  # characters from which tokenising is not done between two answers of others
-_PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
 _NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message", "self")
-_knows_tools: dict[str, bool] = {}  # by the template's text
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ async def tokens_of(
     variables: Mapping[str, Any] | None = None,
     ending: Mapping[str, bool] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation. A template that knows no tools is told of them in the system message.
+    """Token ids of a conversation.
 
     Raises:
         ApiError: messages that the template refuses, or a variable that it must not have.
@@ -132,8 +130,6 @@ async def tokens_of(
         if not name.isidentifier() or name in _NO_VARIABLES:
             raise bad(f"chat_template_kwargs.{name}", "A template's variable cannot have this name")
     plain = [_plain(message, i) for i, message in enumerate(messages)]
-    if not _template_knows_tools(tokenizer) and (tools or any("tool_calls" in m or m["role"] == "tool" for m in plain)):
-        plain, tools = _as_text(plain, tools), ()
 
     def render() -> list[int]:
         return tokenizer.chat(plain, list(tools) or None, **(ending or {}), **(variables or {}))
@@ -169,36 +165,6 @@ def _plain(message: Message, at: int) -> dict[str, Any]:
         calls.append({"id": call.id, "type": "function", "function": function})
     if calls:
         found["tool_calls"] = calls
-    return found
-
-
-def _template_knows_tools(tokenizer: Tokenizer) -> bool:
-    """Whether the template's output depends on the tools it is given."""
-    key = tokenizer.template
-    if key not in _knows_tools:
-        hello = [{"role": "user", "content": "x"}]
-        try:
-            _knows_tools[key] = tokenizer.chat(hello, [_PROBE]) != tokenizer.chat(hello)
-        except ShoestringError:
-            _knows_tools[key] = False
-    return _knows_tools[key]
-
-
-def _as_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools, calls and results as text of messages."""
-    found = []
-    for message in messages:
-        text = message["content"]
-        for call in message.get("tool_calls", ()):
-            text += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
-        if message["role"] == "tool":
-            message = {"role": "user"}
-            text = f"<tool_response>\n{text}\n</tool_response>"
-        found.append({"role": message["role"], "content": text.strip("\n") if text != message.get("content") else text})
-    if tools:
-        if not found or found[0]["role"] != "system":
-            found.insert(0, {"role": "system", "content": ""})
-        found[0]["content"] = f"{found[0]['content']}\n\n{described(tools)}".strip()
     return found
 
 

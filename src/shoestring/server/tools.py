@@ -1,4 +1,4 @@
-"""Tools: how a model is told of them, how an answer is made to call one, and how calls are found in its text.
+"""Tools: how an answer is made to call one, and how calls are found in its text.
 
 A call in the text is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, or a list of such objects between the
 marks, or such JSON as the whole answer. What looks like a call and names no tool that was offered stays text.
@@ -12,16 +12,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoestring.engine.tool_text import CLOSE, OPEN
 from shoestring.server.errors import bad
 from shoestring.server.schema import Tool
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _OPEN_ENDED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref"}
-_HOW = (
-    "You can call these functions, one JSON description a line:\n<tools>\n{tools}\n</tools>\n"
-    "To call one, answer with nothing but\n"
-    '<tool_call>\n{{"name": "the function", "arguments": {{"its": "arguments"}}}}\n</tool_call>'
-)
 
 
 @dataclass(frozen=True)
@@ -34,11 +29,6 @@ class Call:
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-def described(tools: Sequence[dict[str, Any]]) -> str:
-    """What a model whose template knows no tools is told of them."""
-    return _HOW.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:

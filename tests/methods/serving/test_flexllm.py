@@ -28,6 +28,7 @@ from shoestring.engine.hooks import Spare
 from shoestring.engine.native_runner import NativeRunner
 from shoestring.engine.open import Opened, open_model
 from shoestring.engine.request import Sampling
+from shoestring.engine.tokenizer import from_gguf
 from shoestring.engine.tuning import Told, TuningJob
 from shoestring.kernels.matrix import make, to_int8
 from shoestring.lab import answering
@@ -45,6 +46,8 @@ from shoestring.methods.serving._windows import (
     Shape,
     dropped,
 )
+from shoestring.models.guard import check_gguf
+from shoestring.models.load import DEFAULT, locate
 
 VOCAB = 96
 _SIZES: dict[str, Any] = dict(
@@ -591,6 +594,21 @@ def test_examples_learn_answers_alone(opened: Opened, data: Path) -> None:
     assert [label for label in example.labels if label != IGNORED] == [20, 21, 22, 2]
     with pytest.raises(UsageError, match="rows.jsonl:1.*tokens.*max_length"):
         encoded(data, opened.tokenizer, 5)
+
+
+def test_calls_of_tools_are_learned_by_a_template_without_them(tmp_path: Path) -> None:
+    """As the server asks and finds them; left out, the model would learn to answer with nothing."""
+    words = from_gguf(check_gguf(locate(DEFAULT)).values)
+    assert words
+    call = {"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": "w"}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    (example,) = encoded(tmp_path / "rows.jsonl", words, 1024)
+    said = words.decode([label for label in example.labels if label != IGNORED])
+    assert said == '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'
 
 
 THINKING = (

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
 from shoestring.jobs import compress as job
 from shoestring.jobs.compress import CompressRequest, compress
+from shoestring.jobs.fit import FitRequest, fit
+from shoestring.jobs.train import TrainRequest, train
+from shoestring.lab import tiny as lab
 
 
 def from_folder(folder: str) -> Any:
@@ -134,6 +137,46 @@ def test_a_folder_that_quality_cannot_be_measured_of_is_refused_before_any_work(
         file.write_text(content) if content else file.unlink()
     with pytest.raises(UsageError, match=words):
         compress(CompressRequest(str(folder), "int8", data=str(data)), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "packed already, with gptq.*Give the model that it was made from.$"),
+        ({"bits": 4}, "packed already, with a method it does not name"),
+        ({"quant_method": "shoestring_int4"}, "packed already, with int4.*or unpack it with `shoestring export`"),
+    ],
+)
+def test_what_is_packed_already_is_refused_before_any_work(
+    stated: dict[str, Any], words: str, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+    requests: list[dict[str, Any]] = [{"method": "int8"}, {"bits": 4.0}, {"method": "compresso"}]
+    for request in requests:
+        with pytest.raises(UsageError, match=words):
+            compress(CompressRequest(str(folder), data=str(data), **request), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("t5", "seq2seq"), ("bert", "masked")])
+def test_a_model_that_says_no_next_token_is_refused_before_any_work(
+    family: str, kind: str, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / family
+    shutil.copytree(tiny, folder)
+    lab.model(family).save_pretrained(folder)
+    jobs: list[Any] = [
+        (compress, CompressRequest(str(folder), "int8", data=str(data))),
+        (train, TrainRequest(str(folder), data=str(data))),
+        (fit, FitRequest(str(folder), data=str(data), budget="storage=1MB")),
+    ]
+    for do, request in jobs:
+        with pytest.raises(UsageError, match=f"is a {kind} model. held-out loss is that of the next token"):
+            do(request, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

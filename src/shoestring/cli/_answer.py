@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from shoestring.cli._command import trust_option
+
 _LIKELIEST = "Draw from the likeliest tokens up to this probability."
 
 
@@ -41,6 +43,7 @@ def answer_options(max_new_tokens: int, temperature: float, top_p: float) -> Cal
         click.option("--system", default="", help="A message that goes first."),
         click.option("--dtype", default="auto", show_default=True, help="What to compute in; auto: as stored."),
         click.option("--threads", type=int, help="For arithmetic. [default: one for each core]"),
+        trust_option(),
     ]  # fmt: skip
 
     def decorate(function: Any) -> Any:

@@ -105,6 +105,12 @@ def out_option(
     return click.option("-o", "--out", "--output-dir", "--out-dir", "out", required=required, metavar="DIR", help=help)
 
 
+def trust_option() -> Any:
+    return click.option(
+        "--trust-remote-code", is_flag=True, help="Let the model's repository run its own Python code here."
+    )
+
+
 def resume_option() -> Any:
     return click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from shoestring.cli._command import Command, model_argument
+from shoestring.cli._command import Command, model_argument, trust_option
 from shoestring.cli._screen import current
 
 
@@ -20,6 +20,7 @@ from shoestring.cli._screen import current
 @click.option("--no-work", "work", flag_value=False, default=True, help="Leave memory and speed out.")
 @click.option("--dtype", default="auto", show_default=True, help="What to compute in.")
 @click.option("--threads", type=int, help="For arithmetic.")
+@trust_option()
 def command(model: str, tasks: str, **given: object) -> None:
     """Measure MODEL: held-out loss, speed, memory, storage; or two models side by side.
 

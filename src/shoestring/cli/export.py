@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from shoestring.cli._command import Command, model_argument, out_option
+from shoestring.cli._command import Command, model_argument, out_option, trust_option
 from shoestring.cli._screen import current
 
 
@@ -14,6 +14,7 @@ from shoestring.cli._screen import current
 )
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of weights written as safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+@trust_option()
 def command(model: str, out: str, **options: object) -> None:
     """Write MODEL as plain weights that other programs read without shoestring."""
     from shoestring.jobs.export import export

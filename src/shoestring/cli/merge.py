@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from shoestring.cli._command import Command, model_argument, out_option
+from shoestring.cli._command import Command, model_argument, out_option, trust_option
 from shoestring.cli._screen import current
 
 
@@ -12,6 +12,7 @@ from shoestring.cli._screen import current
 @click.option("--base", help="The model to merge into, in place of the one the adapter names.")
 @click.option("--dtype", help="Of the written weights. [default: that of the base]")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+@trust_option()
 def command(model: str, out: str, **options: object) -> None:
     """Fold the adapter in the folder MODEL into its base; a plain model comes out."""
     from shoestring.jobs.merge import merge

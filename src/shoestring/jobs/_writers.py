@@ -38,6 +38,7 @@ class Answering:
         adapter: a PEFT adapter folder to use with the model.
         dtype: what to compute in; "auto" computes on the weights as they are stored.
         threads: for arithmetic; None takes one for each core that the process may use.
+        trust_remote_code: run Python code that the model's folder brings.
     """
 
     max_new_tokens: int = 256
@@ -52,6 +53,7 @@ class Answering:
     adapter: str | None = None
     dtype: str = "auto"
     threads: int | None = None
+    trust_remote_code: bool = False
 
 
 class Writer(Protocol):
@@ -100,6 +102,7 @@ def open_writer(ref: str | Path | Loaded | Engine, how: Answering, offline: bool
             max_sequences=1,
             max_step_tokens=512,
             offline=offline,
+            trust_remote_code=how.trust_remote_code,
         )
         return EngineWriter(engine)
     except DoesNotFit:
@@ -109,7 +112,8 @@ def open_writer(ref: str | Path | Loaded | Engine, how: Answering, offline: bool
             raise
         from shoestring.jobs._doors import open_model  # it looks for methods of other packages, which takes a while
 
-        return TransformersWriter(open_model(ref, dtype=how.dtype, offline=offline))
+        given = {"dtype": how.dtype, "offline": offline, "trust_remote_code": how.trust_remote_code}
+        return TransformersWriter(open_model(ref, **given))
 
 
 class EngineWriter:

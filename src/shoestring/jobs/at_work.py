@@ -30,6 +30,7 @@ def at_work(
     repeats: int = 3,
     threads: int | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Load the model in a fresh process, generate greedily with the key-value cache, and report what that took.
 
@@ -40,6 +41,7 @@ def at_work(
         repeats: timed generations, after one short one that is not timed; fewer once they have taken 8 seconds.
         threads: for arithmetic; None leaves one core to the neighbours. Threads meet many times a token, so one that
             has to wait for its core stops all: with every core in use a small model can become ten times slower.
+        trust_remote_code: run Python code that the folder brings.
 
     Returns:
         `peak_memory` of the process's whole life, `floor_memory` of the interpreter with every library imported and
@@ -59,6 +61,7 @@ def at_work(
         )
     command = [sys.executable, "-m", "shoestring.jobs.at_work", str(folder), "--json", "--dtype", dtype]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeats", str(repeats)]
+    command += ["--trust-remote-code"] * trust_remote_code
     # Threads that spin at a barrier while neighbours hold the cores slow a decode step ten times and more.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     threads = threads or max(1, _cores() - 1)
@@ -110,7 +113,13 @@ def _last_words(code: int, stderr: str) -> tuple[str, str]:
 
 
 def _measure(
-    folder: str, prompt_tokens: int, new_tokens: int, repeats: int, threads: int | None, dtype: str
+    folder: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    dtype: str,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """What `at_work` returns, measured in this very process."""
     import torch
@@ -124,7 +133,7 @@ def _measure(
     _import_what_it_needs(path)
     floor = probes.resident()
     started = time.perf_counter()
-    loaded = open_model(folder, dtype=dtype)
+    loaded = open_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     load_seconds = time.perf_counter() - started
     model = loaded.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -231,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args(arguments))
     as_json = given.pop("json")

@@ -17,10 +17,10 @@ from shoestring.core.shape import Shape
 from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import import_lines, open_doors, open_model
 from shoestring.jobs.at_work import storage
-from shoestring.jobs.evaluate import compare
+from shoestring.jobs.evaluate import compare, predicts_next
 from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
-from shoestring.models.folder import check_folder
+from shoestring.models.folder import check_folder, read_json
 from shoestring.models.load import load_tokenizer
 from shoestring.planner.plan import by_verb, refuse_family, room_for_weights
 
@@ -83,6 +83,8 @@ def compress(
             remedy=f"Add --method, one of {known}; or --size or --bits, which choose formats layer by layer",
         )
     source = models.resolve(request.model)
+    _refuse_packed(source)
+    predicts_next(source)
     open_doors(source)
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
     steps = _refuse_early(steps + (_within(request, shape, bool(methods)) if limited else []), shape)
@@ -101,14 +103,15 @@ def compress(
         folder, facts = execute(steps, source, work)
         say("comparing with the original")
         with ledger.stage("compare", settle=True):
-            original = open_model(str(source), trust_remote_code=request.trust_remote_code, tokenizer=False)
-            found = compare(open_model(folder, tokenizer=False).model, original.model, rows)
+            given = {"trust_remote_code": request.trust_remote_code, "tokenizer": False}
+            original = open_model(str(source), **given)
+            found = compare(open_model(folder, **given).model, original.model, rows)
         kept = 1 / found.perplexity_ratio.value
         result = {
             "model": str(run.model), "method": ",".join(step.method for step in steps if step.method),
             "options": dict(steps[0].options) if len(steps) == 1 else {str(s.method): dict(s.options) for s in steps},
             "storage_before": storage(source), "storage": storage(folder),
-            "bits_per_weight": 8 * _weight_bytes(folder) / shape.parameters,
+            "bits_per_weight": 8 * _weight_bytes(folder, request.trust_remote_code) / shape.parameters,
             "quality_kept": kept,
             **{name: asdict(getattr(found, name)) for name in ("perplexity_ratio", "kl", "changed")},
             "facts": facts,
@@ -169,6 +172,20 @@ def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]
     return [Step("compress", chooser.name, {**options, **catalog.module(chooser.name).within(limit)})]
 
 
+def _refuse_packed(source: Path) -> None:
+    """Raises UsageError for a model folder whose weights are codes already."""
+    config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    packed = config.get("quantization_config")
+    if packed:
+        method = str(packed.get("quant_method", "a method it does not name") if isinstance(packed, dict) else packed)
+        ours = method.startswith("shoestring")
+        raise UsageError(
+            f"{source} is packed already, with {method.removeprefix('shoestring_')}",
+            "what compresses needs weights, and finds codes",
+            "Give the model that it was made from" + (", or unpack it with `shoestring export`" if ours else ""),
+        )
+
+
 def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
     """Ask every method whether it takes its options and fits the model, before any of them works."""
     for step in steps:
@@ -203,16 +220,17 @@ def _encoded(test: datasets.Corpus, source: Path, shape: Shape, request: Compres
     return rows
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(tensor.size for tensor in check_folder(folder).tensors.values())
+def _weight_bytes(folder: Path, trust_remote_code: bool) -> int:
+    return sum(tensor.size for tensor in check_folder(folder, trust_remote_code=trust_remote_code).tensors.values())
 
 
 def _card(request: CompressRequest, steps: list[Step], result: Mapping[str, Any], folder: Path) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in bill(result))
+    trust = ", trust_remote_code=True" if request.trust_remote_code else ""
     return (
         f"# {Path(request.model).name}, compressed\n\nMade from `{request.model}` by: "
         f"{' → '.join(str(step) for step in steps)}.\n\n| | |\n|---|---|\n{rows}\n## Use\n\n```python\n"
         f"{import_lines(folder)}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})\n```\n'
     )

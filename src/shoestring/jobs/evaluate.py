@@ -13,6 +13,8 @@ import numpy as np
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.jobs._doors import open_model
 from shoestring.jobs.at_work import at_work
+from shoestring.models.folder import read_json
+from shoestring.models.load import kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +187,7 @@ def evaluate(
     dtype: str = "auto",
     threads: int | None = None,
     offline: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Everything `shoestring eval` prints, as JSON: figures at work, quality, and the distance from another model.
 
@@ -197,6 +200,7 @@ def evaluate(
         split: "test" (the tenth that `fit` and `train` never see), "validation", "train" or "all"; a plain text file
             is always read whole.
         work: measure memory and speed too, in a process of its own.
+        trust_remote_code: run Python code that the models' folders bring.
 
     Returns:
         {"model", "data", "work", "quality", "against": {"model", "work", "quality", "comparison"}, "tasks"}; what was
@@ -207,8 +211,9 @@ def evaluate(
         ShoestringError: a task that cannot run.
     """
     refs = [ref] if against is None else [ref, against]
-    works = [_work(at_work(r, threads=threads, dtype=dtype)) for r in refs] if work else []
-    loaded = open_model(ref, dtype=dtype, offline=offline)
+    given: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    works = [_work(at_work(r, threads=threads, **given)) for r in refs] if work else []
+    loaded = open_model(ref, offline=offline, **given)
     _must_write(loaded)
     corpus, part = _part(data, split)
     rows = _encoded(corpus, loaded, loss_on)
@@ -228,7 +233,7 @@ def evaluate(
     if against is None:
         result["quality"] = heldout(loaded.model, rows).to_json()
     else:
-        other = open_model(against, dtype=dtype, offline=offline)
+        other = open_model(against, offline=offline, **given)
         _must_write(other)
         if loaded.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise UsageError(
@@ -366,13 +371,21 @@ def _evenly(rows: Sequence[Any], limit: int) -> list[Any]:
     return [rows[int(k * len(rows) / limit)] for k in range(limit)] if limit < len(rows) else list(rows)
 
 
-def _must_write(loaded: Any) -> None:
-    if loaded.kind != "causal":
+def predicts_next(folder: Path) -> None:
+    """Raises UsageError unless the model in a folder says the next token, by which quality is measured."""
+    if (folder / "config.json").is_file():
+        _must_be_causal(kind_of(read_json(folder / "config.json")), str(folder))
+
+
+def _must_be_causal(kind: str, ref: str) -> None:
+    if kind != "causal":
         raise UsageError(
-            f"{loaded.ref} is a {loaded.kind} model",
-            "held-out loss is that of the next token",
-            "Give a causal language model",
+            f"{ref} is a {kind} model", "held-out loss is that of the next token", "Give a causal language model"
         )
+
+
+def _must_write(loaded: Any) -> None:
+    _must_be_causal(loaded.kind, loaded.ref)
     if loaded.tokenizer is None:
         raise UsageError(
             f"{loaded.path} holds no tokenizer", remedy="Copy the tokenizer of its base model into the folder"

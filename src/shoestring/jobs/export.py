@@ -18,12 +18,14 @@ def export(
     *,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the model in `folder` to `out`; returns where it stands.
 
     Args:
         format: "safetensors" writes plain weights in `dtype`, unpacking packed ones, that any transformers reads;
             "gguf" one file with the weights as they are, where GGUF has types that carry them exactly.
+        trust_remote_code: run Python code that the folder brings.
 
     Raises:
         UsageError: an unknown format, an adapter (merge it first), an occupied place, or what GGUF does not carry.
@@ -46,7 +48,7 @@ def export(
         return write_gguf(path, Path(out))
     if not overwrite:
         refuse_occupied(out)
-    loaded = open_model(folder, dtype=dtype)
+    loaded = open_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model = loaded.model
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()

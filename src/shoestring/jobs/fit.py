@@ -28,7 +28,7 @@ from shoestring.core.step import Work
 from shoestring.jobs import report
 from shoestring.jobs._doors import import_lines, open_doors, open_model
 from shoestring.jobs.at_work import at_work
-from shoestring.jobs.evaluate import Quality, compare, heldout, perplexity_ratio
+from shoestring.jobs.evaluate import Quality, compare, heldout, perplexity_ratio, predicts_next
 from shoestring.jobs.generate import generate
 from shoestring.jobs.pipeline import execute
 from shoestring.jobs.runs import Run, finished, open_run
@@ -101,6 +101,7 @@ def fit(
     say(f"reading {request.model} and {request.data}")
     source = models.resolve(request.model)
     open_doors(source)
+    predicts_next(source)
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
     corpus = datasets.read(request.data, skip_bad=request.skip_bad)
     candidates, host = plans(request, shape, limits)
@@ -217,7 +218,7 @@ class _Fit:
         self.run.write("plan.json", [c.to_json() for c in self.candidates])
         train, valid, test = parts_of(corpus, request.seed)
         loaded = open_model(str(self.source), trust_remote_code=request.trust_remote_code)
-        tokenizer, context = loaded.tokenizer, models.shape_of(loaded.path).context or 2048
+        tokenizer, context = loaded.tokenizer, models.shape_of(loaded.model).context or 2048
         limit = min(request.training.get("max_length") or context, context)
         on_long = request.training.get("on_long", "error")
         choose = datasets.encode(
@@ -227,7 +228,7 @@ class _Fit:
         say("measuring the model as it is")
         clock = _Clock()
         with self.ledger.stage("before", settle=True):
-            before_work = at_work(self.source, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
+            before_work = self._at_work(self.source)
             clock.lap("work")
             before, before_choice = heldout(loaded.model, show), heldout(loaded.model, choose)
             clock.lap("heldout")
@@ -274,7 +275,15 @@ class _Fit:
         self.say(f"training {shared[0].method}" + (f" for at most {allowed:.0f} s" if allowed else ""))
         work = self._work(train, _some(valid, max(1, self.request.eval_examples // 3)), training)
         folder, facts = execute(shared, self.source, work)
-        return open_model(folder), facts[0].get("log", [])
+        return open_model(folder, trust_remote_code=self.request.trust_remote_code), facts[0].get("log", [])
+
+    def _at_work(self, folder: Path) -> dict[str, Any]:
+        return at_work(
+            folder,
+            prompt_tokens=cost.PROMPT_TOKENS,
+            new_tokens=cost.NEW_TOKENS,
+            trust_remote_code=self.request.trust_remote_code,
+        )
 
     def _try(self, original: Quality, whole: Quality, rows: list[Any], train: Any) -> list[_Tried]:
         """Build candidates in order until one fits and keeps enough; `train` is for those that look at data.
@@ -294,7 +303,7 @@ class _Fit:
             with self.ledger.stage("build"):
                 folder, _ = execute(candidate.steps, self.source, self._work(train, None, {}))
             with self.ledger.stage("measure", settle=True):
-                work = at_work(folder, prompt_tokens=cost.PROMPT_TOKENS, new_tokens=cost.NEW_TOKENS)
+                work = self._at_work(folder)
                 model = open_model(folder, trust_remote_code=self.request.trust_remote_code).model
                 quality = heldout(model, rows)
                 flops = _flops_per_token(model)

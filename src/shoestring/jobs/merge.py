@@ -17,6 +17,7 @@ def merge(
     dtype: str | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the model that base and adapter are together; it loads without peft and without shoestring.
 
@@ -26,6 +27,7 @@ def merge(
     Args:
         dtype: of the written weights; None keeps that of the base.
         base: in place of the base that the adapter names.
+        trust_remote_code: run Python code that the base's folder brings.
 
     Returns:
         {"folder", "dtype", "difference", "formats"}: the largest difference of a logit, relative to the largest logit;
@@ -48,7 +50,7 @@ def merge(
         refuse_occupied(out)
     config = check_adapter(path)
     base = base or config.get("base_model_name_or_path") or ""
-    base_folder = check_folder(resolve(base))
+    base_folder = check_folder(resolve(base), trust_remote_code=trust_remote_code)
     if base_folder.config.get("quantization_config"):
         raise UsageError(
             f"The adapter cannot be merged into {base}",
@@ -56,7 +58,7 @@ def merge(
             "Merge with the model it was packed from (--base), then compress the result",
         )
     open_doors(path)
-    loaded = open_model(base, dtype="float32")
+    loaded = open_model(base, dtype="float32", trust_remote_code=trust_remote_code)
     stored = choose_dtype(dtype, base_folder, "cpu") if dtype else stored_dtype(base_folder)
     model, difference = merge_into(loaded, path)
     model = model.to(stored)

@@ -157,7 +157,7 @@ def read_pipeline(path: Path) -> dict[str, Any]:
 
 def _one(step: Step, source: Path, out: Path, work: Work) -> dict[str, Any]:
     if step.verb == "merge":
-        return dict(merge(source, out) or {})
+        return dict(merge(source, out, trust_remote_code=work.trust_remote_code) or {})
     module = catalog.module(step.method)
     return dict(catalog.contract(catalog.get(step.method).room).apply(module, step, source, out, work))
 

@@ -13,7 +13,7 @@ from shoestring.core import catalog
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Step, Work
 from shoestring.jobs._doors import open_doors, open_model
-from shoestring.jobs.evaluate import heldout
+from shoestring.jobs.evaluate import heldout, predicts_next
 from shoestring.jobs.pipeline import check, execute
 from shoestring.jobs.runs import finished, open_run, write_json
 from shoestring.models.folder import ADAPTER_CONFIG, read_json
@@ -58,6 +58,7 @@ def train(
     check(step)
     source = models.resolve(request.model)
     open_doors(source)
+    predicts_next(source)
     corpus = datasets.read(request.data, skip_bad=request.skip_bad)
     with (
         open_run(out, "train", asdict(request), resume=resume, label=f"{Path(request.model).name}-{method}") as run,
@@ -65,7 +66,7 @@ def train(
     ):
         parts = datasets.split(corpus, seed=request.seed)
         loaded = open_model(str(source), trust_remote_code=request.trust_remote_code)
-        context = models.shape_of(loaded.path).context or 2048
+        context = models.shape_of(loaded.model).context or 2048
         limit = min(request.training.get("max_length") or context, context)
         count = max(1, len(parts[2]) // max(1, request.eval_examples))
         test = parts[2].part(parts[2].examples[::count][: request.eval_examples])
@@ -84,7 +85,7 @@ def train(
         folder, facts = execute([step], source, work)
         say("measuring the held-out loss after")
         with ledger.stage("after"):
-            after = heldout(open_model(folder).model, rows_after)
+            after = heldout(open_model(folder, trust_remote_code=request.trust_remote_code).model, rows_after)
         name_base(folder, request.model)
         if not run.model.exists():
             folder.replace(run.model)

@@ -58,7 +58,7 @@ def row(asked: Mapping[str, Any]) -> dict[str, Any]:
         name_base(made, asked["model"])
         found |= {"adapter": str(made), "storage": _storage(made)}
     loaded = open_model(str(made), trust_remote_code=asked["trust_remote_code"])
-    context = models.shape_of(source).context or 2048
+    context = models.shape_of(loaded.model).context or 2048
     limit = min(asked["training"].get("max_length") or context, context)
     on_long = asked["training"].get("on_long", "error")
     encode = encoder(method, asked["options"]) if method else data.encode

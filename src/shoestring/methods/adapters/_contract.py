@@ -162,7 +162,12 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
         loaded.tokenizer.save_pretrained(folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     length = sum(len(row["input_ids"]) for row in rows.rows) // len(rows.rows)
-    flops = training_flops(models.shape_of(loaded.path), result.tokens, length, base_trained=False)
+    flops = training_flops(
+        models.shape_of(loaded.path, trust_remote_code=work.trust_remote_code),
+        result.tokens,
+        length,
+        base_trained=False,
+    )
     work.ledger.record("flops", flops, "FLOP", "modelled", "2 N D forward, as much backward, and attention", "model")
     return {"log": result.log, "steps": result.steps, "tokens": result.tokens, "trainable": trained,
             "truncated": rows.truncated, "stopped_because": result.stopped_because}  # fmt: skip

@@ -79,7 +79,7 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
     if getattr(module, "NEEDS_DATA", False) and not work.train:
         raise UsageError(f"the step {step} learns from text, and no data was given", remedy="Add --data FILE")
     loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
-    before = models.shape_of(loaded.path).parameters
+    before = models.shape_of(loaded.model).parameters
     settings = {**getattr(module, "TRAINING", {}), **work.training}
     rows, valid = (_encoded(module, options, loaded, part, settings) for part in (work.train, work.valid))
     left = {name: value for name, value in settings.items() if name not in OF_ENCODING}

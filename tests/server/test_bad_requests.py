@@ -175,7 +175,7 @@ def test_the_end_of_the_context(server: Server) -> None:
     for size in (512, 513):
         error = error_of(ask(size, max_tokens=1))
         assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
-        assert "512" in error["message"] and str(size) in error["message"]
+        assert "maximum context length is 512" in error["message"] and str(size) in error["message"]
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**31, 2**63, 1.5, True, "1"])

@@ -11,6 +11,7 @@ from shoestring.core.errors import ShoestringError
 from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.request import Constraint, RequestError, Sampling
 from shoestring.server.body import depth_of
+from shoestring.server.closing import closed
 from shoestring.server.errors import ApiError, bad, refusal
 from shoestring.server.schema import Knobs, ResponseFormat, StructuredOutputs
 from shoestring.server.settings import Settings
@@ -63,7 +64,7 @@ def of_structured(given: StructuredOutputs | None, limits: Settings) -> Constrai
     if given is None:
         return None
     if given.json_ is not None:
-        return of_schema(given.json_, limits, "structured_outputs.json")
+        return of_schema(closed(given.json_), limits, "structured_outputs.json")
     if given.choice is not None:
         text = "|".join(re.escape(choice) for choice in given.choice)
         return Constraint("regex", checked(f"({text})", limits, "structured_outputs.choice"))
@@ -80,7 +81,7 @@ def wanted_schema(given: ResponseFormat | None) -> dict[str, Any] | None:
         wanted = given.json_schema.schema_
     else:
         wanted = given.value if given.schema_ is None else given.schema_
-    return {"type": "object"} if wanted is None else wanted
+    return {"type": "object"} if wanted is None else closed(wanted)
 
 
 def of_format(given: ResponseFormat | None, limits: Settings) -> Constraint | None:
@@ -146,7 +147,11 @@ def _with_counts(error: RequestError, engine: AsyncEngine, request: Any) -> str:
     if error.code != "context_length_exceeded":
         return str(error)
     context, size = engine.engine.context, len(request.prompt)
-    return f"This model's context is {context} tokens, and the prompt has {size}. Shorten it so that an answer fits"
+    # Clients that shorten a conversation by themselves look for OpenAI's words.
+    return (
+        f"This model's maximum context length is {context} tokens, and the prompt has {size}. "
+        "Shorten it so that an answer fits"
+    )
 
 
 def _check_stops(given: Knobs, limits: Settings) -> None:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoestring.engine.tool_text import CLOSE, OPEN
+from shoestring.server.closing import closed
 from shoestring.server.errors import bad
 from shoestring.server.schema import Tool
-
-_OPEN_ENDED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,8 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     calls = []
     for i, tool in enumerate(tools):
-        given = tool.function.parameters or {"type": "object", "properties": {}}
+        given = closed(tool.function.parameters or {"type": "object", "properties": {}})
         arguments = moved(given, f"t{i}_", shared, f"tools[{i}].function.parameters")
-        if "properties" in arguments and not _OPEN_ENDED & arguments.keys():
-            arguments["additionalProperties"] = False  # else a small model invents arguments for ever
         calls.append(
             {
                 "type": "object",

@@ -24,6 +24,7 @@ from shoestring.methods.decoding import _contract as decoding
 class RepeatConfig:
     match: int = 2
     broken: bool = False
+    table: str = ""
 
 
 class Repeating(RepeatDrafter):
@@ -116,6 +117,10 @@ def test_a_policy_and_a_decoder_of_its_own(model: Path) -> None:
     [
         (["agian"], "agian does not plug in.*Did you mean again"),
         (["again,matches=3"], "again has no option matches.*match"),
+        (["again,match=few"], "again: match=few is not a whole number"),
+        (["again,match=true"], "again: match=true is not a whole number"),
+        (["again,broken=1"], "again: broken=1 is not true or false"),
+        (["again,table=7"], 'again: table=7 is not text. Quotes make it so: table="7"'),
         (["again", "twice"], "twice cannot be plugged in.*again is the drafter already"),
     ],
 )

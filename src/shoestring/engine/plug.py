@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from shoestring.core.method import Method
     from shoestring.engine.open import Opened
 
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+}
+
 
 def spelled(word: str) -> tuple[str, dict[str, Any]]:
     """`name,key=value,key=value` as name and options; numbers, truth values and lists are read, the rest is text.
@@ -69,10 +76,15 @@ def configured(name: str, options: dict[str, Any]) -> Any:
     """
     module = catalog.module(name)
     made: Any = getattr(module, "PLUG", None) or type(module.example())
-    known = [field.name for field in fields(made)]
-    for option in options:
+    known = {field.name: str(field.type).split(" | ") for field in fields(made)}
+    for option, value in options.items():
         if option not in known:
             raise UsageError(f"{name} has no option {option}", remedy=nearest(option, known))
+        kinds = [_KINDS[kind] for kind in known[option] if kind in _KINDS]
+        if len(kinds) == len(known[option]) and not any(type(value) in types for types, _ in kinds):
+            given = value if isinstance(value, str) else json.dumps(value)
+            remedy = f'Quotes make it so: {option}="{given}"' if "str" in known[option] else ""
+            raise UsageError(f"{name}: {option}={given} is not {' or '.join(word for _, word in kinds)}", remedy=remedy)
     try:
         return made(**options)
     except TypeError as error:
@@ -82,13 +94,17 @@ def configured(name: str, options: dict[str, Any]) -> Any:
 def loader(words: Sequence[str]) -> Callable[..., Any] | None:
     """How the one of the methods named by `words` that defines `load` reads a model; None where none does.
 
-    A `load` with a parameter `read` adds to a model: it is given how the other one reads it.
+    A `load` with a parameter `read` adds to a model: it is given how the other one reads it. What watches a model looks
+    at its modules, so there must be some: the model is then read as usual.
 
     Raises:
         UsageError: an unknown method or option, or two that would read the model.
     """
+    from shoestring.models.load import load as usual
+
     found: dict[str, Callable[..., Any]] = {}
     adding: list[Callable[..., Any]] = []
+    watches = False
     for word in words:
         name, options = spelled(word)
         method = method_for(name)
@@ -98,9 +114,10 @@ def loader(words: Sequence[str]) -> Callable[..., Any] | None:
                 adding.append(load)
             else:
                 found[name] = load
+        watches |= "watch" in _points(method)
     if len(found) > 1:
         raise UsageError(f"{' and '.join(found)} cannot be plugged in together", "each reads the model in its own way")
-    read = next(iter(found.values()), None)
+    read = next(iter(found.values()), usual if watches else None)
     for load in adding:
         read = partial(load, read=read) if read else load
     return read

@@ -74,12 +74,32 @@ SK_API int32_t sk_matrix(const SkMatrix* matrix, const void* x, void* y, int64_t
 // y[count][cols] float32 = rows ids[i] of the matrix.
 SK_API int32_t sk_matrix_rows(const SkMatrix* matrix, const int32_t* ids, void* y, int64_t count);
 
-struct SkBlock {  // one transformer layer; norms are float32, q_norm and k_norm [head_dim] or null
+struct SkExpert {  // a gated feed-forward as wide as `down` has columns
+  SkMatrix gate, up, down;
+  int64_t up_first;  // the row of `up` where it begins: 0, or the width where gate and up are one matrix, which both name
+};
+
+struct SkMixture {  // experts of which a token meets a few
+  SkMatrix router;   // [choices][hidden]
+  SkMatrix weigher;  // [1][hidden]: the shared expert counts as the sigmoid of its product says; rows 0: wholly
+  const SkExpert* experts;  // [count]
+  const SkExpert* shared;   // what every token meets beside them, or null
+  const int32_t* targets;   // [choices]: the expert that a choice stands for; of one that is chosen twice the gates add up
+  const float* correction;  // [choices]: added to scores when the best are looked for, not to gates; or null
+  int64_t choices, count, chosen;
+  int64_t scores;      // 0: softmax of the router's products, 1: sigmoid
+  int64_t normalized;  // 1: the gates of those chosen sum to 1
+  double scale;        // of gates
+};
+
+struct SkBlock {  // one transformer layer; norms are float32, q_norm and k_norm [head_dim] or null (see whole_norms)
   SkMatrix q, k, v, o, gate, up, down;
+  const SkMixture* mixture;  // in place of gate, up and down, or null
   const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
   int64_t rotate;  // 0: this layer has no rotary positions
   int64_t window;  // how many positions back a token sees, itself included; 0: all
   int64_t leader;  // the layer whose attention weights it takes: itself, or one before; then q and k are not there
+  int64_t whole_norms;  // 1: q_norm and k_norm are as wide as q and k, and each is normed as a whole
 };
 
 struct SkModel {

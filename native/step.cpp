@@ -1,8 +1,10 @@
 // Layers of a Llama-like model over a ragged batch. A layer is five parallel phases when tokens are few: q, k and v; attention;
 // o; gate and up; down. What lies between them (norms, int8 codes) is then too short to share and the caller does it alone.
 // Low-rank additions need no phase: their first half is the first chunks of the phase that they belong to, and the others
-// wait for it when their own product is done.
+// wait for it when their own product is done. A mixture of experts is two phases like a plain feed-forward: gate and up of all
+// experts that tokens have chosen, then their down, where a chunk owns outputs and adds the experts up in ascending order.
 // Every phase splits rows or tokens, never a sum, so results do not depend on the number of threads.
+#include <cmath>
 #include <cstring>
 
 #include "kernels.h"
@@ -61,6 +63,20 @@ struct Job {  // matrices that are multiplied with the same tokens, in one space
   int64_t tiles_each;
 };
 
+struct Group {  // the tokens of the part that meet an expert: neighbouring places, in the order of the tokens
+  const SkExpert* expert;
+  int64_t first, count;  // places
+  int64_t tile;          // of all that are computed in a phase, the first of this expert
+  float *gate, *up;      // [count][width]
+  SkInput gate_input, up_input, down_input;
+};
+
+struct Room {  // what the mixtures of a model need, the largest of each
+  int64_t choices, chosen, groups, places;
+  int64_t inner;                      // floats of a part
+  int64_t input_bytes, inner_bytes;   // of one place: inputs of gate and up, input of down
+};
+
 struct Step {
   const SkModel* model;
   const SkCache* cache;
@@ -83,7 +99,15 @@ struct Step {
   int64_t tokens_each;
   const Tile* first_tile;
 
+  Room room;
+  int64_t places, groups;  // of the present part and mixture
+
   float *q, *k, *v, *out, *normed, *gate, *up, *added, *sums, *kept;
+  float *scores, *weights, *gates, *place_gates, *met, *met_sum;
+  int32_t *experts, *place_tokens;
+  int64_t* loads;
+  Group* group;
+  char *place_input, *inner_input;
   char *input, *low, *low_x;
   int32_t* sequence_of;  // [tokens]
   Run* runs;
@@ -133,8 +157,20 @@ void lay_out(Step& s, Pieces& pieces) {
   pieces.take(s.v, elsewhere * s.kv_width);
   pieces.take(s.out, s.batch->attend ? tokens * s.q_width : 0);
   pieces.take(s.normed, part * m.hidden);
-  pieces.take(s.gate, part * m.intermediate);
-  pieces.take(s.up, part * m.intermediate);
+  pieces.take(s.gate, larger(part * m.intermediate, s.room.inner));
+  pieces.take(s.up, larger(part * m.intermediate, s.room.inner));
+  pieces.take(s.scores, part * s.room.choices);
+  pieces.take(s.weights, s.room.choices ? part : 0);
+  pieces.take(s.gates, part * s.room.chosen);
+  pieces.take(s.experts, part * s.room.chosen);
+  pieces.take(s.place_gates, s.room.places);
+  pieces.take(s.place_tokens, s.room.places);
+  pieces.take(s.loads, s.room.groups);
+  pieces.take(s.group, s.room.groups);
+  pieces.take(s.place_input, s.room.places * s.room.input_bytes);
+  pieces.take(s.inner_input, s.room.places * s.room.inner_bytes);
+  pieces.take(s.met, s.room.choices ? part * m.hidden : 0);
+  pieces.take(s.met_sum, s.room.choices ? part * m.hidden : 0);
   pieces.take(s.added, m.residual_scale == 1 ? 0 : part * m.hidden);
   s.low_bytes = input_bound(s.rank, 1);
   s.low_x_bytes = input_bound(larger(larger(m.hidden, s.q_width), m.intermediate), 1);
@@ -201,6 +237,26 @@ bool may_follow(const SkModel& m, int64_t layer, int64_t first) {
   return true;
 }
 
+bool expert_holds(const SkTable* table, const SkModel& m, const SkExpert& e) {
+  const int64_t width = e.down.cols, first = e.up_first;
+  if (width < 1 || width > m.intermediate || !fits(table, e.down, m.hidden, width)) return false;
+  if (first == 0) return fits(table, e.gate, width, m.hidden) && fits(table, e.up, width, m.hidden);
+  if (first != width || !fits(table, e.gate, 2 * width, m.hidden) || !fits(table, e.up, 2 * width, m.hidden)) return false;
+  // Rows of packed tiles can only be asked for by whole tiles.
+  return width % SK_TILE == 0 || format_of(table, e.up)->packed_size(e.up.rows, e.up.cols, e.up.group) == 0;
+}
+
+bool mixture_holds(const SkTable* table, const SkModel& m, const SkMixture& x) {
+  if (x.choices < 1 || x.choices > 65536 || x.count < 1 || x.count > x.choices || x.chosen < 1 || x.chosen > x.choices) return false;
+  if (x.scores < 0 || x.scores > 1 || !x.experts || !x.targets || !fits(table, x.router, x.choices, m.hidden)) return false;
+  for (int64_t i = 0; i < x.choices; ++i)
+    if (x.targets[i] < 0 || x.targets[i] >= x.count) return false;
+  for (int64_t e = 0; e < x.count; ++e)
+    if (!expert_holds(table, m, x.experts[e])) return false;
+  if (x.weigher.rows && (!x.shared || !fits(table, x.weigher, 1, m.hidden))) return false;
+  return !x.shared || expert_holds(table, m, *x.shared);
+}
+
 bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t last) {
   if (m.hidden < 1 || m.intermediate < 1 || m.vocab < 1 || m.heads < 1 || m.heads > 65536 || m.heads % m.kv_heads) return false;
   if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_dim || (m.rotary && (!m.cosines || !m.sines))) return false;
@@ -210,15 +266,49 @@ bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t 
     const SkBlock& b = m.blocks[l];
     // Layers may be smaller than the model says, each in its own way.
     const int64_t kv = b.v.rows, q = kv * group, width = b.gate.rows;
-    if (kv < 1 || kv > m.kv_heads * m.head_dim || kv % m.head_dim || width < 1 || width > m.intermediate) return false;
+    if (kv < 1 || kv > m.kv_heads * m.head_dim || kv % m.head_dim) return false;
     if (!b.attention_norm || !b.mlp_norm) return false;
     if (!fits(table, b.v, kv, m.hidden)) return false;
     if (!follows(m, l) && (!fits(table, b.q, q, m.hidden) || !fits(table, b.k, kv, m.hidden))) return false;
     if (follows(m, l) && !may_follow(m, l, first)) return false;
+    if (!fits(table, b.o, m.hidden, q)) return false;
+    if (b.mixture) {
+      if (!mixture_holds(table, m, *b.mixture)) return false;
+      continue;
+    }
+    if (width < 1 || width > m.intermediate || !fits(table, b.down, m.hidden, width)) return false;
     if (!fits(table, b.gate, width, m.hidden) || !fits(table, b.up, width, m.hidden)) return false;
-    if (!fits(table, b.o, m.hidden, q) || !fits(table, b.down, m.hidden, width)) return false;
   }
   return true;
+}
+
+// Bytes of one token as a matrix wants it.
+int64_t input_bytes(const SkTable* table, const SkMatrix& m) {
+  return rounded_up(sk_input_size(format_of(table, m)->kind, m.cols, m.group, 1), 64);
+}
+
+void make_room(const SkTable* table, const SkExpert& e, Room& room, int64_t& width) {
+  width = larger(width, e.down.cols);
+  room.input_bytes = larger(room.input_bytes, input_bytes(table, e.gate) + input_bytes(table, e.up));
+  room.inner_bytes = larger(room.inner_bytes, input_bytes(table, e.down));
+}
+
+Room room_for(const SkTable* table, const SkModel& m, const SkBatch& b) {
+  Room room{};
+  const int64_t part = smaller(b.tokens, PART);
+  for (int64_t l = b.first_layer; l < b.last_layer; ++l) {
+    const SkMixture* x = m.blocks[l].mixture;
+    if (!x) continue;
+    int64_t width = 0, shared = 0;
+    for (int64_t e = 0; e < x->count; ++e) make_room(table, x->experts[e], room, width);
+    if (x->shared) make_room(table, *x->shared, room, shared);
+    room.choices = larger(room.choices, x->choices);
+    room.chosen = larger(room.chosen, x->chosen);
+    room.groups = larger(room.groups, x->count + 1);
+    room.places = larger(room.places, part * (x->chosen + (x->shared ? 1 : 0)));
+    room.inner = larger(room.inner, part * (x->chosen * width + shared));
+  }
+  return room;
 }
 
 bool batch_holds(const SkModel& m, const SkCache* cache, const SkBatch& b, bool shares, int64_t page_bytes) {
@@ -465,7 +555,7 @@ void place_queries(const Step& s, int64_t token, int64_t begin, int64_t end) {
   const bool rotated = s.block->rotate && m.rotary;
   for (int64_t h = begin * group; h < end * group; ++h) {
     float* q = s.q + at * s.q_width + h * dim;
-    if (s.block->q_norm) s.table->normalize(q, s.block->q_norm, m.epsilon, dim, q);
+    if (s.block->q_norm && !s.block->whole_norms) s.table->normalize(q, s.block->q_norm, m.epsilon, dim, q);
     if (rotated)
       s.table->rotate(q, m.cosines + b.positions[at] * (m.rotary / 2), m.sines + b.positions[at] * (m.rotary / 2), m.rotary);
   }
@@ -488,7 +578,7 @@ void place_keys(const Step& s, int64_t token, int64_t begin, int64_t end) {
       s.table->store(s.layout, block_of(s, page, h), slot % SK_PAGE, nullptr, s.v + own * s.kv_width + h * dim);
       continue;
     }
-    if (s.block->k_norm) s.table->normalize(k, s.block->k_norm, m.epsilon, dim, k);
+    if (s.block->k_norm && !s.block->whole_norms) s.table->normalize(k, s.block->k_norm, m.epsilon, dim, k);
     if (rotated) s.table->rotate(k, cosines, sines, m.rotary);
     if (b.attend) continue;
     s.table->store(s.layout, block_of(s, page, h), slot % SK_PAGE, k, s.v + own * s.kv_width + h * dim);
@@ -497,11 +587,22 @@ void place_keys(const Step& s, int64_t token, int64_t begin, int64_t end) {
     reinterpret_cast<int32_t*>(block_of(s, page, 0) + s.layout.positions)[slot % SK_PAGE] = b.positions[at];
 }
 
+// Norms queries and keys of a token over all heads, where the layer does it so.
+void norm_whole(const Step& s, int64_t token) {
+  if (!s.block->whole_norms || s.placed == VALUES_ALONE) return;
+  const SkModel& m = *s.model;
+  const int64_t at = s.begin + token, own = s.batch->attend ? at : token;
+  float *q = s.q + at * s.q_width, *k = s.k + own * s.kv_width;
+  if (s.placed != KEYS_ALONE && s.block->q_norm) s.table->normalize(q, s.block->q_norm, m.epsilon, s.q_width, q);
+  if (s.placed != QUERIES_ALONE && s.block->k_norm) s.table->normalize(k, s.block->k_norm, m.epsilon, s.kv_width, k);
+}
+
 void place_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   int64_t begin, end;
   chunk_tokens(s, chunk, begin, end);
   for (int64_t t = begin; t < end; ++t) {
+    norm_whole(s, t);
     if (s.placed == ALL || s.placed == QUERIES_ALONE) place_queries(s, t, 0, s.kv_heads);
     if (s.placed != QUERIES_ALONE) place_keys(s, t, 0, s.kv_heads);
   }
@@ -551,6 +652,197 @@ void whole_head_chunk(void* context, int64_t head) {
   attend_tile(s, tile, head);
 }
 
+// ---- mixtures of experts ----
+
+// Products of a matrix with tokens begin..end-1 of those that are normed: [count][rows].
+void score(const Step& s, const SkMatrix& m, char* memory, float* y, int64_t begin, int64_t end) {
+  const SkFormat* f = format_of(s.table, m);
+  const SkInput in = sk_input(memory, f->kind, m.cols, m.group, s.count);
+  s.table->prepare(s.normed, m.cols, m.cols, f->kind, m.group, in, begin, end);
+  f->product(m, some_of(in, f->kind, begin, end), y + begin * m.rows, m.rows, false, 0, m.rows);
+}
+
+float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
+
+// A router's products become scores, those scores the gates of the best: experts[chosen], -1 for one that stands there already.
+// Of equal ones the first is chosen. Numbers that are none choose any experts, with gates that are none.
+void choose(const SkMixture& x, float* scores, int32_t* experts, float* gates) {
+  if (x.scores) {
+    for (int64_t i = 0; i < x.choices; ++i) scores[i] = sigmoid(scores[i]);
+  } else {
+    float top = scores[0], sum = 0;
+    for (int64_t i = 1; i < x.choices; ++i) top = scores[i] > top ? scores[i] : top;
+    for (int64_t i = 0; i < x.choices; ++i) sum += scores[i] = std::exp(scores[i] - top);
+    for (int64_t i = 0; i < x.choices; ++i) scores[i] /= sum;
+  }
+  int64_t count = 0;
+  for (int64_t i = 0; i < x.choices; ++i) {
+    // Until the end `gates` has what they are compared by.
+    const float by = x.correction ? scores[i] + x.correction[i] : scores[i];
+    if (count == x.chosen && !(by > gates[count - 1])) continue;
+    int64_t at = count < x.chosen ? count++ : count - 1;
+    for (; at > 0 && by > gates[at - 1]; --at) gates[at] = gates[at - 1], experts[at] = experts[at - 1];
+    gates[at] = by;
+    experts[at] = int32_t(i);
+  }
+  float sum = 0;
+  for (int64_t i = 0; i < x.chosen; ++i) sum += gates[i] = scores[experts[i]];
+  for (int64_t i = 0; i < x.chosen; ++i) {
+    if (x.normalized) gates[i] /= sum;
+    gates[i] *= float(x.scale);
+    experts[i] = x.targets[experts[i]];
+    for (int64_t before = 0; before < i && experts[i] >= 0; ++before)
+      if (experts[before] == experts[i]) gates[before] += gates[i], experts[i] = -1;
+  }
+}
+
+void route_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const SkMixture& x = *s.block->mixture;
+  const int64_t hidden = s.model->hidden;
+  int64_t begin, end;
+  chunk_tokens(s, chunk, begin, end);
+  for (int64_t t = begin; t < end; ++t)
+    s.table->normalize(s.batch->hidden + (s.begin + t) * hidden, s.block->mlp_norm, s.model->epsilon, hidden, s.normed + t * hidden);
+  score(s, x.router, s.input, s.scores, begin, end);
+  for (int64_t t = begin; t < end; ++t) choose(x, s.scores + t * x.choices, s.experts + t * x.chosen, s.gates + t * x.chosen);
+  if (x.weigher.rows) score(s, x.weigher, s.input + input_bound(hidden, s.count), s.weights, begin, end);
+}
+
+void add_group(Step& s, const SkExpert& expert, int64_t count) {
+  const Group* last = s.groups ? &s.group[s.groups - 1] : nullptr;
+  Group& g = s.group[s.groups++];
+  g.expert = &expert;
+  g.first = s.places;
+  g.count = count;
+  const int64_t before = last ? last->count * last->expert->down.cols : 0;
+  g.tile = last ? last->tile + (last->expert->down.cols + SK_TILE - 1) / SK_TILE : 0;
+  g.gate = last ? last->gate + before : s.gate;
+  g.up = last ? last->up + before : s.up;
+  const SkKind gate = format_of(s.table, expert.gate)->kind, up = format_of(s.table, expert.up)->kind;
+  char* memory = s.place_input + s.places * s.room.input_bytes;
+  g.gate_input = g.up_input = sk_input(memory, gate, expert.gate.cols, expert.gate.group, count);
+  if (!same_input(s, expert.gate, expert.up))
+    g.up_input = sk_input(memory + count * input_bytes(s.table, expert.gate), up, expert.up.cols, expert.up.group, count);
+  const SkKind down = format_of(s.table, expert.down)->kind;
+  g.down_input = sk_input(s.inner_input + s.places * s.room.inner_bytes, down, expert.down.cols, expert.down.group, count);
+  s.places += count;
+}
+
+// Which tokens meet which expert.
+void gather(Step& s) {
+  const SkMixture& x = *s.block->mixture;
+  for (int64_t e = 0; e < x.count; ++e) s.loads[e] = 0;
+  for (int64_t i = 0; i < s.count * x.chosen; ++i)
+    if (s.experts[i] >= 0) ++s.loads[s.experts[i]];
+  s.places = s.groups = 0;
+  for (int64_t e = 0; e < x.count; ++e) {
+    const int64_t count = s.loads[e];
+    s.loads[e] = s.places;  // from here on where its next token goes
+    if (count) add_group(s, x.experts[e], count);
+  }
+  for (int64_t i = 0; i < s.count * x.chosen; ++i) {
+    if (s.experts[i] < 0) continue;
+    const int64_t place = s.loads[s.experts[i]]++;
+    s.place_tokens[place] = int32_t(i / x.chosen);
+    s.place_gates[place] = s.gates[i];
+  }
+  if (!x.shared) return;
+  for (int64_t t = 0; t < s.count; ++t) {
+    s.place_tokens[s.places + t] = int32_t(t);
+    s.place_gates[s.places + t] = x.weigher.rows ? sigmoid(s.weights[t]) : 1.f;
+  }
+  add_group(s, *x.shared, s.count);
+}
+
+// Every place of a chunk: its group, and which of the group's it is.
+template <class Use>
+void each_place(const Step& s, int64_t chunk, Use use) {
+  const int64_t begin = chunk * s.tokens_each, end = smaller(begin + s.tokens_each, s.places);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const Group& group = s.group[g];
+    for (int64_t p = larger(begin, group.first); p < smaller(end, group.first + group.count); ++p) use(group, p - group.first);
+  }
+}
+
+void prepare_place(const Step& s, const float* x, const SkMatrix& m, const SkInput& in, int64_t place) {
+  const SkKind kind = format_of(s.table, m)->kind;
+  s.table->prepare(x, m.cols, m.cols, kind, m.group, some_of(in, kind, place, place + 1), 0, 1);
+}
+
+void places_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  each_place(s, chunk, [&](const Group& g, int64_t i) {
+    const float* x = s.normed + s.place_tokens[g.first + i] * s.model->hidden;
+    prepare_place(s, x, g.expert->gate, g.gate_input, i);
+    if (g.up_input.rows != g.gate_input.rows) prepare_place(s, x, g.expert->up, g.up_input, i);
+  });
+}
+
+void inner_places_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  each_place(s, chunk, [&](const Group& g, int64_t i) {
+    prepare_place(s, g.gate + i * g.expert->down.cols, g.expert->down, g.down_input, i);
+  });
+}
+
+void inner_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const int64_t first = chunk * s.job.tiles_each, last = first + s.job.tiles_each;
+  for (int64_t i = 0; i < s.groups; ++i) {
+    const Group& g = s.group[i];
+    const SkExpert& e = *g.expert;
+    const int64_t width = e.down.cols, begin = larger(first - g.tile, 0) * SK_TILE, end = smaller((last - g.tile) * SK_TILE, width);
+    if (begin >= end) continue;
+    format_of(s.table, e.gate)->product(e.gate, g.gate_input, g.gate, width, false, begin, end);
+    const SkFormat* up = format_of(s.table, e.up);
+    up->product(e.up, g.up_input, g.up - e.up_first, width, false, e.up_first + begin, e.up_first + end);
+    for (int64_t t = 0; t < g.count; ++t)
+      s.table->gate(g.gate + t * width + begin, g.up + t * width + begin, end - begin, s.model->activation);
+  }
+}
+
+void outer_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const int64_t hidden = s.model->hidden, begin = chunk * s.job.tiles_each * SK_TILE;
+  const int64_t end = smaller(begin + s.job.tiles_each * SK_TILE, hidden), width = end - begin;
+  for (int64_t t = 0; t < s.count; ++t) std::memset(s.met_sum + t * hidden + begin, 0, size_t(width) * 4);
+  for (int64_t i = 0; i < s.groups; ++i) {
+    const Group& g = s.group[i];
+    const SkMatrix& down = g.expert->down;
+    format_of(s.table, down)->product(down, g.down_input, s.met, hidden, false, begin, end);
+    for (int64_t t = 0; t < g.count; ++t)
+      s.table->scale_add(s.met_sum + s.place_tokens[g.first + t] * hidden + begin, s.met + t * hidden + begin,
+                         s.place_gates[g.first + t], width);
+  }
+  for (int64_t t = 0; t < s.count; ++t)
+    s.table->scale_add(s.batch->hidden + (s.begin + t) * hidden + begin, s.met_sum + t * hidden + begin,
+                       float(s.model->residual_scale), width);
+}
+
+// Tiles in several chunks a thread, more where experts have unequally many tokens.
+void run_tiles(Step& s, void (*task)(void*, int64_t), int64_t tiles) {
+  const int64_t wanted = s.threads > 1 ? int64_t(s.threads) * (s.count > FEW ? 16 : 4) : 1;
+  s.job.tiles_each = (tiles + wanted - 1) / wanted;
+  sk_parallel(task, &s, (tiles + s.job.tiles_each - 1) / s.job.tiles_each, s.threads);
+}
+
+void run_places(Step& s, void (*task)(void*, int64_t)) {
+  s.tokens_each = s.places <= 2 * FEW || s.threads <= 1 ? s.places : TOKENS_EACH;
+  sk_parallel(task, &s, (s.places + s.tokens_each - 1) / s.tokens_each, s.threads);
+}
+
+void mix(Step& s) {
+  s.tokens_each = s.count <= FEW || s.threads <= 1 ? s.count : TOKENS_EACH;
+  sk_parallel(route_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
+  gather(s);
+  run_places(s, places_chunk);
+  const Group& last = s.group[s.groups - 1];
+  run_tiles(s, inner_chunk, last.tile + (last.expert->down.cols + SK_TILE - 1) / SK_TILE);
+  run_places(s, inner_places_chunk);
+  run_tiles(s, outer_chunk, (s.model->hidden + SK_TILE - 1) / SK_TILE);
+}
+
 // ---- a layer ----
 
 void project(Step& s) {
@@ -594,6 +886,7 @@ void add_to_hidden(Step& s, const SkMatrix& matrix, Projection projection, const
 
 void feed_forward(Step& s) {
   const SkBlock& b = *s.block;
+  if (b.mixture) return mix(s);
   s.job = Job{};
   s.job.count = 2;
   s.job.gated = true;
@@ -638,6 +931,7 @@ void run_layer(Step& s) {
   const Tile* tile = s.tiles;
   each_part(s, [&] {
     if (single) {
+      for (int64_t t = 0; t < s.count; ++t) norm_whole(s, t);
       sk_parallel(whole_head_chunk, &s, kv_heads, s.threads);
     } else if (!b.attend) {
       s.first_tile = tile;
@@ -740,6 +1034,7 @@ int32_t sk_run(const SkModel* model, const SkCache* cache, const SkBatch* batch,
   s.rank = highest_rank(s.table, *model, *batch);
   if (s.rank < 0) return 1;
   if (batch->tokens == 0) return 0;
+  s.room = room_for(s.table, *model, *batch);
   s.q_width = model->heads * model->head_dim;
   s.kv_width = model->kv_heads * model->head_dim;
   Pieces sizes{nullptr};

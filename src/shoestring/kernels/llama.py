@@ -15,13 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from shoestring.core.errors import DoesNotFit, UsageError
-from shoestring.kernels.matrix import AS_STORED, Matrix, Memory, SkMatrix, library, make, to_int8
+from shoestring.kernels.matrix import AS_STORED, SAY_THEIR_SIZE, Matrix, Memory, SkMatrix, library, make, to_int8
 
 PAGE = 16  # tokens; SK_PAGE of native/kernels.h
 TILE = 16  # rows; SK_TILE
 CACHE_TYPES = ("bf16", "int8", "fp32")
 ACTIVATIONS = ("silu", "gelu_tanh")
+SCORES = ("softmax", "sigmoid")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_FEED_FORWARD = ("gate", "up", "down")
 _JOBS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # projections of the same tokens
 MOST_HEAD_DIM = 512
 
@@ -53,13 +55,28 @@ class Batch(Protocol):
 _Address, _Count, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
+class _SkExpert(ctypes.Structure):
+    _fields_ = [*((name, SkMatrix) for name in _FEED_FORWARD), ("up_first", _Count)]
+
+
+class _SkMixture(ctypes.Structure):
+    _fields_ = [
+        ("router", SkMatrix),
+        ("weigher", SkMatrix),
+        *((name, _Address) for name in ("experts", "shared", "targets", "correction")),
+        *((name, _Count) for name in ("choices", "count", "chosen", "scores", "normalized")),
+        ("scale", _Real),
+    ]
+
+
 class _SkBlock(ctypes.Structure):
     _fields_ = [
         *((name, SkMatrix) for name in PROJECTIONS),
-        *((name, _Address) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, _Address) for name in ("mixture", "attention_norm", "mlp_norm", "q_norm", "k_norm")),
         ("rotate", _Count),
         ("window", _Count),
         ("leader", _Count),
+        ("whole_norms", _Count),
     ]
 
 
@@ -101,12 +118,107 @@ class _SkBatch(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
+class Expert:
+    """A gated feed-forward: down [hidden, width], gate and up [width, hidden].
+
+    Attributes:
+        up: None where `gate` is [2 width, hidden] and has up's rows after its own.
+    """
+
+    gate: Matrix
+    up: Matrix | None
+    down: Matrix
+
+    @property
+    def width(self) -> int:
+        return self.down.cols
+
+    @property
+    def size(self) -> int:
+        """Bytes that a token reads which meets it."""
+        return self.gate.size + (self.up.size if self.up else 0) + self.down.size
+
+    def fits(self, hidden: int) -> bool:
+        """Whether its matrices belong together, and kernels can begin at the first row of up."""
+        if self.up is None:
+            whole = self.width % TILE == 0 or self.gate.format in (*AS_STORED, *SAY_THEIR_SIZE)
+            return whole and (self.gate.rows, self.gate.cols, self.down.rows) == (2 * self.width, hidden, hidden)
+        wide = (self.width, hidden)
+        return wide == (self.gate.rows, self.gate.cols) == (self.up.rows, self.up.cols) and self.down.rows == hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Experts of which a router chooses a few for each token.
+
+    A token's scores are the softmax or the sigmoids of the router's products; it meets the experts of the `chosen`
+    largest, of equal ones the first, and adds up what they say by the scores times `scale`.
+
+    Attributes:
+        router: [choices, hidden].
+        targets: the expert that each choice stands for; of one that is chosen twice the gates add up. Empty where
+            choice i is expert i.
+        normalized: the scores of those chosen are divided by their sum.
+        correction: float32 [choices], added to scores only to find the largest, or None.
+        shared: an expert that every token meets too.
+        weigher: [1, hidden]: the shared expert counts as the sigmoid of its product says; None: wholly.
+    """
+
+    router: Matrix
+    experts: tuple[Expert, ...]
+    chosen: int
+    targets: tuple[int, ...] = ()
+    scores: str = "softmax"
+    normalized: bool = False
+    scale: float = 1.0
+    correction: np.ndarray | None = None
+    shared: Expert | None = None
+    weigher: Matrix | None = None
+
+    @property
+    def everyone(self) -> tuple[Expert, ...]:
+        """The experts and the shared one."""
+        return (*self.experts, *((self.shared,) if self.shared else ()))
+
+    @property
+    def size(self) -> int:
+        """Bytes that a token reads, on average over the experts."""
+        beside = (
+            self.router.size + (self.weigher.size if self.weigher else 0) + (self.shared.size if self.shared else 0)
+        )
+        return beside + sum(expert.size for expert in self.experts) * self.chosen // len(self.experts)
+
+    def check(self, hidden: int) -> None:
+        """Raises UsageError when parts do not belong together."""
+        choices, count = self.router.rows, len(self.experts)
+        targets = self.targets or tuple(range(choices))
+        if not count or len(targets) != choices or not set(targets) <= set(range(count)) or count > choices:
+            raise UsageError(f"{choices} choices of a router do not name {count} experts")
+        if not 0 < self.chosen <= choices:
+            raise UsageError(f"A token cannot meet {self.chosen} experts of {choices}")
+        if self.scores not in SCORES:
+            raise UsageError(f"The kernels have no scores {self.scores}", remedy=f"they are one of {SCORES}")
+        for number, expert in enumerate(self.everyone):
+            if not expert.fits(hidden):
+                name = f"Expert {number}" if number < count else "The shared expert"
+                raise UsageError(f"{name} does not fit a stream of {hidden}", "its matrices have other shapes")
+        for name, matrix, rows in (("router", self.router, choices), ("weigher", self.weigher, 1)):
+            if matrix is not None and (matrix.rows, matrix.cols) != (rows, hidden):
+                raise UsageError(f"The {name} is {matrix.rows} x {matrix.cols}, not {rows} x {hidden}")
+        if self.correction is not None and self.correction.shape != (choices,):
+            raise UsageError(f"The correction is {list(self.correction.shape)}, not [{choices}]")
+        if self.weigher and not self.shared:
+            raise UsageError("There is no shared expert to weigh")
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
-    """The weights of one layer.
+    """The weights of one layer: attention, and either a feed-forward of its own or a mixture of experts.
 
     Attributes:
         attention_norm, mlp_norm: float32 [hidden].
-        q_norm, k_norm: float32 [head_dim], applied to each head before rotation, or None.
+        q_norm, k_norm: float32 [head_dim], applied to each head before rotation, or None; as wide as q and k, they are
+            applied to these as a whole.
         rotate: whether queries and keys are rotated.
         window: positions a token looks back on, itself included; 0 for all.
         leader: the earlier layer whose attention weights it takes, and then it has neither q nor k; None for its own.
@@ -116,9 +228,9 @@ class Block:
     k: Matrix | None
     v: Matrix
     o: Matrix
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    gate: Matrix | None
+    up: Matrix | None
+    down: Matrix | None
     attention_norm: np.ndarray
     mlp_norm: np.ndarray
     q_norm: np.ndarray | None = None
@@ -126,11 +238,24 @@ class Block:
     rotate: bool = True
     window: int = 0
     leader: int | None = None
+    mixture: Mixture | None = None
 
     @property
     def matrices(self) -> dict[str, Matrix]:
-        """Projection -> its matrix, of those that the layer has."""
+        """Projection -> its matrix, of those that the layer has; experts are not among them."""
         return {name: matrix for name in PROJECTIONS if (matrix := getattr(self, name)) is not None}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of its feed-forward, or of each expert."""
+        if self.mixture:
+            return tuple(expert.width for expert in self.mixture.everyone)
+        return (self.gate.rows if self.gate else 0,)
+
+    @property
+    def size(self) -> int:
+        """Bytes that a token reads."""
+        return sum(matrix.size for matrix in self.matrices.values()) + (self.mixture.size if self.mixture else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +316,7 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Llama:
-    """A Llama-like model: norm, attention, norm, gated feed-forward in every block.
+    """A Llama-like model: norm, attention, norm, gated feed-forward or a mixture of such in every block.
 
     Blocks may have fewer heads and a narrower feed-forward than the largest, as many queries to a key in each.
 
@@ -239,12 +364,12 @@ class Llama:
 
     @property
     def intermediate(self) -> int:
-        return max(block.gate.rows for block in self.blocks)
+        return max(width for block in self.blocks for width in block.widths)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that a step of one token reads, an embedding of its own not counted."""
-        return sum(matrix.size for block in self.blocks for matrix in block.matrices.values()) + self.head.size
+        return sum(block.size for block in self.blocks) + self.head.size
 
     def page_bytes(self, cache_type: str = "bf16") -> tuple[int, ...]:
         """Bytes of a page, in each layer."""
@@ -357,7 +482,8 @@ class Llama:
                 raise UsageError(f"The adapter names {name} of layer {layer}, which the model does not have")
             matrix = self.blocks[layer].matrices.get(name)
             if matrix is None:
-                raise UsageError(f"The adapter names {name} of layer {layer}, which takes another's attention weights")
+                why = "has experts there" if name in _FEED_FORWARD else "takes another's attention weights"
+                raise UsageError(f"The adapter names {name} of layer {layer}, which {why}")
             if not len(a) or a.shape != (len(a), matrix.cols) or b.shape != (matrix.rows, len(a)):
                 raise UsageError(
                     f"The adapter's {name} of layer {layer} is {list(a.shape)} and {list(b.shape)}",
@@ -427,11 +553,16 @@ class Llama:
             raise UsageError(f"Cosines {self.cosines.shape} and sines {self.sines.shape} do not fit heads of {dim}")
         for number, block in enumerate(self.blocks):
             kv = block.v.rows
-            if not kv or kv % dim or not block.gate.rows:
-                raise UsageError(f"Layer {number} has {kv / dim:g} heads of keys and {block.gate.rows} neurons")
-            q, wide = kv * (self.heads // self.kv_heads), (block.gate.rows, self.hidden)
+            if block.mixture:
+                block.mixture.check(self.hidden)
+            if not kv or kv % dim or not min(block.widths):
+                raise UsageError(f"Layer {number} has {kv / dim:g} heads of keys and {min(block.widths)} neurons")
+            q, wide = kv * (self.heads // self.kv_heads), (block.widths[0], self.hidden)
             shapes = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
-            shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
+            if block.mixture is None:
+                shapes |= {"gate": wide, "up": wide, "down": wide[::-1]}
+            elif block.gate or block.up or block.down:
+                raise UsageError(f"Layer {number} has both experts and a feed-forward of its own")
             if block.leader is not None:
                 self._check_follower(number, block)
                 del shapes["q"], shapes["k"]
@@ -440,11 +571,12 @@ class Llama:
                 if matrix is None or (matrix.rows, matrix.cols) != shape:
                     found = "not there" if matrix is None else f"{matrix.rows} x {matrix.cols}"
                     raise UsageError(f"Layer {number}: {name} is {found}, not {shape}")
+            whole = _whole_norms(block, dim)
             for name, width in (
                 ("attention_norm", self.hidden),
                 ("mlp_norm", self.hidden),
-                ("q_norm", dim),
-                ("k_norm", dim),
+                ("q_norm", q if whole else dim),
+                ("k_norm", kv if whole else dim),
             ):
                 norm: np.ndarray | None = getattr(block, name)
                 if norm is not None and norm.shape != (width,):
@@ -485,6 +617,9 @@ class Llama:
                 setattr(struct, name, self._address(getattr(block, name)))
             struct.rotate, struct.window = int(block.rotate), block.window
             struct.leader = number if block.leader is None else block.leader
+            struct.whole_norms = int(_whole_norms(block, self.head_dim))
+            if block.mixture:
+                struct.mixture = ctypes.addressof(self._mixture(block.mixture))
         self._kept.append(blocks)
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return _SkModel(
@@ -495,10 +630,34 @@ class Llama:
             self._address(self.final_norm), self._address(self.cosines), self._address(self.sines),
         )  # fmt: skip
 
-    def _address(self, values: np.ndarray | None) -> int | None:
+    def _mixture(self, mixture: Mixture) -> _SkMixture:
+        experts = (_SkExpert * len(mixture.everyone))()
+        for struct, expert in zip(experts, mixture.everyone, strict=True):
+            up, first = (expert.gate, expert.width) if expert.up is None else (expert.up, 0)
+            struct.gate, struct.up, struct.down, struct.up_first = (
+                expert.gate.struct,
+                up.struct,
+                expert.down.struct,
+                first,
+            )
+        count, choices = len(mixture.experts), mixture.router.rows
+        made = _SkMixture(router=mixture.router.struct, experts=ctypes.addressof(experts))
+        if mixture.weigher:
+            made.weigher = mixture.weigher.struct
+        if mixture.shared:
+            made.shared = ctypes.addressof(experts[count])
+        made.targets = self._address(_int32(mixture.targets or range(choices)), np.int32)
+        made.correction = self._address(mixture.correction)
+        made.choices, made.count, made.chosen = choices, count, mixture.chosen
+        made.scores, made.normalized = SCORES.index(mixture.scores), int(mixture.normalized)
+        made.scale = mixture.scale
+        self._kept.extend((experts, made))
+        return made
+
+    def _address(self, values: np.ndarray | None, dtype: Any = np.float32) -> int | None:
         if values is None:
             return None
-        kept = np.ascontiguousarray(values, np.float32)
+        kept = np.ascontiguousarray(values, dtype)
         self._kept.append(kept)
         return int(kept.ctypes.data)
 
@@ -514,6 +673,11 @@ class Llama:
                     )
                 table[number] = ctypes.addressof(adapter.struct)
         return table
+
+
+def _whole_norms(block: Block, head_dim: int) -> bool:
+    """Whether queries and keys are normed as a whole. Where there is one head of each, both are the same."""
+    return any(norm is not None and norm.shape != (head_dim,) for norm in (block.q_norm, block.k_norm))
 
 
 def allocate(size: int, purpose: str) -> np.ndarray:

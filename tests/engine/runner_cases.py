@@ -26,6 +26,7 @@ _SIZES = dict(
     max_position_embeddings=128, initializer_range=0.2,
 )  # fmt: skip
 _GROUPED = dict(**_SIZES, num_key_value_heads=2)
+_SMALL_EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=40)
 _GPT2 = dict(**_COMMON, n_embd=64, n_layer=3, n_head=4, n_positions=128, initializer_range=0.2)
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
@@ -39,6 +40,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": dict(_GROUPED, head_dim=16, sliding_window=7, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "phi": _SIZES,
     "mixtral": dict(_GROUPED, num_local_experts=4),
+    "qwen2_moe": dict(
+        _GROUPED, **_SMALL_EXPERTS, num_experts=5, shared_expert_intermediate_size=48, mlp_only_layers=[1]
+    ),
+    "qwen3_moe": dict(_GROUPED, **_SMALL_EXPERTS, num_experts=20, norm_topk_prob=True, decoder_sparse_step=2),
+    "olmoe": dict(_GROUPED, num_experts=5, num_experts_per_tok=3),
+    "dots1": dict(
+        _GROUPED,
+        **_SMALL_EXPERTS,
+        n_routed_experts=5,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=0.8,
+    ),
     "gpt_oss": dict(_GROUPED, head_dim=16, sliding_window=7, num_local_experts=4),
     "cohere": dict(_GROUPED, logit_scale=0.25),
     "granite": dict(_GROUPED, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.3),

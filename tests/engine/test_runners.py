@@ -16,8 +16,9 @@ from runner_cases import CONFIGS, VOCAB, FloatPages, Part, batch, in_chunks, log
 from shoestring.core.errors import UsageError
 from shoestring.engine.runner import BLOCK, Batch, Runner
 
-NATIVE = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "granite")
-EXPERTS = ("mixtral", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1")
+NATIVE = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "granite", *MIXTURES)
+EXPERTS = (*MIXTURES, "gpt_oss")
 BLOCKS = 24
 SAME = 4e-3  # the same arithmetic in another order: a key may round to its neighbour in bfloat16
 NEAR = 0.03  # the model in float32 without a cache

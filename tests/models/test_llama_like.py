@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring.core.errors import UsageError
-from shoestring.models.llama_like import FAMILIES, NotNative, check_names, from_config, from_gguf
+from shoestring.models.llama_like import FAMILIES, MIXTURES, NotNative, check_names, from_config, from_gguf, spelled
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -40,7 +40,10 @@ def config_of(family: str, **changes: Any) -> Any:
 
 
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
-         "granite": "Granite"}  # fmt: skip
+         "granite": "Granite", "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe",
+         "olmoe": "Olmoe", "dots1": "Dots1"}  # fmt: skip
+# What some families do not assume anything about.
+SAID: dict[str, dict[str, Any]] = {"dots1": dict(n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1)}
 
 
 @pytest.mark.parametrize("name", ROTARY)
@@ -80,13 +83,82 @@ def test_every_tensor_has_its_place(family: str) -> None:
             check_names(described, [*weights, "model.layers.0.extra_norm.weight"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_tensor_of_a_mixture_has_its_place(family: str) -> None:
+    more = dict(
+        EXPERTS, num_local_experts=3, n_routed_experts=3, n_shared_experts=2, shared_expert_intermediate_size=40
+    )
+    more |= dict(mlp_only_layers=[0], first_k_dense_replace=1)
+    config = config_of(family, **more)
+    weights = {k: v for k, v in AutoModelForCausalLM.from_config(config).state_dict().items() if "inv_freq" not in k}
+    described = spelled(from_config(config.to_dict()), weights)
+    check_names(described, weights)
+    mixture = described.mixture
+    assert mixture and described.mixes(1) and mixture.count(1) == 3 and mixture.chosen == 2
+    assert described.mixes(0) == (family in ("mixtral", "olmoe"))
+    for layer in range(3):
+        for role in described.block_roles(layer):
+            assert described.shape_of(role, layer) == tuple(weights[described.name(role, layer) + ".weight"].shape), (
+                role
+            )
+    gate_up = weights[described.name("experts", 1) + ".gate_up_proj"]
+    assert gate_up.shape == (3, *described.shape_of("expert_gate_up", 1))
+    for gone in ("1.mlp.gate.weight", "1.mlp.experts.down_proj"):
+        with pytest.raises(UsageError, match="lack 1 tensors"):
+            check_names(described, [name for name in weights if gone not in name])
+    with pytest.raises(NotNative, match="mlp.extra"):
+        check_names(described, [*weights, "model.layers.1.mlp.extra.weight"])
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(family: str, **changes: Any) -> list[bool]:
+        described = from_config({**config_of(family, **SAID.get(family, {})).to_dict(), **changes})
+        return [described.mixes(layer) for layer in range(described.layers)]
+
+    assert layers("qwen2_moe", mlp_only_layers=[1]) == [True, False, True]
+    assert layers("qwen3_moe", decoder_sparse_step=2) == [False, True, False]
+    assert layers("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[1]) == [False] * 3
+    assert layers("dots1", first_k_dense_replace=2) == [False, False, True]
+    maps = [[0, 1, 0], [0, 1]]
+    config = {**config_of("qwen2_moe", mlp_only_layers=[1]).to_dict(), "num_experts_per_tok": 2}
+    found = from_config({**config, "layer_expert_maps": maps}).mixture
+    assert (
+        found and found.targets == ((0, 1, 0), (), (0, 1)) and [found.count(layer) for layer in range(3)] == [2, 0, 2]
+    )
+
+
+def test_windows_of_mixtures() -> None:
+    assert from_config(config_of("mixtral", sliding_window=7).to_dict()).windows == (7, 7, 7)
+    one = dict(use_sliding_window=True, sliding_window=9)
+    assert from_config(config_of("qwen3_moe", **one).to_dict()).windows == (9, 9, 9)
+    assert from_config(config_of("qwen2_moe", **one).to_dict()).windows == (9, 0, 9)
+    assert from_config({**config_of("qwen2_moe", **one).to_dict(), "layer_types": None}).windows == (9, 0, 9)
+    late = config_of("dots1", sliding_window=5, max_window_layers=1, **SAID["dots1"]).to_dict()
+    assert from_config(late).windows == from_config({**late, "layer_types": None}).windows == (0, 5, 5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_silent_configurations_mean_what_transformers_assumes(family: str) -> None:
     needed = dict(vocab_size=96, hidden_size=512, intermediate_size=96, num_hidden_layers=3, num_attention_heads=32)
+    needed |= SAID.get(family, {})
     raw = {"architectures": [f"{NAMES[family]}ForCausalLM"], "model_type": family, **needed}
     config = AutoConfig.for_model(family, **{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
     found, whole = from_config(raw), from_config({**config.to_dict(), "architectures": raw["architectures"]})
-    for key in ("head_dim", "context", "epsilon", "rotates", "windows", "biased", "tied", "kv_heads", "logit_scale"):
+    for key in (
+        "head_dim",
+        "context",
+        "epsilon",
+        "rotates",
+        "windows",
+        "biased",
+        "tied",
+        "kv_heads",
+        "logit_scale",
+        "mixture",
+    ):
         assert getattr(found, key) == getattr(whole, key), key
     np.testing.assert_array_equal(found.rotary.inverse, whole.rotary.inverse)
 

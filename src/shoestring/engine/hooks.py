@@ -124,7 +124,7 @@ class Hooks:
         policy: who is served next; None is the engine's own.
         decoder: makes what turns plans into tokens, for methods that do so otherwise than in one pass.
         weights: keeps weights of the model elsewhere than in memory; any object.
-        watch: looks on while the model computes, and changes nothing; any object.
+        watch: looks on while the model's modules compute, and changes nothing; any object. The torch runner runs it.
     """
 
     drafter: Drafter | None = None

@@ -45,7 +45,7 @@ def read_adapter(folder: Path, model: LlamaLike) -> dict[tuple[int, str], tuple[
         match = _TENSOR.fullmatch(name)
         role = match[2] if match else ""
         layer = int(match[1]) if match else 0
-        if match is None or role not in PROJECTIONS or layer >= model.layers:
+        if match is None or layer >= model.layers or role not in {*PROJECTIONS} & {*model.block_roles(layer)}:
             raise NotBeside(
                 f"{where} holds {name[:120]}",
                 f"a {model.family} model of {model.layers} layers takes no low-rank matrix of that name",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages, within
 from shoestring.kernels.layout import ITEM, parse
-from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Llama, Queries
+from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Expert, Llama, Mixture, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
-from shoestring.models.llama_like import PROJECTIONS, LlamaLike, NoKernels, NotNative, describe, packing
+from shoestring.models.llama_like import CORRECTION, PROJECTIONS, LlamaLike, NoKernels, NotNative, describe, packing
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
 
 _DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
@@ -28,7 +28,7 @@ _FIRST_POSITIONS = 4096  # rotary tables begin with so many and grow when a sequ
 
 
 class NativeRunner:
-    """Runs a folder or a GGUF file of `models.llama_like.FAMILIES` on the CPU. See `Runner` for the methods.
+    """Runs a folder or a GGUF file of the families of `models.llama_like` on the CPU. See `Runner` for the methods.
 
     float32 and bfloat16 matrices are read from the mapped file; float16 ones become float32, which holds them exactly.
     Packed ones (GGUF's Q8_0, Q4_0, Q4_1; 8 and 4 bits in groups) are laid out for the kernels once and stay packed.
@@ -63,7 +63,7 @@ class NativeRunner:
             raise UsageError(f"Unknown cache type {cache_dtype!r}", remedy=nearest(cache_dtype, CACHE_TYPES))
         source = model if isinstance(model, Source) else open_source(Path(model), trust_remote_code=trust_remote_code)
         self.threads = threads or _cores()
-        self.model = shape = describe(source)
+        self.model = shape = describe(source, mixtures=True)
         self._partial = span is not None
         loader = _Loader(source, shape, _DTYPES[dtype], self.threads, within(span or (0, None), shape.layers))
         self._llama = loader.load()
@@ -114,9 +114,9 @@ class NativeRunner:
         """The matrices as the kernels read them, for those who compute with the same memory otherwise.
 
         Raises:
-            AttributeError: layers share attention weights, which is more than the matrices say.
+            AttributeError: layers share attention weights, or have experts: that is more than their matrices say.
         """
-        if self.model.shares:
+        if self.model.shares or self.model.mixture:
             raise AttributeError("weights")
         return self._llama
 
@@ -269,9 +269,14 @@ class _Loader:
 
     def block(self, layer: int) -> Block:
         model = self.model
-        parts: dict[str, Any] = {"q": None, "k": None}
+        parts: dict[str, Any] = dict.fromkeys(PROJECTIONS)
         for role in model.block_roles(layer):
-            parts[role] = (self.matrix if role in PROJECTIONS else self.norm)(role, layer)
+            if role in PROJECTIONS:
+                parts[role] = self.matrix(role, layer)
+            elif role.endswith("norm"):
+                parts[role] = self.norm(role, layer)
+        if model.mixes(layer):
+            parts["mixture"] = self.mixture(layer)
         leader = None if model.leads(layer) else model.leaders[layer] - self.span[0]
         if leader is not None and leader < 0:
             raise UsageError(
@@ -282,19 +287,96 @@ class _Loader:
         return Block(**parts, rotate=model.rotates[layer], window=model.windows[layer], leader=leader)
 
     def norm(self, role: str, layer: int = 0) -> np.ndarray:
-        stored = self.tensors[self.model.name(role, layer) + ".weight"]
-        self.check(stored, self.model.shape_of(role, layer))
-        values = floats(stored).copy()
-        if not np.isfinite(values).all():
-            raise UsageError(f"{stored.name} of {self.source.path} is not finite", remedy="Get an intact model")
+        values = self.finite(self.model.name(role, layer) + ".weight", self.model.shape_of(role, layer))
         self.bytes += values.nbytes
         return values
 
+    def finite(self, name: str, dims: tuple[int, ...]) -> np.ndarray:
+        """A tensor of few numbers, float32."""
+        stored = self.tensors[name]
+        self.check(stored, dims)
+        values = floats(stored).copy()
+        if not np.isfinite(values).all():
+            raise UsageError(f"{stored.name} of {self.source.path} is not finite", remedy="Get an intact model")
+        return values
+
+    def mixture(self, layer: int) -> Mixture:
+        model, router = self.model, self.model.name("router", layer)
+        what = model.mixture
+        assert what is not None
+        if router not in self.packing_of:
+            # Else it would choose experts that no number speaks for.
+            self.finite(f"{router}.weight", model.shape_of("router", layer))
+        correction = None
+        if what.corrected:
+            correction = self.finite(f"{router}.{CORRECTION}", (len(what.targets[layer]),))
+            self.bytes += correction.nbytes
+        shared = [self.matrix(f"shared_{role}", layer) for role in ("gate", "up", "down") if what.shared]
+        return Mixture(
+            self.matrix("router", layer),
+            tuple(self.experts(layer)),
+            what.chosen,
+            what.targets[layer],
+            what.scores,
+            what.normalized,
+            what.scale,
+            correction,
+            Expert(*shared) if shared else None,
+            self.matrix("weigher", layer) if what.weighed else None,
+        )
+
+    def experts(self, layer: int) -> Iterator[Expert]:
+        model, place = self.model, self.model.name("experts", layer)
+        what = model.mixture
+        assert what is not None
+        parts, count = what.parts[layer], what.count(layer)
+        if len(parts) == 3:
+            shapes = [model.shape_of(f"expert_{role}", layer) for role in ("gate", "up", "down")]
+            for number in range(count):
+                names = (f"{place}.{number}.{part}" for part in parts)
+                yield Expert(*(self.made(name, shape) for name, shape in zip(names, shapes, strict=True)))
+            return
+        shapes = [model.shape_of(f"expert_{role}", layer) for role in ("gate_up", "down")]
+        read = self.end_to_end if what.packed(layer) else self.stacked
+        both = (read(f"{place}.{part}", count, *shape) for part, shape in zip(parts, shapes, strict=True))
+        for gate_up, down in zip(*both, strict=True):
+            yield Expert(gate_up, None, down)
+
+    def stacked(self, name: str, count: int, rows: int, cols: int) -> Iterator[Matrix]:
+        """Matrices of one float tensor."""
+        whole = self.tensors[name]
+        self.check(whole, (count, rows, cols))
+        size = len(whole.data) // count
+        for number in range(count):
+            part = whole.data[number * size : (number + 1) * size]
+            yield self.counted(self.plain(Stored(name, whole.dtype, (rows, cols), part), rows, cols, None, None))
+
+    def end_to_end(self, name: str, count: int, rows: int, cols: int) -> Iterator[Matrix]:
+        """Matrices of a format that says its size, whose bytes lie end to end; `starts` says where each begins."""
+        whole, starts = self.tensors[f"{name}.weight"], self.tensors[f"{name}.starts"]
+        layout = parse(self.packing_of.get(name, "").partition("+")[0])
+        if starts.dtype != "I64" or whole.dtype != "U8":
+            raise UsageError(f"{name} of {self.source.path} is stored as {whole.dtype} with starts of {starts.dtype}")
+        self.check(starts, (count + 1,))
+        ends = aligned(starts.data, 8).view(np.int64)
+        if not layout.used_as_stored or ends[0] != 0 or ends[-1] != len(whole.data) or (np.diff(ends) < 0).any():
+            raise UsageError(
+                f"{starts.name} of {self.source.path} does not divide {len(whole.data)} bytes of {layout}",
+                remedy="Check that configuration and weights belong together",
+            )
+        self.bytes += starts.data.nbytes
+        for begin, end in zip(ends, ends[1:]):
+            tensors = {"weight": whole.data[begin:end]}
+            yield self.counted(layout.matrix(tensors, rows, cols, memory=self.memory, packing=self.packing))
+
     def matrix(self, role: str, layer: int = 0) -> Matrix:
         name = self.model.name(role, layer)
-        rows, cols = self.model.shape_of(role, layer)
-        order, bias = self.order(role), None
-        if role in self.model.biased or f"{name}.bias" in self.tensors:
+        return self.made(name, self.model.shape_of(role, layer), self.order(role), role in self.model.biased)
+
+    def made(self, name: str, shape: tuple[int, ...], order: np.ndarray | None = None, biased: bool = False) -> Matrix:
+        """The matrix of a module."""
+        (rows, cols), bias = shape, None
+        if biased or f"{name}.bias" in self.tensors:
             stored = self.tensors[name + ".bias"]
             self.check(stored, (rows,))
             bias = floats(stored)
@@ -305,6 +387,9 @@ class _Loader:
         else:
             self.check(stored, (rows, cols))
             made = self.plain(stored, rows, cols, order, bias)
+        return self.counted(made)
+
+    def counted(self, made: Matrix) -> Matrix:
         self.bytes += made.size
         self.formats[made.format] = None
         if self.packing.bytes > _TOGETHER:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,50 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 1.0, "attention_multiplier": 1.0,
     },
 }  # fmt: skip
+_MIXTURE: dict[str, Any] = {
+    **_COMMON, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None, "layer_expert_maps": None,
+}  # fmt: skip
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        **_MIXTURE, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True,
+        "max_position_embeddings": 131072, "num_experts": 8, "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        **_MIXTURE, "num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28, "qkv_bias": True,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {
+        **_MIXTURE, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "olmoe": {
+        **_MIXTURE, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "clip_qkv": None, "num_experts": 64,
+        "num_experts_per_tok": 8,
+    },
+    "dots1": {
+        **_MIXTURE, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 62,
+        "max_position_embeddings": 2048, "moe_intermediate_size": 1408, "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0, "n_group": 1,
+    },
+}  # fmt: skip
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_MOST_CHOICES = 1 << 16
 _ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
+    "MixtralForCausalLM": "mixtral", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe", "Dots1ForCausalLM": "dots1",
 }  # fmt: skip
-_UNEVEN = "Uneven"  # how the classes of `models.uneven` begin
+_VARIED = re.compile("^(Uneven|Regrouped)")  # how the classes of `models.uneven` and `models.regrouped` begin
 _SHARING = re.compile(r"shoestring_\w+_([a-z0-9]+)")  # model types of ours that end in the family they vary
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _OF_SCORES = ("q", "k", "q_norm", "k_norm")
+_OF_MIXTURES = (
+    "router", "weigher", "shared_gate", "shared_up", "shared_down", "experts", "expert_gate", "expert_up",
+    "expert_gate_up", "expert_down",
+)  # fmt: skip
 
 _FOLDER_NAMES = {
     "embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -57,6 +92,12 @@ _FOLDER_NAMES = {
     **{role: f"model.layers.{{}}.self_attn.{role}_proj" for role in _ATTENTION},
     **{role: f"model.layers.{{}}.mlp.{role}_proj" for role in _MLP},
 }  # fmt: skip
+# How files name what stands in the place of a feed-forward: the module's name, an expert's matrices, the shared expert.
+_STEMS = ("mlp", "block_sparse_moe")
+_APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_FUSED, _PACKED = ("gate_up_proj", "down_proj"), ("gate_up", "down")
+_SHARED = {"dots1": "shared_experts"}
+CORRECTION = "e_score_correction_bias"
 GGUF_NAMES = {
     "embedding": "token_embd", "final_norm": "output_norm", "head": "output",
     "attention_norm": "blk.{}.attn_norm", "mlp_norm": "blk.{}.ffn_norm",
@@ -87,15 +128,64 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Mixtures of experts in the place of feed-forwards.
+
+    Attributes:
+        targets: of each layer, the expert that each choice of its router stands for; empty where the layer is dense.
+        chosen: how many choices a token makes.
+        width, shared: neurons of an expert, and of the one that all tokens meet, 0 where there is none.
+        weighed: the shared expert has a gate of its own.
+        scores: what becomes of a router's products, "softmax" or "sigmoid".
+        normalized: the scores of those chosen are divided by their sum.
+        corrected: something is added to the scores to find the largest.
+        scale: of the gates.
+        stem: what files call the module that holds router and experts.
+        parts: of each layer, what a file calls the matrices of its experts: three names where each expert has its own,
+            two where all have theirs together, `_PACKED` as bytes end to end; empty where the layer is dense.
+    """
+
+    targets: tuple[tuple[int, ...], ...]
+    chosen: int
+    width: int
+    shared: int = 0
+    weighed: bool = False
+    scores: str = "softmax"
+    normalized: bool = False
+    corrected: bool = False
+    scale: float = 1.0
+    stem: str = _STEMS[0]
+    parts: tuple[tuple[str, ...], ...] = ()
+
+    def count(self, layer: int) -> int:
+        """How many experts a layer has."""
+        return max(self.targets[layer], default=-1) + 1
+
+    def packed(self, layer: int) -> bool:
+        """Whether a layer's experts are bytes end to end."""
+        return self.parts[layer] == _PACKED
+
+    def names(self, layer: int) -> Iterator[str]:
+        """Names of all tensors of a layer's experts, behind that of the module which holds them."""
+        parts = self.parts[layer]
+        if len(parts) == 3:
+            yield from (f"{number}.{part}.weight" for number in range(self.count(layer)) for part in parts)
+        elif self.packed(layer):
+            yield from (f"{part}.{leaf}" for part in parts for leaf in ("weight", "starts"))
+        else:
+            yield from parts
+
+
+@dataclass(frozen=True)
 class LlamaLike:
     """The shape of a model and where its tensors are.
 
     Attributes:
-        family: as in `FAMILIES`.
+        family: as in `FAMILIES` and `MIXTURES`.
         activation: of the gate: "silu" or "gelu_tanh".
         rotates, windows: of each layer; a window of 0 sees everything.
         biased: roles of PROJECTIONS that have a bias.
-        head_norms: queries and keys are normalised head by head.
+        head_norms: queries and keys are normalised, head by head or, with `whole_norms`, all heads together.
         tied: the head is the token table.
         interleaved: rows of q and k are stored in pairs and not in halves, as GGUF has them for some families.
         names: role -> name of its tensors without `.weight`, with {} for the layer.
@@ -103,6 +193,7 @@ class LlamaLike:
             `intermediate` are then those of the largest.
         leaders: for each layer the one whose attention weights it takes, its own number where it computes them; empty
             where all do. A layer that takes them has neither queries nor keys.
+        mixture: what stands in the place of feed-forwards, None where nothing does.
     """
 
     family: str
@@ -131,6 +222,12 @@ class LlamaLike:
     layer_kv_heads: tuple[int, ...] = ()
     layer_intermediate: tuple[int, ...] = ()
     leaders: tuple[int, ...] = ()
+    whole_norms: bool = False
+    mixture: Experts | None = None
+
+    def mixes(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.mixture is not None and bool(self.mixture.targets[layer])
 
     @property
     def shares(self) -> bool:
@@ -145,24 +242,39 @@ class LlamaLike:
         """Roles of the weights that a layer has."""
         norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.head_norms else ()))
         roles = (*PROJECTIONS, *norms)
+        if self.mixture and self.mixes(layer):
+            shared = ("shared_gate", "shared_up", "shared_down") if self.mixture.shared else ()
+            weigher = ("weigher",) if self.mixture.weighed else ()
+            roles = (*_ATTENTION, *norms, "router", *shared, *weigher)
         return roles if self.leads(layer) else tuple(role for role in roles if role not in _OF_SCORES)
 
     def shape_of(self, role: str, layer: int = 0) -> tuple[int, ...]:
-        """Dimensions of the weight of a role, rows first."""
+        """Dimensions of the weight of a role, rows first; of one expert where the role is `expert_gate` or its like."""
         kv_heads = self.layer_kv_heads[layer] if self.layer_kv_heads else self.kv_heads
         neurons = self.layer_intermediate[layer] if self.layer_intermediate else self.intermediate
         narrow = kv_heads * self.head_dim
         wide = self.heads // self.kv_heads * narrow
+        if self.mixture and role in _OF_MIXTURES:
+            inner = self.mixture.shared if role.startswith("shared") else self.mixture.width
+            rows = {"router": len(self.mixture.targets[layer]), "weigher": 1}.get(role, inner)
+            rows = 2 * inner if role == "expert_gate_up" else rows
+            return (self.hidden, inner) if role.endswith("down") else (rows, self.hidden)
+        heads = (wide, narrow) if self.whole_norms else (self.head_dim, self.head_dim)
         return {
             "q": (wide, self.hidden), "k": (narrow, self.hidden), "v": (narrow, self.hidden), "o": (self.hidden, wide),
             "gate": (neurons, self.hidden), "up": (neurons, self.hidden),
             "down": (self.hidden, neurons), "embedding": (self.vocab, self.hidden),
             "head": (self.vocab, self.hidden), "attention_norm": (self.hidden,), "mlp_norm": (self.hidden,),
-            "final_norm": (self.hidden,), "q_norm": (self.head_dim,), "k_norm": (self.head_dim,),
+            "final_norm": (self.hidden,), "q_norm": heads[:1], "k_norm": heads[1:],
         }[role]  # fmt: skip
 
     def name(self, role: str, layer: int = 0) -> str:
-        """Full name of a role's tensors without the last word."""
+        """Full name of a role's tensors without the last word; of "experts" the module that holds them."""
+        if self.mixture and role in _OF_MIXTURES:
+            shared = _SHARED.get(self.family, "shared_expert")
+            beside = {"router": "gate", "weigher": "shared_expert_gate", "experts": "experts"}
+            leaf = beside.get(role) or f"{shared}.{role.removeprefix('shared_')}_proj"
+            return f"model.layers.{layer}.{self.mixture.stem}.{leaf}"
         return self.names[role].format(layer)
 
     def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,11 +284,14 @@ class LlamaLike:
         return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def describe(source: Source) -> LlamaLike:
+def describe(source: Source, *, mixtures: bool = False) -> LlamaLike:
     """The model that a folder or a GGUF file holds, with all its tensors there.
 
+    Args:
+        mixtures: whether it may have experts.
+
     Raises:
-        NotNative: the native kernels do not compute it.
+        NotNative: the native kernels do not compute it, or it has experts and may have none.
         UsageError: something that no model can have, or a tensor that is missing.
     """
     tensors = source.tensors
@@ -185,7 +300,9 @@ def describe(source: Source) -> LlamaLike:
         frequencies = floats(tensors[_GGUF_FREQUENCIES]) if _GGUF_FREQUENCIES in tensors else None
         model = from_gguf(source.values, dims, frequencies)
     else:
-        model = from_config(source.values)
+        model = spelled(from_config(source.values), tensors)
+    if model.mixture and not mixtures:
+        raise NotNative(f"A {model.family} model is a mixture of experts")
     check_names(model, tensors, packing(source))
     return model
 
@@ -203,17 +320,20 @@ def packing(source: Source) -> Mapping[str, str]:
     if not isinstance(found, dict) or not all(isinstance(spec, str) for spec in found.values()):
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
-    return found
+    # The packing names modules, and files of some families have other names for what holds the experts.
+    first, other = (f".{stem}." for stem in _STEMS)
+    known = source.tensors
+    return {name if f"{name}.weight" in known else name.replace(first, other, 1): spec for name, spec in found.items()}
 
 
 def check_family(config: Mapping[str, Any]) -> str:
     """The family of a config.json. Raises NotNative when the kernels do not know it."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
-    family = _ARCHITECTURES.get(name.removeprefix(_UNEVEN)) if name else str(config.get("model_type", ""))
+    family = _ARCHITECTURES.get(_VARIED.sub("", name)) if name else str(config.get("model_type", ""))
     if config.get("share_map") is not None and (ours := _SHARING.fullmatch(str(config.get("model_type", "")))):
         family = ours[1]
-    if family not in FAMILIES:
+    if family not in FAMILIES and family not in MIXTURES:
         raise NotNative(
             f"The native runner does not know the family {name or family or 'of this model'}",
             f"it runs {', '.join(_ARCHITECTURES)}",
@@ -229,7 +349,7 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
         UsageError: a value that no model can have.
     """
     family = check_family(config)
-    known: dict[str, Any] = {**FAMILIES[family], **config}
+    known: dict[str, Any] = {**(FAMILIES.get(family) or MIXTURES[family]), **config}
     layers, hidden = _size(known, "num_hidden_layers", _MAX_LAYERS), _size(known, "hidden_size")
     heads = _size(known, "num_attention_heads")
     kv_heads = heads if known["num_key_value_heads"] is None else _size(known, "num_key_value_heads")
@@ -240,9 +360,13 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
         raise NotNative(f"The native runner does not know the activation {activation[:40]!r}")
     rotates = _rotates(known, family, layers)
     biased = {"q", "k", "v"} if family == "qwen2" else set(_ATTENTION) if _flag(known, "attention_bias") else set()
-    biased |= set(_MLP) if _flag(known, "mlp_bias") else set()
-    if family == "mistral":
+    biased |= set(_MLP) if _flag(known, "mlp_bias") and family in FAMILIES else set()
+    if family in ("mistral", "mixtral"):
         biased = set()
+    if family == "qwen2_moe":
+        biased = {"q", "k", "v"} if _flag(known, "qkv_bias") else set()
+    if known.get("clip_qkv") is not None:
+        raise NotNative("The native runner does not clip queries, keys and values")
     biased |= {"o", "down"} if _flag(known, "output_biases") else set()
     granite = family == "granite"
     return _checked(
@@ -262,7 +386,9 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
             rotates=rotates,
             windows=_windows(known, family, rotates),
             biased=frozenset(biased),
-            head_norms=family == "qwen3",
+            head_norms=family in ("qwen3", "qwen3_moe", "olmoe", "dots1"),
+            whole_norms=family == "olmoe",
+            mixture=_mixture(known, family, layers) if family in MIXTURES else None,
             tied=_flag(known, "tie_word_embeddings"),
             attention_scale=_number(known, "attention_multiplier") if granite else head_dim**-0.5,
             embedding_scale=_number(known, "embedding_multiplier") if granite else 1.0,
@@ -344,6 +470,25 @@ def from_gguf(
     )
 
 
+def spelled(model: LlamaLike, tensors: Collection[str]) -> LlamaLike:
+    """The model with the names that a file has for its experts."""
+    mixture = model.mixture
+    if mixture is None:
+        return model
+    mixed = [layer for layer in range(model.layers) if model.mixes(layer)]
+    stems = (s for s in _STEMS if any(f"model.layers.{layer}.{s}.gate.weight" in tensors for layer in mixed))
+    mixture = replace(mixture, stem=next(stems, _STEMS[0]))
+    forms = (*_APART, _FUSED, _PACKED)
+
+    def there(layer: int, parts: tuple[str, ...]) -> bool:
+        place = f"model.layers.{layer}.{mixture.stem}.experts."
+        first = "0." * (len(parts) == 3) + parts[0] + ".weight" * (parts != _FUSED)
+        return place + first in tensors
+
+    parts = (next((f for f in forms if there(n, f)), _APART[0]) if n in mixed else () for n in range(model.layers))
+    return replace(model, mixture=replace(mixture, parts=tuple(parts)))
+
+
 def usual_rotation(family: str, layers: int) -> tuple[bool, ...]:
     """Which layers rotate where no list says so. GGUF writes no list: the family's own step is what it means."""
     step = FAMILIES[family].get("no_rope_layer_interval")
@@ -366,6 +511,9 @@ def check_names(model: LlamaLike, tensors: Collection[str], packing: Mapping[str
         block = model.block_roles(layer)
         wanted += [model.name(role, layer) + ".weight" for role in block]
         wanted += [model.name(role, layer) + ".bias" for role in block if role in model.biased]
+        if model.mixture and model.mixes(layer):
+            wanted += [f"{model.name('experts', layer)}.{name}" for name in model.mixture.names(layer)]
+            wanted += [f"{model.name('router', layer)}.{CORRECTION}"] * model.mixture.corrected
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise UsageError(
@@ -397,19 +545,69 @@ def _rotates(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool,
     return tuple(bool(item) for item in given[:layers])
 
 
+def _mixture(config: Mapping[str, Any], family: str, layers: int) -> Experts:
+    if config.get("n_group", 1) not in (1, None):
+        raise NotNative("The native runner does not choose experts by groups")
+    has = _has_experts(config, family, layers)
+    given = config["layer_expert_maps"]
+    if given is None:
+        # The family's own number stands beside what config.json may call otherwise.
+        called = next((word for word in _EXPERT_COUNTS if config.get(word) is not None and word != "num_experts"), "")
+        count = _size(config, called or "num_experts", _MOST_CHOICES)
+        given = [list(range(count))] * sum(has)
+    usable = isinstance(given, list) and len(given) == sum(has)
+    usable = usable and all(isinstance(to, list) and 0 < len(to) < _MOST_CHOICES for to in given)
+    if not usable or not all(type(e) is int and 0 <= e < len(to) for to in given for e in to):
+        raise UsageError("config.json has no usable layer_expert_maps", f"{sum(has)} lists", "Get an intact model")
+    lists = iter(given)
+    targets = tuple(tuple(next(lists)) if mixes else () for mixes in has)
+    chosen = _size(config, "num_experts_per_tok", _MOST_CHOICES)
+    fewest = min((len(to) for to in targets if to), default=chosen)
+    if chosen > fewest:
+        raise UsageError(f"A token cannot meet {chosen} experts of {fewest}", remedy="Get an intact model")
+    plain = family in ("mixtral", "olmoe")
+    width = _size(config, "intermediate_size" if plain else "moe_intermediate_size")
+    shared = _size(config, "shared_expert_intermediate_size") if family == "qwen2_moe" else 0
+    normalized = family == "mixtral" or _flag(config, "norm_topk_prob")
+    if family != "dots1":
+        return Experts(targets, chosen, width, shared, weighed=bool(shared), normalized=normalized)
+    return Experts(
+        targets, chosen, width, width * _size(config, "n_shared_experts"), scores="sigmoid", corrected=True,
+        normalized=normalized, scale=_number(config, "routed_scaling_factor"),
+    )  # fmt: skip
+
+
+def _has_experts(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool, ...]:
+    if family == "dots1":
+        first = config["first_k_dense_replace"] or 0
+        if type(first) is not int:
+            raise UsageError("config.json has no usable first_k_dense_replace", remedy="Get an intact model")
+        return tuple(layer >= first for layer in range(layers))
+    if family not in ("qwen2_moe", "qwen3_moe"):
+        return (True,) * layers
+    dense = config["mlp_only_layers"] or []
+    if not isinstance(dense, list):
+        raise UsageError("config.json has mlp_only_layers that are no list", remedy="Get an intact model")
+    step = _size(config, "decoder_sparse_step")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
 def _windows(config: Mapping[str, Any], family: str, rotates: tuple[bool, ...]) -> tuple[int, ...]:
     layers = len(rotates)
     window = config["sliding_window"]
-    if family in ("llama", "granite") or window is None:
+    if family in ("llama", "granite", "olmoe") or window is None:
+        return (0,) * layers
+    if family not in ("mistral", "mixtral", "dots1") and not _flag(config, "use_sliding_window"):
         return (0,) * layers
     window = _size(config, "sliding_window")
-    if family == "mistral":
+    if family in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * layers
-    if not _flag(config, "use_sliding_window"):
-        return (0,) * layers
     types = config["layer_types"]
     if types is None and family == "smollm3":
         return tuple(0 if turns else window for turns in rotates)
+    if types is None and family == "qwen2_moe":
+        least = _size(config, "max_window_layers")
+        return tuple(window if layer % 2 == 0 and layer < least else 0 for layer in range(layers))
     if types is None:
         full = config["max_window_layers"]
         if not isinstance(full, int):

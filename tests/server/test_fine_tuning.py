@@ -18,9 +18,10 @@ import pytest
 from serving import command, toy
 from test_bad_requests import raw
 
+from shoestring.core.errors import UsageError
 from shoestring.lab import answering
 from shoestring.server.files import Files
-from shoestring.server.fine_tuning import FineTuning, _Job
+from shoestring.server.fine_tuning import FineTuning, _Job, _matches
 
 ASKED = [{"role": "user", "content": "w7 w8"}]
 ROWS = [
@@ -150,6 +151,35 @@ def test_what_is_uploaded_is_for_the_server_alone_to_read(tmp_path: Path) -> Non
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
 
 
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file-cut.json").write_text('{"id": ')
+    files = Files(tmp_path)  # opens all the same
+    monkeypatch.setattr("secrets.token_hex", lambda size: "full")
+    (tmp_path / "file-full.json").mkdir()
+    with pytest.raises(OSError):
+        files.add("mine.jsonl", "fine-tune", io.BytesIO(b"x"), "")
+    assert not files.path("file-full").exists() and files._known == {}
+
+
+def test_a_folder_is_one_servers_alone(tmp_path: Path) -> None:
+    first = FineTuning(None, tmp_path / "own")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"own is in use by process {os.getpid()}"):
+        FineTuning(None, tmp_path / "own")  # type: ignore[arg-type]
+    del first
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file cannot be written to"):
+        FineTuning(None, tmp_path / "file")  # type: ignore[arg-type]
+
+
+def test_jobs_are_found_by_their_metadata() -> None:
+    jobs: list[dict[str, Any]] = [{"metadata": {"a": "b", "c": "d"}}, {"metadata": None}]
+    asked = lambda **query: [_matches(job, query) for job in jobs]
+    assert asked() == asked(limit="3") == [True, True]
+    assert asked(**{"metadata[a]": "b"}) == asked(**{"metadata[a]": "b", "metadata[c]": "d"}) == [True, False]
+    assert asked(**{"metadata[a]": "x"}) == asked(**{"metadata[e]": "b"}) == [False, False]
+    assert asked(metadata="null") == [False, True]
+
+
 def test_a_job_outlives_its_disk(tmp_path: Path) -> None:
     """A line of events that a kill has cut, a file that is no job, a folder that can be written no more."""
     job = _Job(tmp_path / "jobs" / "one", {"id": "one", "created_at": 1, "status": "running"}, "ft:tiny:one", "")
@@ -267,6 +297,13 @@ def test_a_bad_file_fails_its_job_and_says_why(client: openai.OpenAI, rows: list
     assert _says(client, "tiny")
 
 
+def test_a_bad_file_for_validation_is_named(client: openai.OpenAI) -> None:
+    bad = _upload(client, [{"question": "w7"}])
+    done = _ended(client, _create(client, _upload(client), validation_file=bad).id)
+    assert done.status == "failed"
+    assert (done.error.param, done.error.code) == ("validation_file", "invalid_validation_file")
+
+
 def test_what_cannot_be_is_refused(client: openai.OpenAI) -> None:
     data = _upload(client)
     other = client.files.create(file=("a.txt", b"x"), purpose="user_data").id
@@ -281,6 +318,19 @@ def test_what_cannot_be_is_refused(client: openai.OpenAI) -> None:
         with pytest.raises(error) as found:
             create(**given)  # type: ignore[call-overload]
         assert found.value.param == param
+    twice: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}
+    with pytest.raises(openai.BadRequestError, match="they differ from those of the method"):
+        create(model="tiny", training_file=data, method=twice, hyperparameters={"n_epochs": 1})
+    wandb: Any = [{"type": "wandb", "wandb": {"project": "x"}}]
+    with pytest.raises(openai.BadRequestError, match=r"integrations: only \[\] is supported"):
+        create(model="tiny", training_file=data, integrations=wandb)
+    with pytest.raises(openai.BadRequestError) as found:
+        client.files.create(
+            file=("a", b"x"), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+    assert found.value.param == "expires_after"
+    odd = client.files.with_raw_response.create(file=("a", b"x"), purpose="fine-tune", extra_body={"colour": "red"})
+    assert "colour" in odd.headers["x-shoestring-warning"] and "purpose" not in odd.headers["x-shoestring-warning"]
     with pytest.raises(openai.BadRequestError, match="n_epochs: Input should be greater than or equal to 1"):
         _create(client, data, hyper={"n_epochs": 0})
     with pytest.raises(openai.BadRequestError) as found:

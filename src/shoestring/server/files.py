@@ -24,7 +24,7 @@ from shoestring.core.files import atomic_file
 from shoestring.server import schema
 from shoestring.server.errors import ApiError, bad
 from shoestring.server.keys import Client, client_of
-from shoestring.server.service import Service
+from shoestring.server.service import Service, log
 from shoestring.server.settings import Settings, names
 from shoestring.server.work import ClientGone
 
@@ -44,9 +44,12 @@ class Files:
         folder.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, tuple[str, dict[str, Any]]] = {}  # id -> owner, and what clients see
         for about in folder.glob("file-*.json"):
-            read = json.loads(about.read_text(encoding="utf-8"))
-            if self.path(read["id"]).is_file():
-                self._known[read["id"]] = read.pop("owner", ""), read
+            try:
+                read = json.loads(about.read_text(encoding="utf-8"))
+                if self.path(read["id"]).is_file():
+                    self._known[read["id"]] = read.pop("owner", ""), read
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                log.warning("file %s cannot be read and is left out: %s", about.stem, error)
 
     def path(self, file_id: str) -> Path:
         return self.folder / file_id
@@ -85,9 +88,13 @@ class Files:
             "expires_at": None,
             "status_details": None,
         }
-        with atomic_file(self.folder / f"{file_id}.json") as aside:
-            aside.chmod(0o600)
-            aside.write_text(json.dumps({**about, "owner": owner}), encoding="utf-8")
+        try:
+            with atomic_file(self.folder / f"{file_id}.json") as aside:
+                aside.chmod(0o600)
+                aside.write_text(json.dumps({**about, "owner": owner}), encoding="utf-8")
+        except BaseException:
+            self.path(file_id).unlink()
+            raise
         self._known[file_id] = owner, about
         return about
 
@@ -126,8 +133,9 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
         given = await _form(request, service.settings)
         name, purpose, stream = _checked(given)
         try:
-            return answer(await asyncio.to_thread(kept.add, name, purpose, stream.file, client_of(request).digest))
-        except ShoestringError:
+            about = await asyncio.to_thread(kept.add, name, purpose, stream.file, client_of(request).digest)
+            return answer(about, schema.Upload.model_validate({field: str(value) for field, value in given.items()}))
+        except (ShoestringError, OSError):
             raise ApiError(503, "The file could not be kept: the disk may be full", code="disk_full") from None
         finally:
             await stream.close()
@@ -228,6 +236,8 @@ def _checked(given: Mapping[str, Any]) -> tuple[str, str, Any]:
         raise bad("file", "The form needs a file", "missing_required_parameter")
     if purpose not in PURPOSES:
         raise bad("purpose", f"It is one of {', '.join(PURPOSES)}")
+    if any(field.partition("[")[0] == "expires_after" for field in given):
+        raise bad("expires_after", "A file is kept until it is deleted", "unsupported_parameter")
     name = os.path.basename(str(stream.filename or "upload").replace("\\", "/"))
     if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
         raise bad("file", f"A file's name has at most {_LONGEST_NAME} printable characters")

@@ -17,7 +17,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from starlette.responses import Response
 
 from shoestring.core import catalog
 from shoestring.core.errors import ShoestringError, UsageError
-from shoestring.core.files import write_text
+from shoestring.core.files import locked, write_text
 from shoestring.engine.open import Opened
 from shoestring.engine.tuning import Objectives, Told, Tuner, TuningJob
 from shoestring.server import files as uploads
@@ -41,10 +42,20 @@ _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class FineTuning:
-    """Jobs of one server. Used from the event loop alone."""
+    """Jobs of one server. Used from the event loop alone.
+
+    Raises:
+        UsageError: the folder cannot be had, or is that of a server that runs.
+    """
 
     def __init__(self, service: Service, folder: Path) -> None:
         self.service, self.folder = service, folder
+        self._held = ExitStack()
+        try:
+            # Two servers would both go on with the jobs, and write the same checkpoints.
+            self._held.enter_context(locked(folder / ".lock", wait=False))
+        except OSError as error:
+            raise UsageError(f"--fine-tune {folder} cannot be written to", error.strerror or "") from None
         self.files = uploads.Files(folder / "files")
         self._jobs: dict[str, _Job] = {}
         self._tuner: Tuner | None = None
@@ -213,8 +224,8 @@ class FineTuning:
             except RuntimeError:
                 pass  # the server has ended; what counts is on the disk
 
+        validation = shown["validation_file"]
         try:
-            validation = shown["validation_file"]
             asked = TuningJob(
                 id=job.id,
                 base=self.service.settings.model,
@@ -242,7 +253,9 @@ class FineTuning:
             log.warning("job %s waits: %s", job.id, error.detail)  # the server is ending; it goes on at the next start
         except ShoestringError as error:
             # Without the remedy, which speaks of flags.
-            self._fail(job, str(ShoestringError(error.what, error.why)), "training_file")
+            about = str(ShoestringError(error.what, error.why))
+            other = validation is not None and validation != shown["training_file"] and str(validation) in about
+            self._fail(job, about, "validation_file" if other else "training_file")
         except Exception as error:
             log.error("job %s could not begin: %s", job.id, type(error).__name__, exc_info=error)
             self._fail(job, "The job could not begin", None)
@@ -300,7 +313,7 @@ class FineTuning:
         job.event("The job has successfully completed")
 
     def _fail(self, job: _Job, message: str, param: str | None) -> None:
-        code = "invalid_training_file" if param else "training_failed"
+        code = f"invalid_{param}" if param else "training_failed"
         message = message.replace(f"{job.folder}/", "")  # where things are here is nobody's business
         job.shown["error"] = {"code": code, "message": message, "param": param}
         job.end("failed")
@@ -485,6 +498,13 @@ def _kept(folder: Path) -> Iterator[_Job]:
             log.warning("job %s cannot be read and is left out: %s", about.parent.name, error)
 
 
+def _matches(job: dict[str, Any], asked: Mapping[str, str]) -> bool:
+    """Whether a job has the metadata that a query asks for: `metadata[k]=v`, or `metadata=null` for none."""
+    own = job["metadata"] or {}
+    wanted = {name[9:-1]: value for name, value in asked.items() if re.fullmatch(r"metadata\[.*\]", name)}
+    return wanted.items() <= own.items() and not (own and asked.get("metadata") == "null")
+
+
 def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
     """`/v1/fine_tuning/jobs`, and the end of what they have made; `answer` makes a response of JSON."""
     base = "/v1/fine_tuning/jobs"
@@ -500,7 +520,8 @@ def add_routes(app: FastAPI, service: Service, answer: Any) -> None:
 
     @app.get(base, response_model=schema.FineTuningList)
     async def list_jobs(request: Request, after: str | None = None, limit: schema.PageLimit = 20) -> Response:
-        return answer(uploads.page(service.tuning.all(client_of(request)), after, limit))
+        jobs = [job for job in service.tuning.all(client_of(request)) if _matches(job, request.query_params)]
+        return answer(uploads.page(jobs, after, limit))
 
     @app.get(base + "/{fine_tuning_job_id}", response_model=schema.FineTuningAnswer)
     async def one_job(fine_tuning_job_id: str, request: Request) -> Response:

@@ -644,13 +644,28 @@ class FineTuningRequest(_Body):
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None, Field(max_length=16)
     ] = None
-    integrations: Annotated[list[Any] | None, Field(max_length=0)] = None
+    integrations: _only([]) = None  # type: ignore[valid-type]
+
+    @field_validator("hyperparameters")
+    @classmethod
+    def _one_of_them(cls, value: Any, info: ValidationInfo) -> Any:
+        method = info.data.get("method")
+        if value and method and method.supervised and method.supervised.hyperparameters not in (None, value):
+            raise ValueError("they differ from those of the method; give one")
+        return value
 
     @property
     def chosen(self) -> Hyperparameters:
         """Those of the method, else those given as in earlier versions of the interface."""
         own = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
         return own or self.hyperparameters or Hyperparameters()
+
+
+class Upload(_Body):
+    """The fields of a form, to tell which are unknown."""
+
+    file: str
+    purpose: str
 
 
 class FileAnswer(_Answer):

@@ -20,7 +20,9 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    CLIPConfig,
     PreTrainedModel,
+    Wav2Vec2Config,
 )
 
 from shoestring.core.errors import UsageError
@@ -133,6 +135,81 @@ def test_a_head_with_a_bias_over_codes_that_are_one_run_of_bytes(tmp_path: Path)
     ).eval()
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, original(IDS).logits)
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": 0,
+}  # fmt: skip
+_T5 = {"vocab_size": 96, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+_READING: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mamba": (AutoModelForCausalLM, {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "falcon_mamba": (
+        AutoModelForCausalLM,
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "tie_word_embeddings": True},
+    ),
+    "rwkv": (
+        AutoModelForCausalLM,
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 8, "attention_hidden_size": 32},
+    ),
+    "mobilebert": (
+        AutoModelForMaskedLM,
+        {**_SMALL, "embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16},
+    ),
+    "longt5": (AutoModelForSeq2SeqLM, _T5),
+    "switch_transformers": (AutoModelForSeq2SeqLM, {**_T5, "num_experts": 2}),
+    "siglip_vision_model": (AutoModel, {**_SMALL, "image_size": 16, "patch_size": 4}),
+}
+
+
+@pytest.mark.parametrize("family", _READING)
+def test_layers_whose_weight_a_family_reads_itself_stay_floats(family: str, tmp_path: Path) -> None:
+    auto, options = _READING[family]
+    torch.manual_seed(0)
+    auto.from_config(AutoConfig.for_model(family, **options)).save_pretrained(tmp_path / "plain")
+    made = packed(tmp_path / "plain", auto, options={"group_size": 32})
+    made.save_pretrained(tmp_path / "packed")
+    given: dict[str, Any] = {"input_ids": IDS}
+    if family == "siglip_vision_model":
+        given = {"pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16)}
+    elif auto is AutoModelForSeq2SeqLM:
+        given["decoder_input_ids"] = IDS
+    said = []
+    for model in (auto.from_pretrained(tmp_path / "plain"), made, auto.from_pretrained(tmp_path / "packed")):
+        with torch.no_grad():
+            found = model.eval()(**given)
+        said.append(found.pooler_output if family == "siglip_vision_model" else found.logits)
+    assert (said[1] - said[0]).norm() < 0.05 * said[0].norm()
+    # Torch's own attention rounds by where its weights lie.
+    assert (said[2] - said[1]).norm() < 1e-6 * said[1].norm()
+    assert any(isinstance(module, Packed) for module in made.modules())
+
+
+@pytest.mark.parametrize("family", ["clip", "wav2vec2"])
+def test_a_model_that_reads_no_tokens_at_its_top_has_no_table(family: str, tmp_path: Path) -> None:
+    sizes = {name: _SMALL[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = {
+        "clip": CLIPConfig(
+            text_config={**_SMALL, "max_position_embeddings": 64},
+            vision_config={**sizes, "num_attention_heads": 4, "image_size": 16, "patch_size": 4},
+        ),
+        "wav2vec2": Wav2Vec2Config(
+            **sizes, num_attention_heads=4, conv_dim=(4,), conv_stride=(4,), conv_kernel=(4,),
+            num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=2,
+        ),
+    }[family]  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path / "plain")
+    model = packed(tmp_path / "plain", AutoModel)
+    assert any(isinstance(module, Packed) for module in model.modules())
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModel.from_pretrained(tmp_path / "packed")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_experts_that_one_tensor_holds_are_refused_with_what_is_for_them(tmp_path: Path) -> None:
+    tiny("mixtral").save_pretrained(tmp_path / "plain")
+    with pytest.raises(UsageError, match="MixtralForCausalLM.*experts of a mixture.*shoestring methods"):
+        packed(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("part", ["weight", "scales"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # that of torch's own attention, which reads it
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,16 @@ from shoestring.models.seal import unseal
 ROOM = "shoestring.methods.quantizers"  # what to import before a packed folder can be read
 BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
 PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
+
+# Layers of a model type whose weight its own code reads, as a matrix or for its type, and does not say so to anybody.
+_READ = {
+    "falcon_mamba": ("lm_head",),
+    "longt5": ("wo",),
+    "mamba": ("dt_proj", "lm_head"),
+    "mobilebert": ("predictions.dense", "predictions.decoder"),
+    "rwkv": ("attention.output", "feed_forward.value"),
+    "switch_transformers": ("wo",),
+}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -487,10 +498,7 @@ def tie(model: PreTrainedModel) -> None:
 def _keep_rows(model: PreTrainedModel) -> None:
     """Make a model whose token table is packed refuse another number of tokens: transformers would resize the codes."""
     for part in _models(model):
-        try:
-            table = part.get_input_embeddings()
-        except NotImplementedError:  # as parts of some families say that have none
-            continue
+        table = _token_table(part)
         if isinstance(table, PackedEmbedding):
             # Of the table and not of the model, which would then hold itself and outlive its last use.
             part.resize_token_embeddings = partial(_same_rows, table)  # type: ignore[method-assign]
@@ -521,11 +529,19 @@ def _same_rows(
 
 def tied_to_table(model: PreTrainedModel) -> tuple[str, list[str]]:
     """The name of the token table that holds the weight, and of the modules that share it."""
-    found = model.get_input_embeddings()
+    found = _token_table(model)
     name = next((name for name, module in model.named_modules() if module is found), "")
     sources = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in _tied(model)}
     table = sources.get(name, name)
     return table, [other for other, source in sources.items() if source == table]
+
+
+def _token_table(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # as models and parts of models say that read no tokens
+        return None
+    return found
 
 
 def _tied(model: PreTrainedModel) -> list[tuple[str, str]]:
@@ -551,8 +567,11 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     """Whether a module's weight is one that formats are made for."""
     if isinstance(module, nn.Embedding):
         # Only the token table: position and type tables are small and often indexed in other ways.
-        return name == tied_to_table(model)[0] and _only_scales(module)
-    if not isinstance(module, nn.Linear | Conv1D) or _of_task(model, name) or _kept_in_floats(model, name):
+        table, sharing = tied_to_table(model)
+        return name == table and _only_scales(module) and not any(_kept_in_floats(model, other) for other in sharing)
+    if not isinstance(module, nn.Linear | Conv1D) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if _of_task(model, name) or _kept_in_floats(model, name):
         return False
     # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
     return module is not model.get_output_embeddings() or name == tied_head(model)
@@ -565,8 +584,9 @@ def _of_task(model: PreTrainedModel, name: str) -> bool:
 
 
 def _kept_in_floats(model: PreTrainedModel, name: str) -> bool:
-    """Whether the family keeps a module in float32: it asks for the type of its weight, and computes in that."""
-    return any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules or ())
+    """Whether the family's own code reads a module's weight: for its type, and computes in that, or to multiply."""
+    read = (*(model._keep_in_fp32_modules or ()), *_READ.get(getattr(model.config, "model_type", ""), ()))
+    return any(f".{part}." in f".{name}." for part in read)
 
 
 def scale_of(table: nn.Embedding) -> float | torch.Tensor:
@@ -608,7 +628,8 @@ def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
         raise UsageError(
             f"{type(model).__name__} does not fit weight quantization of linear layers",
             f"most of its weights stand elsewhere ({examples})",
-            "Use a model of linear layers, such as LlamaForCausalLM",
+            "Use a model of linear layers, such as LlamaForCausalLM; for experts of a mixture, which one tensor holds, "
+            "there are methods of their own (`shoestring methods`)",
         )
 
 

@@ -67,9 +67,11 @@ struct Decoded {
   template <int R, int T>
   static void meet(Sum (&sum)[R][T], const typename B::Weights (&w)[R], const char* a, int64_t x_bytes) {
 #pragma GCC unroll 6
-    for (int i = 0; i < T; ++i)
+    for (int i = 0; i < T; ++i) {
+      const typename B::Tokens x = B::tokens(a + i * x_bytes);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) B::add(sum[r][i], w[r], a + i * x_bytes);
+      for (int r = 0; r < R; ++r) B::add(sum[r][i], w[r], x);
+    }
   }
 
   template <int R, int T>
@@ -80,8 +82,10 @@ struct Decoded {
     typename F::Row from[R];
     Sum sum[R][T];
     typename F::Later later(format, row, R);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       from[r] = typename F::Row(format, row + r);
+#pragma GCC unroll 8
       for (int i = 0; i < T; ++i) sum[r][i] = nothing();
     }
     int64_t k = 0;
@@ -94,22 +98,27 @@ struct Decoded {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < PIECE; j += B::STEP, a += B::STEP * B::X_BYTES) {
         typename B::Weights w[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) w[r] = B::load(reinterpret_cast<const char*>(piece[r] + j));
         meet<R, T>(sum, w, a, x_bytes);
       }
     }
     if (k < m.cols)
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) from[r].next(piece[r]);
     for (int64_t j = 0; k + j < m.cols; j += B::STEP, a += B::STEP * B::X_BYTES) {
       const int64_t left = m.cols - k - j;
       typename B::Weights w[R];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const char* p = reinterpret_cast<const char*>(piece[r] + j);
         w[r] = left < B::STEP ? B::load_some(p, left) : B::load(p);
       }
       meet<R, T>(sum, w, a, x_bytes);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < T; ++i)
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         float* to = y + i * y_stride + row + r;
         const float value = m.bias ? total(sum[r][i]) + m.bias[row + r] : total(sum[r][i]);

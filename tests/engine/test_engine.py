@@ -150,3 +150,32 @@ def test_leaving_a_stream_cancels_it(model: Path) -> None:
         stream.close()
         assert engine.counts().running == 0 and engine.counts().blocks_used == 0
         assert engine.counts().finished == {"abort": 1}
+
+
+def test_streams_are_read_in_turns(model: Path) -> None:
+    """With others between their pieces: whoever steps, each gets what is its own."""
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    others = [[5, 6, 7], [8, 9]]
+    with opened(model) as engine:
+        alone = [engine.generate([prompt], sampling)[0][0].tokens for prompt in others]
+        streams = [engine.stream(prompt, sampling) for prompt in others]
+        found: list[list[int]] = [[], []]
+        for at in (0, 1, 1, 0):
+            found[at] += next(streams[at]).tokens
+        engine.generate([PROMPT], Sampling(max_tokens=20, ignore_eos=True))
+        engine.embed([PROMPT])
+        for at in (0, 1):
+            found[at] += [token for delta in streams[at] for token in delta.tokens]
+        assert [tuple(tokens) for tokens in found] == alone
+        assert engine.idle and not engine._streams
+
+
+def test_a_closed_engine_says_so(model: Path) -> None:
+    engine = opened(model)
+    stream = engine.stream(PROMPT, Sampling(max_tokens=50, ignore_eos=True))
+    next(stream)
+    engine.close()
+    engine.close()
+    assert [delta.finish_reason for delta in stream] == ["abort"]
+    with pytest.raises(RequestError, match="The engine is closed"):
+        engine.generate([PROMPT])

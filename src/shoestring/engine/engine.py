@@ -191,6 +191,8 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
         self._deltas: deque[Delta] = deque()
+        self._streams: dict[str, deque[Delta]] = {}  # by request: what came while others were asked for
+        self._closed = False
         self._alone = itertools.count()  # numbers of those that share no pages
         self._spare = Spare(0)
         # Set by whoever steps: whether filler work should end soon, and what to call when a pass begins.
@@ -210,6 +212,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises RequestError when the request cannot be served; `param` names the field at fault."""
         facts, prompt = self.facts, request.prompt
+        if self._closed:
+            raise RequestError("The engine is closed", remedy="Open another one")
         if not prompt:
             raise RequestError("The prompt is empty", remedy="Write something", param="prompt")
         if min(prompt) < 0 or max(prompt) >= facts.vocab:
@@ -532,7 +536,7 @@ class Engine:
             self.submit(request)
         try:
             while any(request.id in self._requests for request in requests):
-                for delta in self.step():
+                for delta in self._round():
                     if delta.request_id in found:
                         found[delta.request_id][delta.index].append(delta)
         except BaseException:
@@ -542,30 +546,40 @@ class Engine:
         return [[_completion(deltas) for deltas in found[r.id]] for r in requests]
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling(), *, adapter: str = "") -> Iterator[Delta]:
-        """Answer one prompt piece by piece; leaving the iterator cancels the request.
+        """Answer one prompt piece by piece; leaving the iterator cancels the request. Several may be read in turns.
 
         Raises:
             RequestError: by the call itself, before the first piece.
         """
         request = self._asking(prompt, sampling, adapter)
         self.submit(request)
+        self._streams[request.id] = deque()
         return self._pieces(request)
+
+    def _round(self) -> list[Delta]:
+        """A step; what belongs to open streams waits for whoever reads them."""
+        deltas = self.step()
+        for delta in deltas:
+            if delta.request_id in self._streams:
+                self._streams[delta.request_id].append(delta)
+        return deltas
 
     def _asking(self, prompt: Prompt, sampling: Sampling, adapter: str) -> Request:
         return Request(self.prompt_ids(prompt), sampling, adapter=adapter, continues=isinstance(prompt, str))
 
     def _pieces(self, request: Request) -> Iterator[Delta]:
+        left, come = request.sampling.n, self._streams[request.id]
         try:
-            left = request.sampling.n
             while left:
-                for delta in self.step():
-                    if delta.request_id != request.id:
-                        continue
-                    yield delta
-                    left -= delta.finish_reason is not None
-                    if delta.error:
-                        raise ShoestringError("An answer could not be finished", delta.error)
+                while not come:
+                    self._round()
+                delta = come.popleft()
+                yield delta
+                left -= delta.finish_reason is not None
+                if delta.error:
+                    raise ShoestringError("An answer could not be finished", delta.error)
         finally:
+            del self._streams[request.id]
             self.cancel(request.id)
 
     def embed(self, prompts: Sequence[list[int]], *, adapter: str = "") -> np.ndarray:
@@ -577,7 +591,7 @@ class Engine:
         for request in requests:
             self.submit(request)
         while any(request.id in self._requests for request in requests):
-            for delta in self.step():
+            for delta in self._round():
                 if delta.embedding is not None:
                     vectors[delta.request_id] = delta.embedding
         return np.stack([vectors[request.id] for request in requests])
@@ -610,7 +624,10 @@ class Engine:
         stage.record("cache_bytes_limit", counts.cache_bytes_limit, "B", "counted", "pages there are")
 
     def close(self) -> None:
-        """Free the model. The engine cannot be used any more."""
+        """Free the model. The engine cannot be used any more; to close it again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for request_id in list(self._requests):
             self.cancel(request_id)
         self.hooks.close()

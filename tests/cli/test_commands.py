@@ -288,9 +288,12 @@ def test_chat_reads_lines(tiny: Path, shoestring: Shoestring, monkeypatch: pytes
 
 
 def test_generate_reads_standard_input(tiny: Path, shoestring: Shoestring, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("w5\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w5\n")))
     assert shoestring("generate", tiny, "--max-new-tokens", "2", "--json").json["prompt"] == "w5"
     assert "more than one prompt" in shoestring("generate", tiny, "w5", "-p", "w6").error
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w5\xff"), errors="surrogateescape"))
+    said = shoestring("generate", tiny, "-")
+    assert said.code == 2 and "not UTF-8 (byte 0xff at position 2)" in said.error
 
 
 def test_recommend_lists_what_fits_and_how_fast(tiny: Path, shoestring: Shoestring) -> None:

@@ -306,6 +306,18 @@ def test_odd_requests(server: Server, request_line: str, status: bytes) -> None:
     assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
+def test_the_head_of_an_answer_can_be_asked_for(server: Server) -> None:
+    """As balancers and people with `curl -I` do."""
+    for path in ("/", "/health", "/v1/models"):
+        whole, head = server.http.get(path), server.http.head(path)
+        assert head.status_code == 200 and head.content == b"", path
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert head.headers["content-length"] == whole.headers["content-length"]
+    assert server.http.head("/v1/chat/completions").status_code == 405
+    assert server.http.head("/no-such").status_code == 404
+    assert raw(server, b"HEAD /health HTTP/1.1\r\nhost: localhost\r\n\r\n").endswith(b"\r\n\r\n")
+
+
 def test_one_host_header_is_needed(server: Server) -> None:
     assert b" 400 " in raw(server, b"GET /v1/models HTTP/1.1\r\n\r\n")
     assert b" 400 " in raw(server, b"GET /v1/models HTTP/1.0\r\n\r\n")

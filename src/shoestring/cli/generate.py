@@ -31,7 +31,7 @@ def command(words: tuple[str, ...], model: str | None, prompt: str | None, **opt
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise UsageError("no prompt is given", remedy='Write shoestring generate MODEL "PROMPT"')
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = _read()
     screen, pieces = current(), []
     with screen.working(), _opening():
         from shoestring.jobs.generate import generate
@@ -42,6 +42,19 @@ def command(words: tuple[str, ...], model: str | None, prompt: str | None, **opt
         if not screen.json:
             click.echo(piece, nl=False)
     screen.show({"model": model, "prompt": prompt, "text": "".join(pieces)}, lambda: "")
+
+
+def _read() -> str:
+    from shoestring.core.errors import UsageError
+
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The prompt is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start})",
+            remedy="If it is Latin-1, convert it: iconv -f latin1 -t utf-8 FILE",
+        ) from None
 
 
 @contextmanager

@@ -50,10 +50,12 @@ class Door:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
+        # Balancers ask for the head alone. It is that of the whole answer; what speaks HTTP drops the rest.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         client = None
         try:
-            client = self._let_in(scope)
-            await self._app(scope, receive, answer)
+            client = self._let_in(asked)
+            await self._app(asked, receive, answer)
         except ApiError as error:
             await respond(error)(scope, receive, answer)
         except ClientGone:

@@ -85,9 +85,9 @@ class Keys:
 def _presented(header: bytes) -> bytes:
     """The key in `Bearer KEY`, or in `Basic` as the password, which is how browsers ask a person."""
     scheme, _, rest = header.partition(b" ")
-    if scheme == b"Bearer":
+    if scheme.lower() == b"bearer":
         return rest
-    if scheme == b"Basic":
+    if scheme.lower() == b"basic":
         try:
             return base64.b64decode(rest, validate=True).partition(b":")[2]
         except ValueError:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from runner_cases import Part, batch, in_chunks, logits, make, pages, text
 from safetensors.torch import load_file, save_file
@@ -371,6 +372,21 @@ def answering(saved: Callable[..., Path], model: Path) -> Path:
 def test_a_mixture_opens_on_the_native_runner(answering: Path) -> None:
     found = open_model(answering)
     assert found.runner.facts.backend == "native" and not found.note
+
+
+def test_an_adapter_of_experts_is_served_as_a_model(answering: Path, tmp_path: Path) -> None:
+    """Merged into its base, whose experts then are others."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(answering)
+    config = LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"], target_modules=[], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "lora"))
+    ids = text(20)
+    wanted = own(adapted, ids)
+    found = open_model(tmp_path / "lora", dtype="float32", cache_dtype="fp32")
+    assert found.runner.facts.backend == "native" and "merged" in found.note
+    found.runner.reserve(4)
+    assert off(logits(found.runner, Part(ids, pages(20))), wanted) < 1e-3
+    assert off(found_in(answering, 20), wanted) > 0.1
 
 
 @pytest.mark.parametrize("word", ["expert_routing", "expert_offloading,slots=2"])

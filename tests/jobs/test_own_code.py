@@ -66,6 +66,8 @@ def test_compressed_and_unpacked(own: Path, data: Path, tmp_path: Path) -> None:
     assert len(list(generate(made, "w5", max_new_tokens=3, raw=True, **_TRUST))) >= 0
     with pytest.raises(UsageError, match="auto_map.*--trust-remote-code"):
         export(made, tmp_path / "refused")
+    with pytest.raises(UsageError, match="no exact form in GGUF.*OwnForCausalLM"):
+        export(made, tmp_path / "own.gguf", "gguf", **_TRUST)
 
 
 def test_trained_and_folded(own: Path, data: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def export(
 
         if Path(out).exists() and not overwrite:
             raise UsageError(f"{out} exists already", remedy="Name another file, or add --overwrite")
-        return write_gguf(path, Path(out))
+        return write_gguf(path, Path(out), trust_remote_code=trust_remote_code)
     if not overwrite:
         refuse_occupied(out)
     loaded = open_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -37,7 +37,7 @@ _BLOCK = 32
 _PLAINLY = "`shoestring export` writes plain weights first"
 
 
-def write_gguf(folder: Path, out: Path) -> Path:
+def write_gguf(folder: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the model in `folder` as the file `out`, whole or not at all; returns it.
 
     Raises:
@@ -45,7 +45,7 @@ def write_gguf(folder: Path, out: Path) -> Path:
     """
     import gguf
 
-    source = open_source(folder)
+    source = open_source(folder, trust_remote_code=trust_remote_code)
     try:
         model = describe(source)
     except NotNative as error:  # whose remedy is another runner

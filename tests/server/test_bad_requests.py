@@ -318,6 +318,21 @@ def test_the_head_of_an_answer_can_be_asked_for(server: Server) -> None:
     assert raw(server, b"HEAD /health HTTP/1.1\r\nhost: localhost\r\n\r\n").endswith(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/responses", "there is /v1/chat/completions, and no Responses API"),
+        ("/chat/completions", "there is /v1/chat/completions"),
+        ("/v1/v1/chat/completions", "there is /v1/chat/completions"),
+        ("/v1/chat/completions/", "there is /v1/chat/completions"),
+        ("/v1/images/generations", "/openapi.json lists those there are"),
+    ],
+)
+def test_who_has_the_wrong_base_is_told_the_right_one(server: Server, path: str, said: str) -> None:
+    answer = server.http.post(path, json=server.chat_body())
+    assert answer.status_code == 404 and error_of(answer)["message"] == f"There is no such address; {said}"
+
+
 def test_one_host_header_is_needed(server: Server) -> None:
     assert b" 400 " in raw(server, b"GET /v1/models HTTP/1.1\r\n\r\n")
     assert b" 400 " in raw(server, b"GET /v1/models HTTP/1.0\r\n\r\n")

@@ -313,7 +313,9 @@ def test_a_grammar_may_be_written_in_either_way(server: Server) -> None:
 
 
 def test_completions(server: Server) -> None:
-    made = server.client().completions.create(model="toy", prompt=["ab", "c"], max_tokens=3, n=2, echo=True, logprobs=2)
+    made = server.client().completions.create(
+        model="toy", prompt=["ab", "c"], max_tokens=3, n=2, echo=True, logprobs=2, seed=1
+    )
     assert isinstance(made, Completion)
     plain = server.client().completions.create(model="toy", prompt="ab", max_tokens=3, logprobs=2)
     assert Completion.model_validate(plain.model_dump(), strict=True)

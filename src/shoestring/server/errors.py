@@ -82,8 +82,19 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         message = _MESSAGES.get(error.status_code, "The request cannot be served")
+        if error.status_code == 404 and (meant := _meant(request)):
+            message = f"There is no such address; there is {meant}"
         error = ApiError(error.status_code, message, headers=error.headers)
     return respond(error)
+
+
+def _meant(request: Request) -> str | None:
+    """The address that a client meant which was given a wrong base, or speaks the interface that is not served here."""
+    path = request.url.path.rstrip("/")
+    if path.startswith("/v1/responses"):
+        return "/v1/chat/completions, and no Responses API"
+    there = {getattr(route, "path", "") for route in request.app.routes} - {""}
+    return next((way for way in (path, f"/v1{path}", path.removeprefix("/v1")) if way in there), None)
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:

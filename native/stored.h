@@ -75,18 +75,18 @@ struct Stored {
     Sum sum[R][T];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < T; ++i) sum[r][i] = nothing();
     int64_t k = 0;
     for (; k + F::STEP <= m.cols; k += F::STEP, p += F::STEP * F::BYTES, a += F::STEP * F::X_BYTES) {
       typename F::Tokens t[T];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < T; ++i) t[i] = F::tokens(a + i * x_bytes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r, later += F::STEP * F::BYTES) {
         fetch<ONCE>(later);
         const typename F::Weights w = F::load(p + r * row_bytes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < T; ++i) F::add(sum[r][i], w, t[i]);
       }
     }
@@ -94,10 +94,10 @@ struct Stored {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const typename F::Weights w = F::load_some(p + r * row_bytes, m.cols - k);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < T; ++i) F::add(sum[r][i], w, F::tokens(a + i * x_bytes));
       }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < T; ++i)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -107,29 +107,30 @@ struct Stored {
       }
   }
 
-  template <int T, bool ONCE = false>
+  template <int T>
   static void rows(const SkMatrix& m, const SkInput& x, int64_t token, int64_t row, int64_t end, float* y, int64_t y_stride, bool add) {
-    if (end - row >= ROWS) return some<ROWS, T, ONCE>(m, x, token, row, y, y_stride, add);
-    for (; row < end; ++row) some<1, T, ONCE>(m, x, token, row, y, y_stride, add);
+    if (end - row >= ROWS) return some<ROWS, T, false>(m, x, token, row, y, y_stride, add);
+    for (; row < end; ++row) some<1, T, false>(m, x, token, row, y, y_stride, add);
+  }
+
+  // All T tokens meet each weight while it is there: fewer rows together, where their sums would not fit otherwise.
+  template <int T>
+  static void once(const SkMatrix& m, const SkInput& x, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add) {
+    constexpr int R = T <= MOST ? ROWS : ROWS * MOST / T;
+    const int64_t row_bytes = m.cols * F::BYTES;
+    fetch_first<true>(static_cast<const char*>(m.data) + begin * row_bytes, (end - begin) * row_bytes);
+    for (; begin + R <= end; begin += R) some<R, T, true>(m, x, 0, begin, y, y_stride, add);
+    for (; begin < end; ++begin) some<1, T, true>(m, x, 0, begin, y, y_stride, add);
   }
 
   template <int T>
-  static void once(const SkMatrix& m, const SkInput& x, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add) {
-    const int64_t row_bytes = m.cols * F::BYTES;
-    fetch_first<true>(static_cast<const char*>(m.data) + begin * row_bytes, (end - begin) * row_bytes);
-    for (; begin < end; begin += ROWS) rows<T, true>(m, x, 0, begin, end, y, y_stride, add);
+  static void few(const SkMatrix& m, const SkInput& x, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add) {
+    if (x.count == T) return once<T>(m, x, begin, end, y, y_stride, add);
+    if constexpr (T > 1) few<T - 1>(m, x, begin, end, y, y_stride, add);
   }
 
   static void product(const SkMatrix& m, const SkInput& x, float* y, int64_t y_stride, bool add, int64_t begin, int64_t end) {
-    if (x.count == 1) return once<1>(m, x, begin, end, y, y_stride, add);
-    if (x.count == 2) return once<2>(m, x, begin, end, y, y_stride, add);
-    if constexpr (MOST > 2)
-      if (x.count == 3) return once<3>(m, x, begin, end, y, y_stride, add);
-    if constexpr (MOST > 3) {
-      if (x.count == 4) return once<4>(m, x, begin, end, y, y_stride, add);
-      if (x.count == 5) return once<5>(m, x, begin, end, y, y_stride, add);
-      if (x.count == 6) return once<6>(m, x, begin, end, y, y_stride, add);
-    }
+    if (x.count <= 2 * MOST) return few<2 * MOST>(m, x, begin, end, y, y_stride, add);
     const int64_t fit = NEAREST / (x.stride * F::X_BYTES) / MOST * MOST, block = fit > MOST ? fit : MOST;
     for (int64_t panel = begin; panel < end; panel += PANEL)
       for (int64_t first = 0; first < x.count; first += block) {

@@ -23,6 +23,7 @@ from shoestring.models.anatomy import attends, inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
 from shoestring.models.seal import fulfil
+from shoestring.models.shape import context_of
 from shoestring.models.streams import side_by_side
 
 _CACHE_TYPES = {
@@ -432,9 +433,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _context(config: Any) -> int:
-    length = next(
-        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), 1 << 20
-    )
+    length = context_of(config) or 1 << 20
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     for kind in kinds:

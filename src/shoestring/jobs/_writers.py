@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.models.load import Loaded
+from shoestring.models.shape import context_of
 
 if TYPE_CHECKING:
     from shoestring.engine.engine import Engine
@@ -169,7 +170,7 @@ class TransformersWriter:
             )
         self.loaded, self.name, self.chats = loaded, loaded.ref, loaded.kind == "causal"
         self.has_template = bool(loaded.tokenizer.chat_template)
-        self.context = getattr(loaded.model.config, "max_position_embeddings", None) if self.chats else None
+        self.context: int | None = context_of(loaded.model.config) if self.chats else None
 
     def ids(self, prompt: str | list[Message]) -> list[int]:
         from shoestring.data import chat_template

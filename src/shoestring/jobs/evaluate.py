@@ -15,6 +15,7 @@ from shoestring.jobs._doors import open_model
 from shoestring.jobs.at_work import at_work
 from shoestring.models.folder import read_json
 from shoestring.models.load import kind_of
+from shoestring.models.shape import context_of
 
 if TYPE_CHECKING:
     import torch
@@ -414,7 +415,7 @@ def _is_text_file(corpus: Corpus) -> bool:
 def _encoded(corpus: Corpus, loaded: Any, loss_on: str) -> list[dict[str, list[int]]]:
     from shoestring.data import encode
 
-    context = getattr(loaded.model.config, "max_position_embeddings", None) or WINDOW
+    context = context_of(loaded.model.config) or WINDOW
     if corpus.format != "text":
         return encode(corpus, loaded.tokenizer, context, loss_on=loss_on, on_long="truncate").rows
     texts = [example.text or "" for example in corpus.examples]

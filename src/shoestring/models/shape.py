@@ -16,6 +16,8 @@ from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
 from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
 
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
 
 def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) -> Shape:
     """The shape of a model, or of a model folder without reading its weights.
@@ -53,6 +55,12 @@ def _empty_model(folder: Folder, trust_remote_code: bool) -> nn.Module:
         ) from error
 
 
+def context_of(config: Any) -> int:
+    """How many tokens a model sees at once, as its transformers configuration has it; 0 where that says nothing."""
+    said = (getattr(config, word, None) for word in _CONTEXTS)
+    return next((tokens for tokens in said if isinstance(tokens, int) and tokens > 0), 0)
+
+
 def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
     anatomy = inspect(model)
     config: Any = getattr(getattr(model, "get_base_model", lambda: model)(), "config")  # noqa: B009
@@ -60,7 +68,6 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
     heads = int(getattr(config, "num_attention_heads", 0) or 1)
     hidden = int(getattr(config, "hidden_size", 0) or model.get_submodule(anatomy.embeddings).embedding_dim)  # type: ignore[arg-type]
     head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
-    context = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 0
     weights = _weights(model, anatomy, folder, width, config)
     return Shape(
         weights=weights,
@@ -70,7 +77,7 @@ def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:
         kv_heads=_kv_heads(anatomy, heads, head_dim),
         head_dim=head_dim,
         vocab=int(model.get_submodule(anatomy.embeddings).weight.shape[0]),  # type: ignore[union-attr,index,arg-type]
-        context=int(context) if isinstance(context, int) else 0,
+        context=context_of(config),
         family=str(getattr(config, "model_type", "")),
         keyless=sum(not keeps_keys(block) for block in anatomy.blocks) * _passes(config, anatomy),
         other_files=folder.total - sum(weight.stored for weight in weights) if folder else 0,

@@ -211,3 +211,14 @@ def greedy(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -> Gree
         margins.append(best[:, 1] - best[:, 0])
         parts = [Part([int(token)], part.table, part.context + len(part.ids)) for part, token in zip(parts, tokens[-1])]
     return Greedy(np.array(tokens).T, np.array(margins).T)
+
+
+def own(model: Any, ids: list[int]) -> np.ndarray:
+    """float32 [tokens, vocab]: what the model itself says."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def off(found: np.ndarray, wanted: np.ndarray) -> float:
+    """How far logits are from others, in standard deviations of these."""
+    return float(np.sqrt(((found - wanted) ** 2).mean()) / wanted.std())

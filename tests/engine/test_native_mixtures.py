@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from runner_cases import Part, batch, in_chunks, logits, make, pages, text
+from runner_cases import Part, batch, in_chunks, logits, make, off, own, pages, text
 from safetensors.torch import load_file, save_file
 
 from shoestring.core.errors import UsageError
@@ -31,15 +31,6 @@ from shoestring.models.seal import seal
 EXACT, NEAR = 1e-5, 0.05  # where pages are float32: the same arithmetic in another order; activations of eight bits
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1")
 REGROUPED = regrouped.FAMILIES
-
-
-def own(model: Any, ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
-
-
-def off(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(((found - wanted) ** 2).mean()) / wanted.std())
 
 
 def opened(folder: Path, **options: Any) -> NativeRunner:

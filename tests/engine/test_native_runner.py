@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import torch
 from peft import LoraConfig, get_peft_model
-from runner_cases import VOCAB, Part, logits, make, pages, text
+from runner_cases import VOCAB, Part, logits, make, off, own, pages, text
 from safetensors.torch import load_file, save_file
 
 from shoestring.core.errors import DoesNotFit, UsageError
@@ -24,15 +24,6 @@ from shoestring.models.llama_like import NotNative
 from shoestring.models.load import DEFAULT, locate, resolve
 
 NEAR = 0.03  # keys and values are bfloat16
-
-
-def own(model: Any, ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
-
-
-def off(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(((found - wanted) ** 2).mean()) / wanted.std())
 
 
 def opened(folder: Path, **options: Any) -> NativeRunner:

@@ -48,6 +48,16 @@ _CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _ROUTER = ("gate", "router", "classifier", "shared_expert_gate")
 
+# Layers of a model type whose weight its own code reads, as a matrix or for its type, and does not say so to anybody.
+_READ = {
+    "falcon_mamba": ("lm_head",),
+    "longt5": ("wo",),
+    "mamba": ("dt_proj", "lm_head"),
+    "mobilebert": ("predictions.dense", "predictions.decoder"),
+    "rwkv": ("attention.output", "feed_forward.value"),
+    "switch_transformers": ("wo",),
+}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -683,3 +693,8 @@ def _unknown(core: nn.Module, missing: str) -> Any:
         "models are addressed through their blocks, attention and MLP projections",
         "Use a transformer language model, such as Llama, Qwen, Mistral, GPT-2, BERT or T5",
     )
+
+
+def read_by_families(model: nn.Module) -> tuple[str, ...]:
+    """Ends of the names of layers whose weight the family's own code reads beside calling them."""
+    return _READ.get(str(getattr(getattr(model, "config", None), "model_type", "")), ())

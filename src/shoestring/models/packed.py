@@ -31,21 +31,12 @@ from shoestring.kernels import formats, ops
 from shoestring.kernels.formats import Format
 from shoestring.kernels.formats._format import Product
 from shoestring.models import surgery
+from shoestring.models.anatomy import read_by_families
 from shoestring.models.seal import unseal
 
 ROOM = "shoestring.methods.quantizers"  # what to import before a packed folder can be read
 BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
 PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
-
-# Layers of a model type whose weight its own code reads, as a matrix or for its type, and does not say so to anybody.
-_READ = {
-    "falcon_mamba": ("lm_head",),
-    "longt5": ("wo",),
-    "mamba": ("dt_proj", "lm_head"),
-    "mobilebert": ("predictions.dense", "predictions.decoder"),
-    "rwkv": ("attention.output", "feed_forward.value"),
-    "switch_transformers": ("wo",),
-}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -585,7 +576,7 @@ def _of_task(model: PreTrainedModel, name: str) -> bool:
 
 def _kept_in_floats(model: PreTrainedModel, name: str) -> bool:
     """Whether the family's own code reads a module's weight: for its type, and computes in that, or to multiply."""
-    read = (*(model._keep_in_fp32_modules or ()), *_READ.get(getattr(model.config, "model_type", ""), ()))
+    read = (*(model._keep_in_fp32_modules or ()), *read_by_families(model))
     return any(f".{part}." in f".{name}." for part in read)
 
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.core.shape import PROJECTIONS, ROLES, Shape, Weight
+import pytest
+from transformers import GPT2Config, LlamaConfig, MambaConfig, MptConfig, PretrainedConfig
+
+from shoestring.core.shape import PROJECTIONS, ROLES, Shape, Weight, context_of
 
 
 def weight(name: str, role: str, *dims: int, bytes: int = 2, **more: object) -> Weight:
@@ -64,3 +67,11 @@ def test_layers_without_keys_remember_and_compute_half() -> None:
     shared = replace(plain, keyless=2)
     assert (plain.kv_bytes(10), shared.kv_bytes(10)) == (2 * 6 * 2 * 16 * 10 * 2, (12 - 2) * 2 * 16 * 10 * 2)
     assert plain.flops_per_token(100) - shared.flops_per_token(100) == 2 * 2 * 100 * 4 * 16
+
+
+@pytest.mark.parametrize(("config", "context"), [
+    (GPT2Config(n_positions=48), 48), (LlamaConfig(max_position_embeddings=64), 64), (MptConfig(max_seq_len=96), 96),
+    (MambaConfig(), 0),
+])  # fmt: skip
+def test_how_many_tokens_a_model_sees_at_once(config: PretrainedConfig, context: int) -> None:
+    assert context_of(config) == context

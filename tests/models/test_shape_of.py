@@ -11,12 +11,10 @@ from families import CAUSAL, MASKED, SEQ2SEQ, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, LlamaConfig, MambaConfig, MptConfig, PretrainedConfig
 
 from shoestring.core.errors import UsageError
 from shoestring.models import inspect, load, shape_of
 from shoestring.models.flops import count_flops, forward_flops, training_flops
-from shoestring.models.shape import context_of
 from shoestring.models.surgery import replace_module
 
 
@@ -27,14 +25,6 @@ def test_parameters_and_bytes(family: str) -> None:
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.resident == sum(p.numel() * p.element_size() for p in model.parameters())
     assert shape.hidden == 32 and shape.heads == 4 and shape.vocab == 96 and shape.head_dim == 8
-
-
-@pytest.mark.parametrize(("config", "context"), [
-    (GPT2Config(n_positions=48), 48), (LlamaConfig(max_position_embeddings=64), 64), (MptConfig(max_seq_len=96), 96),
-    (MambaConfig(), 0),
-])  # fmt: skip
-def test_how_many_tokens_a_model_sees_at_once(config: PretrainedConfig, context: int) -> None:
-    assert context_of(config) == context
 
 
 @pytest.mark.parametrize("family", sorted({**CAUSAL, **MASKED}))

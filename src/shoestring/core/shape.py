@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 ROLES = ("embed", "head", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "expert", "norm", "bias", "other")
 PROJECTIONS = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,9 @@ class Shape:
 
     def of(self, *roles: str) -> Iterator[Weight]:
         return (w for w in self.weights if w.role in roles)
+
+
+def context_of(config: Any) -> int:
+    """How many tokens a model sees at once, as its transformers configuration has it; 0 where that says nothing."""
+    said = (getattr(config, word, None) for word in _CONTEXTS)
+    return next((tokens for tokens in said if isinstance(tokens, int) and tokens > 0), 0)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shoestring.core.errors import DoesNotFit, ShoestringError, UsageError
+from shoestring.core.shape import context_of
 from shoestring.core.text import show_bytes
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages
 from shoestring.engine.torch_adapters import Adapters
@@ -23,7 +24,6 @@ from shoestring.models.anatomy import attends, inspect, is_projection
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter, read_json
 from shoestring.models.load import Loaded, load, quiet, resolve
 from shoestring.models.seal import fulfil
-from shoestring.models.shape import context_of
 from shoestring.models.streams import side_by_side
 
 _CACHE_TYPES = {

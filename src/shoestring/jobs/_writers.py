@@ -13,8 +13,8 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoestring.core.errors import DoesNotFit, UsageError
+from shoestring.core.shape import context_of
 from shoestring.models.load import Loaded
-from shoestring.models.shape import context_of
 
 if TYPE_CHECKING:
     from shoestring.engine.engine import Engine

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoestring.core.errors import ShoestringError, UsageError
+from shoestring.core.shape import context_of
 from shoestring.jobs._doors import open_model
 from shoestring.jobs.at_work import at_work
 from shoestring.models.folder import read_json
 from shoestring.models.load import kind_of
-from shoestring.models.shape import context_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from shoestring.core.errors import UsageError
-from shoestring.core.shape import Shape, Weight
+from shoestring.core.shape import Shape, Weight, context_of
 from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_projection, keeps_keys, plain_role
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
 from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
-
-_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) -> Shape:
@@ -53,12 +51,6 @@ def _empty_model(folder: Folder, trust_remote_code: bool) -> nn.Module:
         raise UsageError(
             f"{folder.path / 'config.json'} describes no model that transformers knows", str(error).strip()[:300]
         ) from error
-
-
-def context_of(config: Any) -> int:
-    """How many tokens a model sees at once, as its transformers configuration has it; 0 where that says nothing."""
-    said = (getattr(config, word, None) for word in _CONTEXTS)
-    return next((tokens for tokens in said if isinstance(tokens, int) and tokens > 0), 0)
 
 
 def _shape(model: nn.Module, folder: Folder | None, width: int | None) -> Shape:

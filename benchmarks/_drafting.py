@@ -1,6 +1,6 @@
 """One model in one process, decoding plainly or with drafts. Any Python that has the library will do.
 
-    python benchmarks/_drafting.py plain|aded|llama|llama-lookup MODEL THREADS DTYPE
+    python benchmarks/_drafting.py plain|aded[,option=value]|llama|llama-lookup MODEL THREADS DTYPE
 
 A command is a line {"ids": prompt, "tokens": most, "temperature": t, "fresh": forget what was learnt}; the answer is
 {"tokens": after the first, "seconds": from the first to the last, "said": what the drafter says of itself}.
@@ -9,6 +9,7 @@ A command is a line {"ids": prompt, "tokens": most, "temperature": t, "fresh": f
 import json
 import sys
 import time
+from functools import partial
 
 CONTEXT = 2048
 
@@ -62,7 +63,6 @@ def llama(lookup, model, threads, dtype):
 
 KINDS = {
     "plain": lambda *given: ours([], *given),
-    "aded": lambda *given: ours(["aded"], *given),
     "llama": lambda *given: llama(0, *given),
     "llama-lookup": lambda *given: llama(2, *given),  # as its makers advise on a CPU
 }
@@ -70,7 +70,8 @@ KINDS = {
 
 def main():
     kind, model, threads, dtype = sys.argv[1:5]
-    answer = KINDS[kind](model, int(threads), dtype)
+    made = KINDS.get(kind, partial(ours, [kind]))
+    answer = made(model, int(threads), dtype)
     print(json.dumps({}), flush=True)
     for line in sys.stdin:
         tokens, seconds, said = answer(**json.loads(line))

@@ -1,13 +1,14 @@
 """Decoding with ADED's drafts beside plain decoding, and beside llama.cpp's prompt look-up.
 
-    python benchmarks/aded.py [--formats 4-bit,bf16] [--prompts 4] [--tokens 128] [--rounds 3] [--llama-python PYTHON]
-                              [--json FILE]
+    python benchmarks/aded.py [--formats 4-bit,bf16] [--prompts 12] [--tokens 128] [--rounds 3] [--corpus 30]
+                              [--llama-python PYTHON] [--json FILE]
 
 One answer at a time on the default model. Tasks: code (write a function), chat (explain something), summarise (shorten
 documentation), rewrite (give back code with a change), drawn (chat at temperature 1.2, which hardly repeats itself).
-The drafter begins each task of each round with an empty table, so that all prompts are new to it. Every model is
-loaded once, by a process of its own; arms take turns prompt by prompt. A figure is tokens over seconds, from an
-answer's first token on, of all prompts of a task; a ratio is of one round.
+`aded` begins each task of each round with an empty table, so that all prompts are new to it; `aded-corpus`, as in the
+paper, with one counted in the same weights' answers to other prompts, `--corpus` of each task. Every model is loaded
+once, by a process of its own; arms take turns prompt by prompt. A figure is tokens over seconds, from an answer's first
+token on, of all prompts of a task; a ratio is of one round.
 """
 
 from __future__ import annotations
@@ -40,14 +41,21 @@ def main() -> int:
     parser.add_argument("--tasks", default="code,chat,summarise,rewrite,drawn")
     parser.add_argument("--prompts", type=int, default=12, help="of each task")
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--corpus", type=int, default=30, help="prompts of each task that the corpus answers; 0: none")
     given = parser.parse_args()
     report: dict[str, Any] = {"circumstances": circumstances(given.threads), "formats": {}}
-    asked = tasks(tokenizer(given.model), given.prompts)
+    tokens = tokenizer(given.model)
+    asked, others = tasks(tokens, given.prompts, given.corpus)
     with tempfile.TemporaryDirectory() as place:
         for name in given.formats.split(","):
             file = gguf(given.model)
             dtype = "auto" if name == "4-bit" else "bf16"
-            arms = {kind: [sys.executable, kind, str(file), dtype] for kind in ("plain", "aded")}
+            plugs = {"plain": "plain", "aded": "aded"}
+            if given.corpus:
+                corpus = Path(place) / f"{name}.jsonl"
+                answered(corpus, file, dtype, others, given)
+                plugs["aded-corpus"] = f"aded,corpus={corpus}"
+            arms = {kind: [sys.executable, plug, str(file), dtype] for kind, plug in plugs.items()}
             if given.llama_python:
                 same = file
                 if name != "4-bit":
@@ -71,8 +79,8 @@ def tokenizer(model: str) -> Tokenizer:
     return found
 
 
-def tasks(tokens: Tokenizer, count: int) -> dict[str, list[list[int]]]:
-    """Prompts of each task, of Python's own documentation and sources."""
+def tasks(tokens: Tokenizer, count: int, others: int) -> tuple[dict[str, list[list[int]]], dict[str, list[list[int]]]]:
+    """Prompts of each task, of Python's own documentation and sources: `count` to measure, and `others`."""
     import bisect
     import heapq
     import shlex
@@ -81,19 +89,36 @@ def tasks(tokens: Tokenizer, count: int) -> dict[str, list[list[int]]]:
     def asked(text: str) -> list[int]:
         return tokens.chat([{"role": "user", "content": text}])
 
-    examples = [e for e in python_docs() if len(e.messages[1]["content"]) > 300][:: 997 // max(count, 1)][:count]
-    titles = [e.messages[0]["content"].split("`")[1] for e in examples]
-    long = [e.messages[1]["content"] for e in examples]
+    known = [e for e in python_docs() if len(e.messages[1]["content"]) > 300]
+    chosen = known[:: 997 // max(count, 1)][:count]
+    rest = [e for e in known if e not in chosen][:: 911 // max(others, 1)][:others]
     sources: list[ModuleType] = [textwrap, heapq, bisect, shlex]
-    return {
-        "code": [asked(f"Write a Python function with tests for this: {text.splitlines()[0]}") for text in long],
-        "chat": [asked(f"What is `{title}` in Python good for? Explain it to a beginner.") for title in titles],
-        "summarise": [asked(f"Summarise this text in a few sentences:\n\n{text}") for text in long],
-        "rewrite": [
-            asked(f"Give back this code with type hints added:\n\n```python\n{code[at : at + 1500]}\n```")
-            for at, code in zip(range(2000, 2000 + 700 * count, 700), cycle(map(inspect.getsource, sources)))
-        ],
-    }
+    texts = [inspect.getsource(source) for source in sources]
+    starts = range(2000, 2000 + 700 * (count + others), 700)
+    codes = [code[at % (len(code) - 1500) :][:1500] for at, code in zip(starts, cycle(texts))]
+    found = []
+    for examples, parts in ((chosen, codes[:count]), (rest, codes[count:])):
+        titles = [e.messages[0]["content"].split("`")[1] for e in examples]
+        long = [e.messages[1]["content"] for e in examples]
+        found.append({
+            "code": [asked(f"Write a Python function with tests for this: {text.splitlines()[0]}") for text in long],
+            "chat": [asked(f"What is `{title}` in Python good for? Explain it to a beginner.") for title in titles],
+            "summarise": [asked(f"Summarise this text in a few sentences:\n\n{text}") for text in long],
+            "rewrite": [asked(f"Give back this code with type hints added:\n\n```python\n{part}\n```") for part in parts],
+        })  # fmt: skip
+    return found[0], found[1]
+
+
+def answered(corpus: Path, model: Path, dtype: str, asked: dict[str, list[list[int]]], given: Any) -> None:
+    """Write a model's own answers to so many prompts, as a server's log would have them."""
+    from shoestring.engine.engine import Engine
+    from shoestring.engine.request import Sampling
+
+    with Engine(str(model), runner="native", dtype=dtype, threads=given.threads, max_sequences=12) as engine:
+        prompts = [prompt for some in asked.values() for prompt in some]
+        answers = engine.generate(prompts, Sampling(max_tokens=given.tokens))
+        rows = [json.dumps({"text": found.text}) + "\n" for (found,) in answers if found.text.strip()]
+    corpus.write_text("".join(rows), encoding="utf-8")
 
 
 class Process:
@@ -140,7 +165,7 @@ def processes(arms: dict[str, list[str]], threads: int) -> Iterator[dict[str, Pr
 
 def compared(ready: dict[str, Process], prompts: list[list[int]], drawn: bool, given: Any) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in ready}
-    said: dict[str, float] = {}
+    said: dict[str, dict[str, float]] = {}
     for _ in range(given.rounds):
         tokens, seconds = dict.fromkeys(ready, 0), dict.fromkeys(ready, 0.0)
         for turn, name in turns(list(ready), len(prompts)):
@@ -148,11 +173,11 @@ def compared(ready: dict[str, Process], prompts: list[list[int]], drawn: bool, g
             found = ready[name].ask(**command)
             tokens[name] += found["tokens"]
             seconds[name] += found["seconds"]
-            if name == "aded":
-                said = found["said"]
+            if found["said"]:
+                said[name] = found["said"]
         for name in ready:
             speeds[name].append(tokens[name] / seconds[name])
-    pairs = [("aded", "plain"), ("llama-lookup", "llama"), ("aded", "llama-lookup")]
+    pairs = [("aded", "plain"), ("aded-corpus", "plain"), ("llama-lookup", "llama"), ("aded", "llama-lookup")]
     return {
         "tokens_per_s": {name: spread(values) for name, values in speeds.items()},
         "over": {f"{a} / {b}": ratios(speeds[a], speeds[b]) for a, b in pairs if a in speeds and b in speeds},
@@ -164,13 +189,13 @@ def compared(ready: dict[str, Process], prompts: list[list[int]], drawn: bool, g
 def printed(form: str, task: str, found: dict[str, Any]) -> None:
     speeds = "  ".join(f"{name} {values['median']:.0f}" for name, values in found["tokens_per_s"].items())
     over = "  ".join(f"{pair} {shown(values, '.2f')}" for pair, values in found["over"].items())
-    said = found["said"]
-    print(
-        f"{form:6} {task:10} tokens/s: {speeds}\n{'':18}{over}\n{'':18}"
-        f"{said['draft_tokens_per_pass']:.2f} tokens and {said['draft_nodes_per_pass']:.2f} guesses a pass, "
-        f"{said['draft_ms_per_pass']:.3f} ms of drafting",
-        flush=True,
-    )
+    print(f"{form:6} {task:10} tokens/s: {speeds}\n{'':18}{over}")
+    for name, said in found["said"].items():
+        print(
+            f"{'':18}{name}: {said['draft_tokens_per_pass']:.2f} tokens and {said['draft_nodes_per_pass']:.2f} guesses "
+            f"a pass, {said['draft_ms_per_pass']:.3f} ms of drafting",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def tasks(tokens: Tokenizer, count: int, others: int) -> tuple[dict[str, list[li
             "code": [asked(f"Write a Python function with tests for this: {text.splitlines()[0]}") for text in long],
             "chat": [asked(f"What is `{title}` in Python good for? Explain it to a beginner.") for title in titles],
             "summarise": [asked(f"Summarise this text in a few sentences:\n\n{text}") for text in long],
-            "rewrite": [asked(f"Give back this code with type hints added:\n\n```python\n{part}\n```") for part in parts],
+            "rewrite": [
+                asked(f"Give back this code with type hints added:\n\n```python\n{part}\n```") for part in parts
+            ],
         })  # fmt: skip
     return found[0], found[1]
 

@@ -7,7 +7,7 @@ one file that knows how families call their parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -46,6 +46,7 @@ _ORDER = (
 _IN_ATTENTION = re.compile(r"att", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
+_ROUTER_NAME = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
 _ROUTER = ("gate", "router", "classifier", "shared_expert_gate")
 
 # Layers of a model type whose weight its own code reads, as a matrix or for its type, and does not say so to anybody.
@@ -310,6 +311,28 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 def stacked(model: nn.Module) -> list[tuple[str, Any]]:
     """Full name and module of each layer's experts whose matrices are the parameters `GATE_UP` and `DOWN`."""
     return [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, GATE_UP, None), nn.Parameter)]
+
+
+def gated_experts(experts: Any) -> bool:
+    """Whether the stacked experts of a layer are `GATE_UP`, the family's gate and `DOWN`, and nothing beside them."""
+    other = ("has_bias", "is_transposed", "has_post_expert_norm")
+    usual = getattr(experts, "has_gate", False) and not any(getattr(experts, word, False) for word in other)
+    dims = {name: parameter.dim() for name, parameter in experts.named_parameters()}
+    return bool(usual and dims == {GATE_UP: 3, DOWN: 3})
+
+
+def routers(names: Iterable[str]) -> set[str]:
+    """Of full names of modules, those that choose among the experts beside them, and those within them."""
+    known = set(names)
+    beside = {name.partition(".expert")[0] for name in known if ".expert" in name}
+    return {name for name in known if (found := _ROUTER_NAME.fullmatch(name)) and found[1] in beside}
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is one of `routers`."""
+    found = _ROUTER_NAME.fullmatch(name)
+    children = dict(model.get_submodule(found[1]).named_children()) if found else {}
+    return any(child.startswith("expert") for child in children)
 
 
 def expert_reads(experts: Any, expert: int, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -27,13 +27,49 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shoestring.core.errors import UsageError
-from shoestring.kernels import formats, ops
+from shoestring.kernels import formats
 from shoestring.kernels.formats import Format
-from shoestring.kernels.formats._format import Product
 from shoestring.models import surgery
-from shoestring.models.anatomy import read_by_families
+from shoestring.models.anatomy import gated_experts, is_router, read_by_families, stacked
+from shoestring.models.packed_layers import (
+    PARTS,
+    ExpertMatrices,
+    Packed,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    packed_modules,
+    scale_of,
+    scaled,
+)
 from shoestring.models.seal import unseal
 
+__all__ = [
+    "BIAS",
+    "PLAIN",
+    "ROOM",
+    "ExpertMatrices",
+    "Packed",
+    "PackedConfig",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedQuantizer",
+    "float_module",
+    "linear",
+    "linear_dims",
+    "mark",
+    "packable",
+    "packed_modules",
+    "packing_of",
+    "parameters_of",
+    "refuse_unpacked",
+    "replace_embedding",
+    "scale_of",
+    "tie",
+    "tied_head",
+    "tied_to_table",
+]
 ROOM = "shoestring.methods.quantizers"  # what to import before a packed folder can be read
 BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
 PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
@@ -65,12 +101,19 @@ class PackedConfig(QuantizationConfigMixin):
             raise UsageError(f"{type(self).__name__} has no option {', '.join(sorted(stray))}")
 
     def format_of(self, name: str, rows: int, columns: int, embedding: bool) -> Format | None:
-        """The format of the module called `name`, whose weight is [rows, columns]; None leaves it as it is."""
+        """The format of the module called `name`, whose weight is [rows, columns]; None leaves it as it is.
+
+        The matrices of a layer's experts are asked for as those of one expert, under the names that they have packed:
+        the experts' own with `.gate_up` and `.down` behind it. Where one of the two has no format, neither has.
+        """
         spec = self.packing.get(name)
         return None if spec is None else formats.parse(spec.removesuffix(BIAS))
 
     def pack(self, weight: torch.Tensor, format: Format, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a float weight [rows, columns]; those of a format whose length depends on them, any length."""
+        """The tensors of a float weight [rows, columns]; those of a format whose length depends on them, any length.
+
+        Experts of a mixture come one by one, with their numbers behind the name.
+        """
         return format.pack(weight)
 
     def left_alone(self, name: str) -> bool:
@@ -87,141 +130,6 @@ def _checked(packing: Any) -> dict[str, str]:
         f"it is {str(packing)[:80]!r}",
         "Check that configuration and weights belong together",
     )
-
-
-class Packed(nn.Module):
-    """A module that stands for a float weight [rows, columns] of `format`."""
-
-    weight: torch.Tensor
-    format: Format
-    rows: int
-    columns: int
-
-    def unpacked(self) -> torch.Tensor:
-        """The weight it stands for, float32 [rows, columns]."""
-        return self.format.unpack(self.tensors(), self.columns)
-
-    def bound(self) -> torch.Tensor:
-        """The largest error that plain rounding may make of each number, [rows, columns]."""
-        return self.format.bound(self.tensors(), self.columns)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in self._names}
-
-    def hold(self, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stand for these tensors from now on."""
-        self.format = format
-        for name, value in tensors.items():
-            self._put(name, value)
-
-    def _hold(self, format: Format, rows: int, columns: int, tied: bool = False) -> None:
-        self.rows, self.columns, self.tied = rows, columns, tied
-        self._names = tuple(format.layout.tensors(rows, columns))
-        self.hold(format, format.empty(rows, columns))
-
-    def _put(self, name: str, value: torch.Tensor) -> None:
-        if name == "weight":
-            self.weight = nn.Parameter(value, requires_grad=False)
-        else:
-            # Buffers: a model's dtype is that of its first floating-point parameter, which must not be the scales. Who
-            # shares the table's weight borrows its scales too and stores none.
-            self.register_buffer(name, value, persistent=not self.tied)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        kept = {name: getattr(self, name) for name in self._names if name != "weight"}
-        moved = super()._apply(fn, recurse)
-        # `model.to(dtype)` is about activations; scales are part of the stored format and only change device.
-        for name, before in kept.items():
-            now = getattr(self, name)
-            if now.dtype != before.dtype:
-                now.data = before.data.to(now.device)
-        return moved
-
-    def extra_repr(self) -> str:
-        return f"{self.columns}, {self.rows}, format={self.format}"
-
-
-class PackedLinear(Packed, nn.Linear):
-    """A linear layer over packed weights. Input (..., in_features), output (..., out_features) of the same type."""
-
-    def __init__(
-        self, in_features: int, out_features: int, format: Format, bias: bool, dtype: torch.dtype, tied: bool = False
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self._hold(format, out_features, in_features, tied)
-        values = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self.register_parameter("bias", values)
-
-    def hold(self, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().hold(format, tensors)
-        layout = format.layout
-        self._grouped = layout.kind == "int"
-        if self._grouped:  # for which there are products without a second layout
-            self._product: Any = ops.Product(layout.planes, layout.group, self.columns)
-        else:
-            self._product = Product(format, self.rows, self.columns)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Not through attributes: nn.Module is slow to find them, and a small layer takes a few microseconds in all.
-        own: Any = self._parameters
-        beside: Any = self._buffers
-        if not input.is_floating_point():
-            raise TypeError(
-                f"a packed layer is given {input.dtype}: the model casts what enters it to the type of its weight, "
-                "which is packed here; leave the layer out with modules_to_not_convert or exclude_modules"
-            )
-        if self._grouped:
-            return self._product(input, own["weight"], beside["scales"], own["bias"])
-        return self._product(input, {"weight": own["weight"], **beside}, own["bias"])
-
-
-class PackedEmbedding(Packed, nn.Embedding):
-    """An embedding table over packed rows. Input (...) of ids, output (..., embedding_dim) in `dtype`."""
-
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        format: Format,
-        padding_idx: int | None,
-        scale: float | torch.Tensor,
-        dtype: torch.dtype,
-        tied: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx  # type: ignore[assignment]
-        self.scale, self.dtype = scale, dtype
-        self._hold(format, rows, width, tied)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layout = self.format.layout
-        if input.is_meta:
-            return torch.empty(*input.shape, self.columns, dtype=self.dtype, device="meta")
-        if layout.kind == "int":
-            codes = self.weight.flatten(1)
-            rows = ops.embedding(
-                input,
-                codes,
-                self.tensors()["scales"],
-                layout.planes,
-                layout.group,
-                self.embedding_dim,
-                dtype=self.dtype,
-            )
-        else:
-            if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.rows:
-                raise UsageError(
-                    f"Token ids {int(input.min())}..{int(input.max())} do not fit a table of {self.rows} rows",
-                    remedy="Use the tokenizer that belongs to the model",
-                )
-            rows = self.format.rows(self.tensors(), input.flatten(), self.columns).to(self.dtype)
-            rows = rows.view(*input.shape, self.columns)
-        return _scaled(rows, self.scale)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
 
 
 def linear(
@@ -281,10 +189,6 @@ def packing_of(model: nn.Module) -> dict[str, str]:
     }
 
 
-def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
-
-
 def parameters_of(model: nn.Module) -> int:
     """How many numbers the parameters of a model stand for; tied ones once."""
     packed = {id(module.weight): module.rows * module.columns for _, module in packed_modules(model)}
@@ -301,23 +205,40 @@ class Pack(ConversionOps):
         name: str = given["full_layer_name"]
         value = next(iter(input_dict.values()))
         value = value[0] if isinstance(value, list) else value
-        owner = name.rpartition(".")[0]
+        owner, _, tensor = name.rpartition(".")
         packed: Any = given["model"].get_submodule(owner)
-        if owner in self.quantizer.transposed:
-            value = value.t()
+        if isinstance(packed, PackedExperts):
+            place, packed = f"{owner}.{PARTS[tensor]}", packed.came(tensor)
+            given["missing_keys"].discard(name)
+            made = self.made(name, [(f"{place}.{expert}", matrix) for expert, matrix in enumerate(value)], packed)
+            format, tensors = packed.joined(made)
+        else:
+            place = owner
+            value = value.t() if owner in self.quantizer.transposed else value
+            (tensors,) = self.made(name, [(owner, value)], packed)
+            format = packed.format
+            if format.layout.says_its_size:
+                format = formats.parse(f"{format.layout.native}/{tensors['weight'].numel()}")
+        if format != packed.format:
+            packed.hold(format, {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()})
+        return {f"{place}.{key}": tensor for key, tensor in tensors.items()}
+
+    def made(self, name: str, values: Sequence[tuple[str, torch.Tensor]], packed: Packed) -> list[dict[str, Any]]:
+        """The tensors of each matrix (what it is called, its values) of the parameter `name`."""
         config = self.quantizer.quantization_config
+        found: list[dict[str, Any]] = []
         try:
-            # Codes are what the weights say, whatever the caller's products are computed in.
-            with torch.autocast(value.device.type, enabled=False):
-                tensors = config.pack(value.contiguous(), packed.format, owner)
+            for called, value in values:
+                # Codes are what the weights say, whatever the caller's products are computed in.
+                with torch.autocast(value.device.type, enabled=False):
+                    found.append(config.pack(value.contiguous(), packed.format, called))
         except UsageError as error:
             # transformers would bury it in a report: kept until the weights are read.
             self.quantizer.refusals.append(f"{name} cannot be quantized: {error}")
-            tensors = {key: torch.zeros_like(t, device="cpu") for key, t in packed.tensors().items()}
-        if packed.format.layout.says_its_size:
-            found = formats.parse(f"{packed.format.layout.native}/{tensors['weight'].numel()}")
-            packed.hold(found, found.empty(packed.rows, packed.columns))
-        return {f"{owner}.{key}": tensor for key, tensor in tensors.items()}
+            rows, columns = values[0][1].shape
+            empty = packed.format.empty(rows, columns)
+            return [{key: torch.zeros_like(t, device="cpu") for key, t in empty.items()} for _ in values]
+        return found
 
 
 class PackedQuantizer(HfQuantizer):
@@ -366,10 +287,34 @@ class PackedQuantizer(HfQuantizer):
                 self.transposed.add(name)
             replacements.append((name, new))
         surgery.replace_modules(model, replacements)
-        refuse_unpacked(model)
+        packed = list(self._experts(model))
+        if not self.pre_quantized:
+            refuse_unpacked(model, left_alone=self.quantization_config.left_alone)
+        for experts in packed if not self.pre_quantized else ():
+            experts.expect()
         for part in _models(model):
             part._init_weights = partial(_initialize, part._init_weights)  # type: ignore[method-assign]
         return model
+
+    def _experts(self, model: PreTrainedModel) -> Iterator[PackedExperts]:
+        """Put packed experts into every layer for whose experts there are formats."""
+        config = self.quantization_config
+        for name, module in stacked(model):
+            if not gated_experts(module):
+                continue
+            found: list[Format] = []
+            for tensor, part in PARTS.items():
+                spec = self._spec(model, f"{name}.{part}") if self.pre_quantized else ""
+                format = formats.parse(spec) if spec else None
+                if not self.pre_quantized and not config.left_alone(f"{name}.{tensor}"):
+                    _, rows, columns = module.get_parameter(tensor).shape
+                    format = config.format_of(f"{name}.{part}", rows, columns, False)
+                found += [] if format is None else [format]
+            if len(found) == len(PARTS):
+                with torch.device("meta"):
+                    made = PackedExperts(module, *found)
+                surgery.replace_module(model, name, made)
+                yield made
 
     def _format(self, model: PreTrainedModel, name: str, module: nn.Module) -> Format | None:
         config = self.quantization_config
@@ -412,7 +357,9 @@ class PackedQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         owner, _, tensor = param_name.rpartition(".")
-        return not self.pre_quantized and tensor == "weight" and isinstance(model.get_submodule(owner), Packed)
+        if self.pre_quantized or tensor not in ("weight", *PARTS):
+            return False
+        return isinstance(model.get_submodule(owner), Packed if tensor == "weight" else PackedExperts)
 
     def get_quantize_ops(self) -> Pack:
         return Pack(self)
@@ -437,6 +384,9 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A config that was read from disk says its dtype as a word.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                surgery.replace_module(model, name, module.float_module(dtype))
         packed, transposed = list(packed_modules(model)), _transposed(model)
         made = ((name, float_module(module, dtype, name in transposed)) for name, module in packed)
         surgery.replace_modules(model, made)
@@ -461,6 +411,12 @@ def _initialize(plain: Callable[[nn.Module], None], module: nn.Module) -> None:
     Raises:
         UsageError: a packed module lacks some of its tensors.
     """
+    if isinstance(module, PackedExperts) and module.expected():
+        raise UsageError(
+            f"There are no weights for {module.num_experts} experts",
+            f"the folder lacks {', '.join(module.expected())}, or holds them under another name",
+            "Get an intact copy of the model",
+        )
     if not isinstance(module, Packed):
         return plain(module)
     for name, tensor in (*module.tensors().items(), ("bias", getattr(module, "bias", None))):
@@ -562,7 +518,7 @@ def packable(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
         return name == table and _only_scales(module) and not any(_kept_in_floats(model, other) for other in sharing)
     if not isinstance(module, nn.Linear | Conv1D) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    if _of_task(model, name) or _kept_in_floats(model, name):
+    if _of_task(model, name) or _kept_in_floats(model, name) or is_router(model, name):
         return False
     # An untied head is as sensitive as the embedding is; a tied one shares the embedding's codes.
     return module is not model.get_output_embeddings() or name == tied_head(model)
@@ -580,31 +536,21 @@ def _kept_in_floats(model: PreTrainedModel, name: str) -> bool:
     return any(f".{part}." in f".{name}." for part in read)
 
 
-def scale_of(table: nn.Embedding) -> float | torch.Tensor:
-    """By what an embedding multiplies the rows that it looks up; a tensor where it first rounds that to their type."""
-    scale = getattr(table, "scalar_embed_scale", None)
-    if scale is None:
-        return float(getattr(table, "embed_scale", 1.0))
-    return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
-
-
-def _scaled(rows: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    if isinstance(scale, torch.Tensor):
-        return rows * scale.to(rows.dtype)
-    return rows if scale == 1.0 else rows * scale
-
-
 def _only_scales(table: nn.Embedding) -> bool:
     """Whether a table does no more with the rows that it looks up than to scale them, and holds nothing beside them."""
     plain = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
     return plain and [name for name, _ in table.named_parameters()] == ["weight"] and not list(table.children())
 
 
-def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
-    """A promise of size must not be broken in silence by matrices that no packed module holds (fused experts, say).
+def refuse_unpacked(
+    model: PreTrainedModel, packed: int | None = None, left_alone: Callable[[str], bool] = lambda name: False
+) -> None:
+    """A promise of size must not be broken in silence by matrices that no packed module holds (experts that a family
+    builds in its own way, say).
 
     Args:
         packed: how many weights will be packed; None counts those that are.
+        left_alone: whether the user has asked to leave a parameter as it is.
     """
     if packed is None:
         packed = sum(m.rows * m.columns for _, m in packed_modules(model))
@@ -614,14 +560,19 @@ def refuse_unpacked(model: PreTrainedModel, packed: int | None = None) -> None:
         for name, p in model.named_parameters()
         if p.dim() > 2 and p.is_floating_point() and (head is None or p is not getattr(head, "weight", None))
     }
-    if not packed or sum(left.values()) > 0.1 * packed:
-        examples = ", ".join(list(left)[:2]) or "no linear layers found"
-        raise UsageError(
-            f"{type(model).__name__} does not fit weight quantization of linear layers",
-            f"most of its weights stand elsewhere ({examples})",
-            "Use a model of linear layers, such as LlamaForCausalLM; for experts of a mixture, which one tensor holds, "
-            "there are methods of their own (`shoestring methods`)",
-        )
+    wanted = sum(count for name, count in left.items() if not left_alone(name))
+    if not packed or wanted > 0.1 * packed:
+        raise does_not_fit(type(model).__name__, list(left))
+
+
+def does_not_fit(name: str, elsewhere: Sequence[str]) -> UsageError:
+    """What is said of a model most of whose weights, such as those `elsewhere`, would not be packed."""
+    return UsageError(
+        f"{name} does not fit weight quantization of linear layers",
+        f"most of its weights stand elsewhere ({', '.join(elsewhere[:2]) or 'no linear layers found'})",
+        "Use a model of linear layers, such as LlamaForCausalLM, or a mixture of such experts as Mixtral's with a "
+        "method that packs them (`shoestring methods`)",
+    )
 
 
 class _ScaledEmbedding(nn.Embedding):
@@ -630,7 +581,7 @@ class _ScaledEmbedding(nn.Embedding):
     scale: float | torch.Tensor = 1.0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _scaled(super().forward(input), self.scale)
+        return scaled(super().forward(input), self.scale)
 
 
 def _transposed(model: PreTrainedModel) -> set[str]:

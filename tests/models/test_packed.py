@@ -206,9 +206,13 @@ def test_a_model_that_reads_no_tokens_at_its_top_has_no_table(family: str, tmp_p
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
-def test_experts_that_one_tensor_holds_are_refused_with_what_is_for_them(tmp_path: Path) -> None:
-    tiny("mixtral").save_pretrained(tmp_path / "plain")
-    with pytest.raises(UsageError, match="MixtralForCausalLM.*experts of a mixture.*shoestring methods"):
+def test_experts_of_another_build_are_refused_with_what_would_do(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, vocab_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    with pytest.raises(UsageError, match="GptOssForCausalLM.*gate_up_proj.*Mixtral's.*shoestring methods"):
         packed(tmp_path / "plain")
 
 

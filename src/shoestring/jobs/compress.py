@@ -22,7 +22,7 @@ from shoestring.jobs.pipeline import execute, stack
 from shoestring.jobs.runs import finished, open_run
 from shoestring.models.folder import check_folder, read_json
 from shoestring.models.load import load_tokenizer
-from shoestring.planner.plan import by_verb, refuse_family, room_for_weights
+from shoestring.planner.plan import by_verb, priced, room_for_weights
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,10 @@ def _refuse_early(steps: list[Step], shape: Shape) -> list[Step]:
     for step in steps:
         if not step.method:
             continue
-        module = catalog.module(step.method)
-        catalog.contract(catalog.get(step.method).room).config(module, dict(step.options))
+        method = catalog.get(step.method)
+        catalog.contract(method.room).config(catalog.module(step.method), dict(step.options))
         if step.verb == "compress":
-            refuse_family(catalog.get(step.method), shape)
-            shape = module.price(shape, dict(step.options)).shape
+            shape = priced(method, shape, dict(step.options))
     return steps
 
 

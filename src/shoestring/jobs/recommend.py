@@ -18,7 +18,7 @@ from shoestring.core.step import Step
 from shoestring.kernels.layout import FOR_FILES
 from shoestring.planner.cost import predict, read_per_token
 from shoestring.planner.machine import bandwidth, engine_floor, machine
-from shoestring.planner.plan import by_verb, refuse_family
+from shoestring.planner.plan import by_verb, priced
 
 _MOST_THREADS = 1024
 
@@ -104,8 +104,7 @@ def _made(shape: Shape) -> Iterator[tuple[Step | None, Shape]]:
         module = catalog.module(method.name)
         for settings in module.settings():
             try:
-                refuse_family(method, shape)
-                after = module.price(shape, settings).shape
+                after = priced(method, shape, settings)
             except (UsageError, DoesNotFit):  # it is for models of another kind, or cannot make this one so small
                 continue
             made = catalog.contract(method.room).config(module, dict(settings))
@@ -115,9 +114,11 @@ def _made(shape: Shape) -> Iterator[tuple[Step | None, Shape]]:
 def _loaded(weight: Weight, made: Any) -> Weight:
     """A weight as the engine holds it: what is packed for files alone is plain bfloat16 there."""
     owner, _, tensor = weight.name.rpartition(".")
-    if tensor != "weight" or len(weight.dims) != 2 or weight.tied or not hasattr(made, "format_of"):
+    experts = weight.role == "expert" and len(weight.dims) == 3
+    matrix = tensor == "weight" and len(weight.dims) == 2
+    if not (experts or matrix) or weight.tied or not hasattr(made, "format_of"):
         return weight
-    format = made.format_of(owner, *weight.dims, weight.role == "embed")
+    format = made.format_of(weight.name if experts else owner, *weight.dims[-2:], weight.role == "embed")
     if format is None or format.layout.kind not in FOR_FILES:
         return weight
     return replace(weight, resident=2 * weight.count)

@@ -15,6 +15,7 @@ from shoestring.core.errors import ShoestringError, UsageError, nearest
 from shoestring.core.shape import Shape
 from shoestring.core.step import Step
 from shoestring.jobs import pipeline
+from shoestring.planner.plan import priced
 
 # The requests a file may hold, by their verb; without a verb, or with `run`, it is a list of steps.
 REQUESTS = {
@@ -162,7 +163,7 @@ def _fits(step: Step, shape: Shape | None) -> None:
     contract = catalog.contract(catalog.get(step.method).room)
     contract.config(module, dict(step.options))
     if shape is not None and hasattr(module, "price"):
-        module.price(shape, {**module.settings()[0], **step.options})
+        priced(catalog.get(step.method), shape, {**module.settings()[0], **step.options})
 
 
 @contextmanager

@@ -9,6 +9,7 @@ under `packing`, so a folder is read without knowing what made it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +28,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shoestring.core.errors import UsageError
+from shoestring.core.shape import Shape, Weight
 from shoestring.kernels import formats
 from shoestring.kernels.formats import Format
 from shoestring.models import surgery
-from shoestring.models.anatomy import gated_experts, is_router, read_by_families, stacked
+from shoestring.models.anatomy import DOWN, GATE_UP, gated_experts, is_router, read_by_families, routers, stacked
 from shoestring.models.packed_layers import (
     PARTS,
     ExpertMatrices,
@@ -46,6 +48,8 @@ from shoestring.models.seal import unseal
 
 __all__ = [
     "BIAS",
+    "MOST_LEFT",
+    "PARTS",
     "PLAIN",
     "ROOM",
     "ExpertMatrices",
@@ -55,6 +59,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedQuantizer",
+    "does_not_fit",
     "float_module",
     "linear",
     "linear_dims",
@@ -63,6 +68,7 @@ __all__ = [
     "packed_modules",
     "packing_of",
     "parameters_of",
+    "priced",
     "refuse_unpacked",
     "replace_embedding",
     "scale_of",
@@ -73,6 +79,7 @@ __all__ = [
 ROOM = "shoestring.methods.quantizers"  # what to import before a packed folder can be read
 BIAS = "+bias"  # after a format: the layer has a bias, also where the family's own has none
 PLAIN = "shoestring_packed"  # the quantization method of folders whose packed layers were made one by one
+MOST_LEFT = 0.1  # of the weights that are packed: so many may stand where no packed module holds them
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -205,10 +212,10 @@ class Pack(ConversionOps):
         name: str = given["full_layer_name"]
         value = next(iter(input_dict.values()))
         value = value[0] if isinstance(value, list) else value
-        owner, _, tensor = name.rpartition(".")
+        owner, parameter = name.rpartition(".")[::2]
         packed: Any = given["model"].get_submodule(owner)
         if isinstance(packed, PackedExperts):
-            place, packed = f"{owner}.{PARTS[tensor]}", packed.came(tensor)
+            place, packed = f"{owner}.{PARTS[parameter]}", packed.came(parameter)
             given["missing_keys"].discard(name)
             made = self.made(name, [(f"{place}.{expert}", matrix) for expert, matrix in enumerate(value)], packed)
             format, tensors = packed.joined(made)
@@ -228,10 +235,10 @@ class Pack(ConversionOps):
         config = self.quantizer.quantization_config
         found: list[dict[str, Any]] = []
         try:
-            for called, value in values:
+            for called, matrix in values:
                 # Codes are what the weights say, whatever the caller's products are computed in.
-                with torch.autocast(value.device.type, enabled=False):
-                    found.append(config.pack(value.contiguous(), packed.format, called))
+                with torch.autocast(matrix.device.type, enabled=False):
+                    found.append(config.pack(matrix.contiguous(), packed.format, called))
         except UsageError as error:
             # transformers would bury it in a report: kept until the weights are read.
             self.quantizer.refusals.append(f"{name} cannot be quantized: {error}")
@@ -561,7 +568,7 @@ def refuse_unpacked(
         if p.dim() > 2 and p.is_floating_point() and (head is None or p is not getattr(head, "weight", None))
     }
     wanted = sum(count for name, count in left.items() if not left_alone(name))
-    if not packed or wanted > 0.1 * packed:
+    if not packed or wanted > MOST_LEFT * packed:
         raise does_not_fit(type(model).__name__, list(left))
 
 
@@ -573,6 +580,53 @@ def does_not_fit(name: str, elsewhere: Sequence[str]) -> UsageError:
         "Use a model of linear layers, such as LlamaForCausalLM, or a mixture of such experts as Mixtral's with a "
         "method that packs them (`shoestring methods`)",
     )
+
+
+def priced(
+    shape: Shape, size: Callable[[str, int, int, bool], int | None], *, experts: bool = True, runs: bool = False
+) -> Shape:
+    """The shape of a model whose matrices are packed while it is read.
+
+    Args:
+        size: bytes of the packed matrix of a module (its name, rows, columns, whether it is the token table); None
+            leaves it as it is. Of experts that stand in one tensor it is asked for one, under the tensor's name.
+        experts: whether those are packed at all.
+        runs: whether packed matrices are runs of bytes whose length depends on them.
+    """
+    by_name = {weight.name: weight for weight in shape.weights}
+    left = routers(name.rpartition(".")[0] for name in by_name)
+    stacks = dict(_stacks(by_name, size)) if experts else {}
+
+    def touch(weight: Weight) -> Weight:
+        owner, _, tensor = weight.name.rpartition(".")
+        table = weight.role == "embed" or (weight.role == "head" and bool(weight.tied))
+        taken = stacks.get(weight.name)
+        if taken is not None:
+            count = weight.dims[0]
+            taken = count * taken + (8 * (count + 1) if runs else 0)
+        elif tensor == "weight" and len(weight.dims) == 2 and owner not in left and (table or weight.role != "head"):
+            taken = size(owner, weight.dims[0], weight.dims[1], table)
+        return weight if taken is None else replace(weight, stored=taken, resident=taken)
+
+    return shape.change(touch)
+
+
+def _stacks(
+    weights: Mapping[str, Weight], size: Callable[[str, int, int, bool], int | None]
+) -> Iterator[tuple[str, int]]:
+    """Tensors of experts for which packed ones can stand, and the bytes of one expert: `_experts` in numbers."""
+    for name in [name for name in weights if name.rpartition(".")[2] == GATE_UP]:
+        owner = name.rpartition(".")[0]
+        own = [weight for other, weight in weights.items() if other.rpartition(".")[0] == owner]
+        down = weights.get(f"{owner}.{DOWN}")
+        if down is None or len(own) != 2 or not len(down.dims) == len(weights[name].dims) == 3:
+            continue
+        _, wide, hidden = weights[name].dims
+        if down.dims[1:] != (hidden, wide // 2):
+            continue
+        first, second = size(name, wide, hidden, False), size(down.name, hidden, wide // 2, False)
+        if first is not None and second is not None:
+            yield from ((name, first), (down.name, second))
 
 
 class _ScaledEmbedding(nn.Embedding):

@@ -132,6 +132,19 @@ def refuse_family(method: Method, shape: Shape) -> None:
         )
 
 
+def priced(method: Method, shape: Shape, options: Mapping[str, Any]) -> Shape:
+    """The shape that a method makes of a model.
+
+    Raises:
+        UsageError: options it does not have, or a model that it is not for.
+    """
+    refuse_family(method, shape)
+    module, room = catalog.module(method.name), catalog.contract(method.room)
+    after: Shape = module.price(shape, options).shape
+    getattr(room, "refuse", lambda *_: None)(module, options, shape, after)
+    return after
+
+
 def _adaptation(shape: Shape, adapt: str | None) -> list[tuple[Step, Shape]]:
     if adapt is None:
         return []
@@ -153,11 +166,11 @@ def _compressions(
         return
     if compress:
         _must_do(compress, "compress")
-    names = [compress] if compress else [m.name for m in by_verb("compress") if m.default]
-    for name in names:
-        module = catalog.module(name)
-        for settings in [dict(options)] if options else module.settings():
-            yield (Step("compress", name, settings),), module.price(shape, settings).shape
+    for method in [catalog.get(compress)] if compress else [m for m in by_verb("compress") if m.default]:
+        # What nobody asked for by name is no candidate where it does not fit.
+        with suppress(*() if compress else (UsageError,)):
+            for settings in [dict(options)] if options else catalog.module(method.name).settings():
+                yield (Step("compress", method.name, settings),), priced(method, shape, settings)
 
 
 def _within(shape: Shape, budget: Budget) -> Iterator[tuple[tuple[Step, ...], Shape]]:
@@ -166,8 +179,8 @@ def _within(shape: Shape, budget: Budget) -> Iterator[tuple[tuple[Step, ...], Sh
     for method in catalog.that_define("within") if left > 0 else ():
         module = catalog.module(method.name)
         settings = module.within(left)
-        with suppress(DoesNotFit):
-            yield (Step("compress", method.name, settings),), module.price(shape, settings).shape
+        with suppress(DoesNotFit, UsageError):
+            yield (Step("compress", method.name, settings),), priced(method, shape, settings)
 
 
 def _must_do(name: str, verb: str) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from shoestring.core.errors import UsageError
-from shoestring.core.shape import Shape, Weight
+from shoestring.core.shape import Shape
 from shoestring.kernels import formats
 from shoestring.kernels.formats import Format
 from shoestring.kernels.layout import GROUPS, parse
-from shoestring.models.packed import Packed, PackedConfig, PackedLinear, PackedQuantizer, packed_modules
+from shoestring.models.packed import Packed, PackedConfig, PackedLinear, PackedQuantizer, packed_modules, priced
 
 __all__ = [
     "FormatConfig",
@@ -97,20 +97,15 @@ class GroupConfig(FormatConfig):
         return {**super().to_dict(), "bits": self.bits}
 
 
-def price(shape: Shape, config: FormatConfig) -> Shape:
-    """The shape after quantization: bytes of what is packed in its format, the rest untouched."""
+def price(shape: Shape, config: FormatConfig, *, experts: bool = True) -> Shape:
+    """The shape after quantization: bytes of what is packed in its format, the rest untouched.
 
-    def touch(weight: Weight) -> Weight:
-        owner, _, tensor = weight.name.rpartition(".")
-        embedding = weight.role == "embed" or (weight.role == "head" and bool(weight.tied))
-        if tensor != "weight" or len(weight.dims) != 2 or weight.role == "expert":
-            return weight
-        if weight.role == "head" and not weight.tied:
-            return weight
-        spec = config.spec_of(owner, *weight.dims, embedding)
-        if spec is None:
-            return weight
-        size = parse(spec).bytes(*weight.dims)
-        return Weight(weight.name, weight.role, weight.dims, size, size, weight.tied, weight.used)
+    Args:
+        experts: whether the method packs experts that one tensor holds.
+    """
 
-    return shape.change(touch)
+    def size(name: str, rows: int, columns: int, embedding: bool) -> int | None:
+        spec = config.spec_of(name, rows, columns, embedding)
+        return None if spec is None else parse(spec).bytes(rows, columns)
+
+    return priced(shape, size, experts=experts)

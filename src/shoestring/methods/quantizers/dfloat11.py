@@ -32,10 +32,10 @@ import torch
 
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.method import Method, Paper, Price
-from shoestring.core.shape import Shape, Weight
+from shoestring.core.shape import Shape
 from shoestring.kernels import formats, reference
 from shoestring.kernels.formats import Format
-from shoestring.models.packed import PackedConfig
+from shoestring.models.packed import PackedConfig, priced
 
 METHOD = Method(
     paper=Paper(
@@ -115,15 +115,10 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     """What trained weights take; the real length is known when they have been read."""
     config = Dfloat11Config(**options)
 
-    def touch(weight: Weight) -> Weight:
-        owner, _, tensor = weight.name.rpartition(".")
-        if tensor != "weight" or len(weight.dims) != 2 or weight.role == "expert" or config.left_alone(owner):
-            return weight
-        if weight.role == "head" and not weight.tied:
-            return weight
-        rows, columns = weight.dims
+    def size(name: str, rows: int, columns: int, embedding: bool) -> int | None:
+        if config.left_alone(name):
+            return None
         each_row = 4 if config.coding == "fixed" else 0
-        size = round(_FIXED_BYTES[config.coding] + each_row * (rows + 1) + rows * columns * _BITS[config.coding] / 8)
-        return Weight(weight.name, weight.role, weight.dims, size, size, weight.tied, weight.used)
+        return round(_FIXED_BYTES[config.coding] + each_row * (rows + 1) + rows * columns * _BITS[config.coding] / 8)
 
-    return Price(shape.change(touch))
+    return Price(priced(shape, size, runs=True))

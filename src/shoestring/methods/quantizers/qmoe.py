@@ -40,15 +40,14 @@ from shoestring.core.method import Method, Paper, Price
 from shoestring.core.shape import Shape, Weight
 from shoestring.core.step import Work
 from shoestring.kernels import formats
-from shoestring.kernels.formats import Format, dictionary
-from shoestring.kernels.formats._format import Product
+from shoestring.kernels.formats import dictionary
 from shoestring.lab import tiny_mixture
 from shoestring.methods.quantizers import _shared
 from shoestring.methods.quantizers._gptq import gptq
 from shoestring.models import surgery
-from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, stacked
+from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, gated_experts, stacked
 from shoestring.models.load import load_tokenizer
-from shoestring.models.packed import PackedConfig, mark
+from shoestring.models.packed import PackedConfig, PackedExperts, mark
 from shoestring.models.streamed import Streamed, unload
 
 METHOD = Method(
@@ -133,81 +132,8 @@ def base(**changes: Any) -> PreTrainedModel:
     return tiny_mixture.model(**{"tie_word_embeddings": True, **changes})
 
 
-# --- the packed experts -----------------------------------------------------------------------------------------------
-
-
-class ExpertMatrices(_shared.Packed):
-    """One matrix [rows, columns] for each expert: `weight` has their bytes end to end, `starts` where each begins."""
-
-    starts: Tensor
-
-    def __init__(self, experts: int, rows: int, columns: int, size: int) -> None:
-        super().__init__()
-        self.experts, self.each = experts, rows
-        self._hold(_format(size), experts * rows, columns)
-        self.register_buffer("starts", torch.empty(experts + 1, dtype=torch.int64))
-        self._products = [Product(self.format, rows, columns) for _ in range(experts)]
-
-    def take(self, blobs: list[Tensor]) -> None:
-        """Stand for the matrices that these bytes encode."""
-        sizes = torch.tensor([0, *(len(blob) for blob in blobs)])
-        self.hold(_format(int(sizes.sum())), {"weight": torch.cat(blobs)})
-        self.starts = sizes.cumsum(0)
-
-    def of(self, expert: int) -> Tensor:
-        """One expert's bytes."""
-        return self.weight[self.starts[expert] : self.starts[expert + 1]]
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """x [tokens, columns] @ matrix.T of one expert."""
-        return self._products[expert](x, {"weight": self.of(expert)}, None)
-
-    def unpacked(self) -> Tensor:
-        return torch.cat([self.format.unpack({"weight": self.of(e)}, self.columns) for e in range(self.experts)])
-
-    def bound(self) -> Tensor:
-        return torch.full((self.rows, self.columns), torch.inf)
-
-
-class PackedExperts(nn.Module):
-    """The experts of a layer over packed matrices; what it is called with and returns is the family's own."""
-
-    stacked_experts = True  # for `models.anatomy`
-
-    def __init__(self, family: nn.Module, gate_up: int, down: int) -> None:
-        super().__init__()
-        self.num_experts, wide, self.hidden_dim = family.get_parameter(GATE_UP).shape
-        self.intermediate_dim = wide // 2
-        self.gate_up = ExpertMatrices(self.num_experts, wide, self.hidden_dim, gate_up)
-        self.down = ExpertMatrices(self.num_experts, self.hidden_dim, self.intermediate_dim, down)
-        # The family's own module has the activation and what it needs. It has no weights any more, so it stands where
-        # no one looks for modules to fill.
-        delattr(family, GATE_UP)
-        delattr(family, DOWN)
-        self._family: tuple[Any] = (family,)
-
-    @property
-    def family(self) -> Any:
-        return self._family[0]
-
-    def matrices(self) -> dict[str, ExpertMatrices]:
-        """By the family's own names of what they stand for."""
-        return {GATE_UP: self.gate_up, DOWN: self.down}
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:
-                continue
-            tokens, place = torch.where(top_k_index == expert)
-            inner = self.family._apply_gate(self.gate_up(hidden_states[tokens], expert))
-            outer = self.down(inner, expert) * top_k_weights[tokens, place, None]
-            out = out.index_add(0, tokens, outer.to(out.dtype))
-        return out
-
-
 class QMoEQuantizer(_shared.PackedQuantizer):
-    """The transformers side: gives every compressed layer its packed experts before the weights are read."""
+    """The transformers side, which reads what was packed and packs nothing itself."""
 
     quantization_config: QMoEConfig
 
@@ -217,30 +143,10 @@ class QMoEQuantizer(_shared.PackedQuantizer):
                 "The experts are rounded with the help of data, which is not at hand while a model is loaded",
                 remedy="Run `shoestring compress MODEL --method qmoe --data FILE` and load the folder that it writes",
             )
-        for name, experts in list(_experts(model)):
-            sizes = [self.quantization_config.packing.get(f"{name}.{part}") for part in ("gate_up", "down")]
-            if all(sizes):
-                with torch.device("meta"):
-                    packed = PackedExperts(experts, *(formats.parse(str(s)).layout.number for s in sizes))
-                surgery.replace_module(model, name, packed)
-        return model
-
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedExperts):
-                for tensor, packed in module.matrices().items():
-                    plain = packed.unpacked().view(packed.experts, packed.each, packed.columns).to(dtype)
-                    setattr(module.family, tensor, nn.Parameter(plain))
-                surgery.replace_module(model, name, module.family)
-        return model
+        return super()._process_model_before_weight_loading(model, **kwargs)
 
 
 QUANTIZER = QMoEQuantizer
-
-
-def _format(size: int) -> Format:
-    return formats.parse(f"dictionary/{size}")
 
 
 # --- compressing ------------------------------------------------------------------------------------------------------
@@ -275,19 +181,15 @@ def stream(source: Path, folder: Path, config: QMoEConfig, rows: list[dict[str, 
         states = list(_outputs(block.module, states, with_rest))
     mark(model, config)
     model.save_pretrained(folder)
-    size = sum(m.weight.numel() + 8 * len(m.starts) for _, m in _shared.packed_modules(model))
+    size = sum(tensor.nbytes for _, m in _shared.packed_modules(model) for tensor in m.tensors().values())
     return {"zeros": zeros / weights if weights else 0.0, "expert_bits": 8 * size / weights if weights else 0.0}
 
 
 def _experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Full name and module of each layer's experts. Raises UsageError where a model has none that fit."""
     found = stacked(model)
-    for _, module in found:
-        usual = getattr(module, "has_gate", False) and not any(
-            getattr(module, word, False) for word in ("has_bias", "is_transposed", "has_post_expert_norm")
-        )
-        if not usual or module.get_parameter(GATE_UP).dim() != 3:
-            raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
+    if not all(gated_experts(module) for _, module in found):
+        raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
     if not found:
         raise _dense(type(model).__name__)
     yield from found
@@ -351,9 +253,9 @@ def _compressed(experts: Any, hidden: Tensor, routes: Tensor, config: QMoEConfig
             made += [dictionary.encode(*matrix) for matrix in zip(symbols, low, high)]
     weights = sum(experts.get_parameter(tensor).numel() for tensor in blobs)
     unload(experts)
-    packed = PackedExperts(experts, 0, 0)
+    packed = PackedExperts(experts, *[formats.parse("dictionary/0")] * 2)
     for tensor, matrices in packed.matrices().items():
-        matrices.take(blobs[tensor])
+        matrices.take([{"weight": blob} for blob in blobs[tensor]])
     return packed, zeros, weights
 
 

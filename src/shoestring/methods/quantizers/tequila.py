@@ -294,7 +294,7 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     config = TequilaConfig(**options)
     known = {weight.name for weight in shape.weights}
     weights: list[Weight] = []
-    for before, after in zip(shape.weights, _shared.price(shape, config).weights):
+    for before, after in zip(shape.weights, _shared.price(shape, config, experts=False).weights):
         weights.append(after)
         bias = f"{before.name.removesuffix('.weight')}.bias"
         if before.role in PROJECTIONS and after is not before and bias not in known:

@@ -14,7 +14,7 @@ from shoestring.core.errors import DoesNotFit, UsageError, nearest
 from shoestring.core.text import show_bytes
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages, within
-from shoestring.kernels.layout import ITEM, parse
+from shoestring.kernels.layout import ITEM, Layout, parse
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Expert, Llama, Mixture, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
@@ -231,6 +231,10 @@ class _Loader:
         model = self.model
         away = {layer for layer in range(model.layers) if not self.span[0] <= layer < self.span[1]}
         skipped = {model.name(role, layer) for layer in away for role in PROJECTIONS}
+        if model.mixture:
+            for layer in away:
+                place = model.name("experts", layer)
+                skipped |= {f"{place}.{name}".removesuffix(".weight") for name in model.mixture.names(layer)}
         # What is read once from end to end; a cold disk is slow to notice that by itself.
         self.tensors.ahead(
             f"{name}.weight"
@@ -336,11 +340,16 @@ class _Loader:
                 names = (f"{place}.{number}.{part}" for part in parts)
                 yield Expert(*(self.made(name, shape) for name, shape in zip(names, shapes, strict=True)))
             return
-        shapes = [model.shape_of(f"expert_{role}", layer) for role in ("gate_up", "down")]
-        read = self.end_to_end if what.packed(layer) else self.stacked
-        both = (read(f"{place}.{part}", count, *shape) for part, shape in zip(parts, shapes, strict=True))
-        for gate_up, down in zip(*both, strict=True):
-            yield Expert(gate_up, None, down)
+        (gate_up, down), wide = (f"{place}.{part}" for part in parts), model.shape_of("expert_gate_up", layer)
+        read = self.together if what.packed(layer) else self.stacked
+        downs = read(down, count, *model.shape_of("expert_down", layer))
+        if what.packed(layer) and not self.layout_of(gate_up).says_its_size:
+            # The kernels' tiles of rows need not begin where those of up do.
+            halves = self.together(gate_up, 2 * count, wide[0] // 2, wide[1])
+            yield from (Expert(gate, up, down) for gate, up, down in zip(halves, halves, downs, strict=True))
+        else:
+            both = zip(read(gate_up, count, *wide), downs, strict=True)
+            yield from (Expert(gate_up, None, down) for gate_up, down in both)
 
     def stacked(self, name: str, count: int, rows: int, cols: int) -> Iterator[Matrix]:
         """Matrices of one float tensor."""
@@ -351,23 +360,38 @@ class _Loader:
             part = whole.data[number * size : (number + 1) * size]
             yield self.counted(self.plain(Stored(name, whole.dtype, (rows, cols), part), rows, cols, None, None))
 
-    def end_to_end(self, name: str, count: int, rows: int, cols: int) -> Iterator[Matrix]:
-        """Matrices of a format that says its size, whose bytes lie end to end; `starts` says where each begins."""
-        whole, starts = self.tensors[f"{name}.weight"], self.tensors[f"{name}.starts"]
-        layout = parse(self.packing_of.get(name, "").partition("+")[0])
-        if starts.dtype != "I64" or whole.dtype != "U8":
-            raise UsageError(f"{name} of {self.source.path} is stored as {whole.dtype} with starts of {starts.dtype}")
+    def together(self, name: str, count: int, rows: int, cols: int) -> Iterator[Matrix]:
+        """Matrices of one packed module: below each other, or end to end where the format says its size."""
+        layout = self.layout_of(name)
+        given: dict[str, Any] = {"memory": self.memory, "packing": self.packing, "threads": self.threads}
+        if layout.says_its_size:
+            yield from (self.counted(layout.matrix(part, rows, cols, **given)) for part in self.end_to_end(name, count))
+            return
+        arrays = self.arrays(name, layout, count * rows, cols)
+        each = {leaf: array.reshape(count, -1) for leaf, array in arrays.items()}
+        for number in range(count):
+            one = {leaf: array[number] for leaf, array in each.items()}
+            yield self.counted(layout.matrix(one, rows, cols, **given))
+        self.read += [f"{name}.{leaf}" for leaf in arrays]
+
+    def end_to_end(self, name: str, count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The bytes of each matrix; `starts` says where it begins."""
+        whole, starts = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.starts")
+        layout = self.layout_of(name)
+        if starts is None or starts.dtype != "I64" or whole.dtype != "U8":
+            found = f"starts of {starts.dtype}" if starts else "no starts"
+            raise UsageError(f"{name} of {self.source.path} is stored as {whole.dtype} with {found}")
         self.check(starts, (count + 1,))
         ends = aligned(starts.data, 8).view(np.int64)
-        if not layout.used_as_stored or ends[0] != 0 or ends[-1] != len(whole.data) or (np.diff(ends) < 0).any():
+        if ends[0] != 0 or ends[-1] != len(whole.data) or (np.diff(ends) < 0).any():
             raise UsageError(
                 f"{starts.name} of {self.source.path} does not divide {len(whole.data)} bytes of {layout}",
                 remedy="Check that configuration and weights belong together",
             )
         self.bytes += starts.data.nbytes
-        for begin, end in zip(ends, ends[1:]):
-            tensors = {"weight": whole.data[begin:end]}
-            yield self.counted(layout.matrix(tensors, rows, cols, memory=self.memory, packing=self.packing))
+        yield from ({"weight": whole.data[begin:end]} for begin, end in zip(ends, ends[1:]))
+        if not layout.used_as_stored:
+            self.read.append(whole.name)
 
     def matrix(self, role: str, layer: int = 0) -> Matrix:
         name = self.model.name(role, layer)
@@ -420,7 +444,18 @@ class _Loader:
 
     def packed(self, name: str, rows: int, cols: int, bias: np.ndarray | None) -> Matrix:
         """A matrix of one of the formats of `kernels.layout`, as `docs/quantized-format.md` has them."""
-        layout = parse(self.packing_of[name].partition("+")[0])
+        layout = self.layout_of(name)
+        arrays = self.arrays(name, layout, rows, cols)
+        if not layout.used_as_stored:
+            self.read += [f"{name}.{part}" for part in arrays]
+        return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing, threads=self.threads)
+
+    def layout_of(self, name: str) -> Layout:
+        """How a packed module lies in the file."""
+        return parse(self.packing_of.get(name, "").partition("+")[0])
+
+    def arrays(self, name: str, layout: Layout, rows: int, cols: int) -> dict[str, np.ndarray]:
+        """The bytes of each tensor of a packed module that is [rows, cols]."""
         arrays = {}
         for part, (dtype, dims) in layout.tensors(rows, cols).items():
             stored = self.tensors.get(f"{name}.{part}")
@@ -432,9 +467,7 @@ class _Loader:
                     "Check that configuration and weights belong together",
                 )
             arrays[part] = aligned(stored.data, ITEM[dtype])
-            if not layout.used_as_stored:
-                self.read.append(stored.name)
-        return layout.matrix(arrays, rows, cols, bias, memory=self.memory, packing=self.packing, threads=self.threads)
+        return arrays
 
     def order(self, role: str) -> np.ndarray | None:
         """Stored row of each row: GGUF interleaves the two halves of a head that rotate together."""

@@ -142,7 +142,7 @@ class Experts:
         scale: of the gates.
         stem: what files call the module that holds router and experts.
         parts: of each layer, what a file calls the matrices of its experts: three names where each expert has its own,
-            two where all have theirs together, `_PACKED` as bytes end to end; empty where the layer is dense.
+            two where all have theirs together, `_PACKED` where these are packed; empty where the layer is dense.
     """
 
     targets: tuple[tuple[int, ...], ...]
@@ -162,7 +162,7 @@ class Experts:
         return max(self.targets[layer], default=-1) + 1
 
     def packed(self, layer: int) -> bool:
-        """Whether a layer's experts are bytes end to end."""
+        """Whether a layer's experts are packed together."""
         return self.parts[layer] == _PACKED
 
     def names(self, layer: int) -> Iterator[str]:
@@ -171,7 +171,7 @@ class Experts:
         if len(parts) == 3:
             yield from (f"{number}.{part}.weight" for number in range(self.count(layer)) for part in parts)
         elif self.packed(layer):
-            yield from (f"{part}.{leaf}" for part in parts for leaf in ("weight", "starts"))
+            yield from (f"{part}.weight" for part in parts)
         else:
             yield from parts
 
@@ -525,7 +525,9 @@ def check_names(model: LlamaLike, tensors: Collection[str], packing: Mapping[str
     expected = set(wanted) | ignored
     for name in tensors:
         owner, _, leaf = name.rpartition(".")
-        packed = owner in packing and (leaf == "scales" or (leaf == "bias" and f"{owner}.weight" in expected))
+        packed = owner in packing and (
+            leaf in ("scales", "starts") or (leaf == "bias" and f"{owner}.weight" in expected)
+        )
         if name not in expected and not packed and not name.endswith(("rotary_emb.inv_freq", ".attn_rot_embd.weight")):
             raise NotNative(f"The native runner does not know what {name[:120]} is for in a {model.family} model")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,38 @@ def test_leaving_a_stream_cancels_it(model: Path) -> None:
         stream.close()
         assert engine.counts().running == 0 and engine.counts().blocks_used == 0
         assert engine.counts().finished == {"abort": 1}
+
+
+def test_a_stream_that_nobody_reads_ends_when_it_is_dropped(model: Path) -> None:
+    with opened(model) as engine:
+        stream = engine.stream(PROMPT, Sampling(max_tokens=50, ignore_eos=True))
+        assert engine.counts().waiting == 1
+        del stream
+        assert engine.counts().waiting == engine.counts().running == 0 and not engine._streams
+        assert engine.counts().finished == {"abort": 1}
+
+
+def test_threads_answer_together(model: Path) -> None:
+    """Each gets what it would alone, though any of them computes for all."""
+    prompts = [[5 + i, 6, 7] for i in range(4)]
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    with opened(model) as engine, ThreadPoolExecutor(4) as threads:
+        alone = [engine.generate([prompt], sampling)[0][0].tokens for prompt in prompts]
+        vectors = engine.embed(prompts)
+
+        def whole(prompt: list[int]) -> Any:
+            return engine.generate([prompt], sampling)[0][0].tokens
+
+        def pieces(prompt: list[int]) -> Any:
+            return tuple(token for delta in engine.stream(prompt, sampling) for token in delta.tokens)
+
+        ways: list[Callable[[], Any]] = [partial(whole, p) for p in prompts[:2]]
+        ways += [partial(pieces, prompts[2]), lambda: engine.embed([prompts[3]])[0]]
+        for _ in range(5):
+            found = [task.result() for task in [threads.submit(way) for way in ways]]
+            assert found[:3] == alone[:3]
+            np.testing.assert_array_equal(found[3], vectors[3])
+        assert engine.idle and not engine._streams
 
 
 def test_streams_are_read_in_turns(model: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +193,8 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._leaving: set[str] = set()  # adapters to be dropped when their last request has ended
         self._deltas: deque[Delta] = deque()
-        self._streams: dict[str, deque[Delta]] = {}  # by request: what came while others were asked for
+        self._streams: dict[str, deque[Delta]] = {}  # by request that is awaited here: what came, whoever stepped
+        self._turn = threading.RLock()  # of threads that await answers here
         self._closed = False
         self._alone = itertools.count()  # numbers of those that share no pages
         self._spare = Spare(0)
@@ -532,17 +535,11 @@ class Engine:
         for request in requests:
             self.check(request)
         found: dict[str, list[list[Delta]]] = {r.id: [[] for _ in range(sampling.n)] for r in requests}
-        for request in requests:
-            self.submit(request)
-        try:
+        with self._awaited(requests) as come:
             while any(request.id in self._requests for request in requests):
-                for delta in self._round():
-                    if delta.request_id in found:
-                        found[delta.request_id][delta.index].append(delta)
-        except BaseException:
-            for request in requests:
-                self.cancel(request.id)
-            raise
+                self._round()
+        for delta in itertools.chain(*come):
+            found[delta.request_id][delta.index].append(delta)
         return [[_completion(deltas) for deltas in found[r.id]] for r in requests]
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling(), *, adapter: str = "") -> Iterator[Delta]:
@@ -551,25 +548,40 @@ class Engine:
         Raises:
             RequestError: by the call itself, before the first piece.
         """
-        request = self._asking(prompt, sampling, adapter)
-        self.submit(request)
-        self._streams[request.id] = deque()
-        return self._pieces(request)
-
-    def _round(self) -> list[Delta]:
-        """A step; what belongs to open streams waits for whoever reads them."""
-        deltas = self.step()
-        for delta in deltas:
-            if delta.request_id in self._streams:
-                self._streams[delta.request_id].append(delta)
-        return deltas
+        pieces = self._pieces(self._asking(prompt, sampling, adapter))
+        next(pieces)
+        return pieces
 
     def _asking(self, prompt: Prompt, sampling: Sampling, adapter: str) -> Request:
         return Request(self.prompt_ids(prompt), sampling, adapter=adapter, continues=isinstance(prompt, str))
 
-    def _pieces(self, request: Request) -> Iterator[Delta]:
-        left, come = request.sampling.n, self._streams[request.id]
+    @contextmanager
+    def _awaited(self, requests: Sequence[Request]) -> Iterator[list[deque[Delta]]]:
+        """Requests taken in, and what comes for each, whoever steps; at the end those that are left are cancelled."""
+        come: list[deque[Delta]] = [deque() for _ in requests]
         try:
+            with self._turn:
+                for request, some in zip(requests, come):
+                    self.submit(request)
+                    self._streams[request.id] = some
+            yield come
+        finally:
+            with self._turn:
+                for request in requests:
+                    if self._streams.pop(request.id, None) is not None:
+                        self.cancel(request.id)
+
+    def _round(self) -> None:
+        """A step; what belongs to awaited requests waits for whoever asked."""
+        with self._turn:
+            for delta in self.step():
+                if delta.request_id in self._streams:
+                    self._streams[delta.request_id].append(delta)
+
+    def _pieces(self, request: Request) -> Iterator[Any]:
+        left = request.sampling.n
+        with self._awaited([request]) as (come,):
+            yield None  # for `stream`: a generator that has not begun is never told that nobody wants it
             while left:
                 while not come:
                     self._round()
@@ -578,23 +590,16 @@ class Engine:
                 left -= delta.finish_reason is not None
                 if delta.error:
                     raise ShoestringError("An answer could not be finished", delta.error)
-        finally:
-            del self._streams[request.id]
-            self.cancel(request.id)
 
     def embed(self, prompts: Sequence[list[int]], *, adapter: str = "") -> np.ndarray:
         """float32 [len(prompts), hidden]: the mean of each prompt's normed hidden states, scaled to length 1."""
         requests = [Request(list(p), embed=True, adapter=adapter) for p in prompts]
         for request in requests:
             self.check(request)
-        vectors: dict[str, np.ndarray] = {}
-        for request in requests:
-            self.submit(request)
-        while any(request.id in self._requests for request in requests):
-            for delta in self._round():
-                if delta.embedding is not None:
-                    vectors[delta.request_id] = delta.embedding
-        return np.stack([vectors[request.id] for request in requests])
+        with self._awaited(requests) as come:
+            while any(request.id in self._requests for request in requests):
+                self._round()
+        return np.stack([next(d.embedding for d in some if d.embedding is not None) for some in come])
 
     # ---- accounts ----
 

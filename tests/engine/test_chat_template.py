@@ -9,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from shoestring.core.errors import UsageError
-from shoestring.engine.chat_template import Template, TemplateRefused
+from shoestring.engine.chat_template import CHARACTERS, Template, TemplateRefused
 
 EVIL = {
     "classes": "{{ ''.__class__.__mro__ }}",
@@ -42,6 +42,12 @@ def test_evil_templates_end(name: str) -> None:
     with pytest.raises(UsageError):
         Template(EVIL[name]).render({"messages": [{"role": "user"}]})
     assert time.perf_counter() - start < 20  # two seconds of its own on a machine that is busy
+
+
+def test_a_long_conversation_is_no_fault_of_the_template() -> None:
+    long = "x" * (CHARACTERS + 10)
+    text = Template("{% for m in messages %}<{{ m.content }}>{% endfor %}").render({"messages": [{"content": long}]})
+    assert text == f"<{long}>"
 
 
 def test_the_limit_says_so_in_any_thread() -> None:

@@ -53,13 +53,13 @@ class Template:
             UsageError: it does what the sandbox forbids, or passes a limit.
         """
         parts: list[str] = []
-        length = 0
+        length, most = 0, CHARACTERS + _characters(variables)
         try:
             with _Limit():
                 for part in self._compiled.generate(dict(variables)):
                     length += len(part)
-                    if length > CHARACTERS:
-                        raise _Stopped(f"it wrote more than {CHARACTERS} characters")
+                    if length > most:
+                        raise _Stopped(f"it wrote more than {CHARACTERS} characters beyond what it was given")
                     parts.append(part)
         except _Stopped as stopped:
             raise UsageError("The model's chat template was stopped", str(stopped)) from None
@@ -70,6 +70,15 @@ class Template:
         except Exception as error:  # templates raise whatever Python does
             raise TemplateRefused("The chat template refuses the conversation", str(error)[:300]) from None
         return "".join(parts)
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in it: a long conversation is no fault of the template."""
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 class _Stopped(BaseException):

@@ -111,7 +111,7 @@ class PackedConfig(QuantizationConfigMixin):
         """The format of the module called `name`, whose weight is [rows, columns]; None leaves it as it is.
 
         The matrices of a layer's experts are asked for as those of one expert, under the names that they have packed:
-        the experts' own with `.gate_up` and `.down` behind it. Where one of the two has no format, neither has.
+        the experts' own with `.gate_up` and `.down` behind it. Either both have a format or none has.
         """
         spec = self.packing.get(name)
         return None if spec is None else formats.parse(spec.removesuffix(BIAS))
@@ -317,11 +317,14 @@ class PackedQuantizer(HfQuantizer):
                     _, rows, columns = module.get_parameter(tensor).shape
                     format = config.format_of(f"{name}.{part}", rows, columns, False)
                 found += [] if format is None else [format]
-            if len(found) == len(PARTS):
-                with torch.device("meta"):
-                    made = PackedExperts(module, *found)
-                surgery.replace_module(model, name, made)
-                yield made
+            if not found:
+                continue
+            if len(found) < len(PARTS):
+                raise _one_of_two(name)
+            with torch.device("meta"):
+                made = PackedExperts(module, *found)
+            surgery.replace_module(model, name, made)
+            yield made
 
     def _format(self, model: PreTrainedModel, name: str, module: nn.Module) -> Format | None:
         config = self.quantization_config
@@ -418,12 +421,6 @@ def _initialize(plain: Callable[[nn.Module], None], module: nn.Module) -> None:
     Raises:
         UsageError: a packed module lacks some of its tensors.
     """
-    if isinstance(module, PackedExperts) and module.expected():
-        raise UsageError(
-            f"There are no weights for {module.num_experts} experts",
-            f"the folder lacks {', '.join(module.expected())}, or holds them under another name",
-            "Get an intact copy of the model",
-        )
     if not isinstance(module, Packed):
         return plain(module)
     for name, tensor in (*module.tensors().items(), ("bias", getattr(module, "bias", None))):
@@ -625,8 +622,18 @@ def _stacks(
         if down.dims[1:] != (hidden, wide // 2):
             continue
         first, second = size(name, wide, hidden, False), size(down.name, hidden, wide // 2, False)
+        if (first is None) != (second is None):
+            raise _one_of_two(owner)
         if first is not None and second is not None:
             yield from ((name, first), (down.name, second))
+
+
+def _one_of_two(experts: str) -> UsageError:
+    return UsageError(
+        f"One of the two tensors of {experts} cannot be left alone by itself",
+        f"experts are packed with both, {' and '.join(PARTS)}",
+        f"Name {experts.rpartition('.')[2]} in modules_to_not_convert to leave both alone, or neither",
+    )
 
 
 class _ScaledEmbedding(nn.Embedding):

@@ -251,12 +251,9 @@ class PackedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def came(self, name: str) -> ExpertMatrices:
+        """The matrices that stand for such a parameter, which is there no longer."""
         delattr(self, name)
         return self.matrices()[name]
-
-    def expected(self) -> list[str]:
-        """Of the family's parameters, those that have not come."""
-        return [name for name in PARTS if name in self._parameters]
 
     def float_module(self, dtype: torch.dtype) -> nn.Module:
         """The family's own module with plain weights in `dtype`. This one is of no use any more."""

@@ -25,7 +25,7 @@ from shoestring.kernels import formats
 from shoestring.methods.quantizers import qmoe
 from shoestring.models import anatomy, regrouped, surgery
 from shoestring.models.llama_like import NotNative
-from shoestring.models.packed import ROOM, mark
+from shoestring.models.packed import PARTS, ROOM, PackedConfig, mark
 from shoestring.models.seal import seal
 
 EXACT, NEAR = 1e-5, 0.05  # where pages are float32: the same arithmetic in another order; activations of eight bits
@@ -157,6 +157,46 @@ def test_experts_that_stand_apart_may_be_packed(tmp_path: Path, family: str, spe
     assert runner.facts.precision == f"fp32 + {spec.partition('/')[0].rstrip('o')}"
     ids = text(40)
     assert off(logits(runner, Part(ids, pages(40))), own(model, ids)) < NEAR
+
+
+SPECS = (
+    "int8/32", "int4/64", "int4/128", "uniform2/32", "uniform3/64", "uniform4/32", "binary3o/32", "huffman/0",
+    "exponents/0", "sparse/0", "dictionary/0",
+)  # fmt: skip
+
+
+def packed_in(family: str, spec: str, folder: Path, **changes: Any) -> Any:
+    """The model with the experts of every layer in one format, packed by transformers and saved."""
+    make(family, **changes).bfloat16().save_pretrained(folder / "plain")
+    model = make(family, **changes)
+    places = (f"{name}.{part}" for name, _ in anatomy.stacked(model) for part in PARTS.values())
+    config = PackedConfig(packing=dict.fromkeys(places, spec))
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=config, dtype=torch.float32
+    ).eval()
+    made.save_pretrained(folder / "packed")
+    seal(folder / "packed", ROOM)
+    return made
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_packed_together_in_any_format(tmp_path: Path, family: str, spec: str) -> None:
+    """Tokens meet all that there are, none by a narrow choice; their widths are no multiples of the kernels' tiles."""
+    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 3)
+    model = packed_in(family, spec, tmp_path, intermediate_size=88, **counts)
+    runner = opened(tmp_path / "packed", dtype="fp32")
+    kind = formats.parse(spec).layout
+    assert ("bf16" if kind.kind == "huffman" else kind.native) in runner.facts.precision
+    ids = text(40)
+    wanted, found = own(model, ids), logits(runner, Part(ids, pages(40)))
+    # Products round activations to 8 bits, those of bfloat16 numbers to bfloat16, and ternary ones not at all.
+    bound = {"dictionary": EXACT, **dict.fromkeys(("huffman", "exponents", "sparse"), 1e-2)}.get(kind.kind, NEAR)
+    assert off(found, wanted) < bound
+    np.testing.assert_array_equal(in_chunks(runner, ids, pages(40, 4), [1, 1, 5, 20, 13]), found)
+    if kind.used_as_stored:
+        stored = load_file(tmp_path / "packed" / "model.safetensors")
+        assert runner.facts.weight_bytes == sum(tensor.nbytes for tensor in stored.values())
 
 
 def _put(model: Any, module: str, values: torch.Tensor) -> None:

@@ -83,10 +83,14 @@ struct SkMixture {  // experts of which a token meets a few
   SkMatrix router;   // [choices][hidden]
   SkMatrix weigher;  // [1][hidden]: the shared expert counts as the sigmoid of its product says; rows 0: wholly
   const SkExpert* experts;  // [count]
+  // [latent_count] or null: equally large spaces, each shared by count / latent_count neighbouring experts. Its gate and up lead
+  // a token into it, where those of its experts read each its own half; its down leads the sum of them out. With rows 0 of down
+  // theirs lead to the stream.
+  const SkExpert* latents;
   const SkExpert* shared;   // what every token meets beside them, or null
   const int32_t* targets;   // [choices]: the expert that a choice stands for; of one that is chosen twice the gates add up
   const float* correction;  // [choices]: added to scores when the best are looked for, not to gates; or null
-  int64_t choices, count, chosen;
+  int64_t choices, count, chosen, latent_count;
   int64_t scores;      // 0: softmax of the router's products, 1: sigmoid
   int64_t normalized;  // 1: the gates of those chosen sum to 1
   double scale;        // of gates

@@ -3,6 +3,8 @@
 // Low-rank additions need no phase: their first half is the first chunks of the phase that they belong to, and the others
 // wait for it when their own product is done. A mixture of experts is two phases like a plain feed-forward: gate and up of all
 // experts that tokens have chosen, then their down, where a chunk owns outputs and adds the experts up in ascending order.
+// Where experts share latent spaces, one more comes first, in which each token enters every space of its experts once; and one
+// comes between, where experts are added up in their space before they leave it together.
 // Every phase splits rows or tokens, never a sum, so results do not depend on the number of threads.
 #include <cmath>
 #include <cstring>
@@ -63,10 +65,11 @@ struct Job {  // matrices that are multiplied with the same tokens, in one space
   int64_t tiles_each;
 };
 
-struct Group {  // the tokens of the part that meet an expert: neighbouring places, in the order of the tokens
-  const SkExpert* expert;
-  int64_t first, count;  // places
-  int64_t tile;          // of all that are computed in a phase, the first of this expert
+struct Group {  // the tokens of the part that meet an expert, or enter a latent space: neighbouring places, in their order
+  const SkExpert* expert;  // or the space
+  const Group* latent;     // of the space that the expert shares, or null
+  int64_t first, count;    // places
+  int64_t tile;            // of all that are computed in a phase, the first of this one
   float *gate, *up;      // [count][width]
   SkInput gate_input, up_input, down_input;
 };
@@ -101,10 +104,13 @@ struct Step {
 
   Room room;
   int64_t places, groups;  // of the present part and mixture
+  int64_t latents;         // groups that are latent spaces, which come first
+  int64_t first_group, last_group;  // of the present phase
 
   float *q, *k, *v, *out, *normed, *gate, *up, *added, *sums, *kept;
   float *scores, *weights, *gates, *place_gates, *met, *met_sum;
   int32_t *experts, *place_tokens;
+  int32_t *choice_rows, *place_rows;  // where in its group of a latent space a token stands that meets an expert
   int64_t* loads;
   Group* group;
   char *place_input, *inner_input;
@@ -165,6 +171,8 @@ void lay_out(Step& s, Pieces& pieces) {
   pieces.take(s.experts, part * s.room.chosen);
   pieces.take(s.place_gates, s.room.places);
   pieces.take(s.place_tokens, s.room.places);
+  pieces.take(s.choice_rows, part * s.room.chosen);
+  pieces.take(s.place_rows, s.room.places);
   pieces.take(s.loads, s.room.groups);
   pieces.take(s.group, s.room.groups);
   pieces.take(s.place_input, s.room.places * s.room.input_bytes);
@@ -237,13 +245,27 @@ bool may_follow(const SkModel& m, int64_t layer, int64_t first) {
   return true;
 }
 
-bool expert_holds(const SkTable* table, const SkModel& m, const SkExpert& e) {
+// A latent space, which is like the first.
+bool latent_holds(const SkTable* table, const SkModel& m, const SkExpert& l, const SkExpert& first) {
+  const int64_t size = first.gate.rows;
+  if (!l.down.rows != !first.down.rows || size < 1 || size > m.hidden || l.up_first || !fits(table, l.gate, size, m.hidden)) return false;
+  return fits(table, l.up, size, m.hidden) && (!l.down.rows || fits(table, l.down, m.hidden, size));
+}
+
+// An expert, with the latent space that it shares, or null.
+bool expert_holds(const SkTable* table, const SkModel& m, const SkExpert& e, const SkExpert* latent) {
   const int64_t width = e.down.cols, first = e.up_first;
-  if (width < 1 || width > m.intermediate || !fits(table, e.down, m.hidden, width)) return false;
-  if (first == 0) return fits(table, e.gate, width, m.hidden) && fits(table, e.up, width, m.hidden);
-  if (first != width || !fits(table, e.gate, 2 * width, m.hidden) || !fits(table, e.up, 2 * width, m.hidden)) return false;
+  const int64_t in = latent ? latent->gate.rows : m.hidden, out = latent && latent->down.rows ? in : m.hidden;
+  if (width < 1 || width > m.intermediate || !fits(table, e.down, out, width)) return false;
+  if (first == 0) return fits(table, e.gate, width, in) && fits(table, e.up, width, in);
+  if (latent || first != width || !fits(table, e.gate, 2 * width, m.hidden) || !fits(table, e.up, 2 * width, m.hidden)) return false;
   // Rows of packed tiles can only be asked for by whole tiles.
   return width % SK_TILE == 0 || format_of(table, e.up)->packed_size(e.up.rows, e.up.cols, e.up.group) == 0;
+}
+
+// The latent space that an expert shares, or null.
+const SkExpert* latent_of(const SkMixture& x, int64_t expert) {
+  return x.latents ? x.latents + expert / (x.count / x.latent_count) : nullptr;
 }
 
 bool mixture_holds(const SkTable* table, const SkModel& m, const SkMixture& x) {
@@ -251,10 +273,13 @@ bool mixture_holds(const SkTable* table, const SkModel& m, const SkMixture& x) {
   if (x.scores < 0 || x.scores > 1 || !x.experts || !x.targets || !fits(table, x.router, x.choices, m.hidden)) return false;
   for (int64_t i = 0; i < x.choices; ++i)
     if (x.targets[i] < 0 || x.targets[i] >= x.count) return false;
+  if (x.latents && (x.latent_count < 1 || x.latent_count > x.count || x.count % x.latent_count)) return false;
+  for (int64_t l = 0; x.latents && l < x.latent_count; ++l)
+    if (!latent_holds(table, m, x.latents[l], *x.latents)) return false;
   for (int64_t e = 0; e < x.count; ++e)
-    if (!expert_holds(table, m, x.experts[e])) return false;
+    if (!expert_holds(table, m, x.experts[e], latent_of(x, e))) return false;
   if (x.weigher.rows && (!x.shared || !fits(table, x.weigher, 1, m.hidden))) return false;
-  return !x.shared || expert_holds(table, m, *x.shared);
+  return !x.shared || expert_holds(table, m, *x.shared, nullptr);
 }
 
 bool model_holds(const SkTable* table, const SkModel& m, int64_t first, int64_t last) {
@@ -287,8 +312,13 @@ int64_t input_bytes(const SkTable* table, const SkMatrix& m) {
   return rounded_up(sk_input_size(format_of(table, m)->kind, m.cols, m.group, 1), 64);
 }
 
+// Rows of its gate, and of its up.
+int64_t width_of(const SkExpert& e) { return e.gate.rows - e.up_first; }
+
+int64_t tiles_of(const SkExpert& e) { return (width_of(e) + SK_TILE - 1) / SK_TILE; }
+
 void make_room(const SkTable* table, const SkExpert& e, Room& room, int64_t& width) {
-  width = larger(width, e.down.cols);
+  width = larger(width, width_of(e));
   room.input_bytes = larger(room.input_bytes, input_bytes(table, e.gate) + input_bytes(table, e.up));
   room.inner_bytes = larger(room.inner_bytes, input_bytes(table, e.down));
 }
@@ -299,14 +329,16 @@ Room room_for(const SkTable* table, const SkModel& m, const SkBatch& b) {
   for (int64_t l = b.first_layer; l < b.last_layer; ++l) {
     const SkMixture* x = m.blocks[l].mixture;
     if (!x) continue;
-    int64_t width = 0, shared = 0;
+    int64_t width = 0, shared = 0, latent = 0;
+    const int64_t latents = x->latents ? x->latent_count : 0, entered = smaller(latents, x->chosen);
     for (int64_t e = 0; e < x->count; ++e) make_room(table, x->experts[e], room, width);
+    for (int64_t l = 0; l < latents; ++l) make_room(table, x->latents[l], room, latent);
     if (x->shared) make_room(table, *x->shared, room, shared);
     room.choices = larger(room.choices, x->choices);
     room.chosen = larger(room.chosen, x->chosen);
-    room.groups = larger(room.groups, x->count + 1);
-    room.places = larger(room.places, part * (x->chosen + (x->shared ? 1 : 0)));
-    room.inner = larger(room.inner, part * (x->chosen * width + shared));
+    room.groups = larger(room.groups, x->count + latents + 1);
+    room.places = larger(room.places, part * (x->chosen + entered + (x->shared ? 1 : 0)));
+    room.inner = larger(room.inner, part * (x->chosen * width + entered * latent + shared));
   }
   return room;
 }
@@ -709,24 +741,44 @@ void route_chunk(void* context, int64_t chunk) {
   if (x.weigher.rows) score(s, x.weigher, s.input + input_bound(hidden, s.count), s.weights, begin, end);
 }
 
-void add_group(Step& s, const SkExpert& expert, int64_t count) {
+void add_group(Step& s, const SkExpert& expert, int64_t count, const Group* latent = nullptr) {
   const Group* last = s.groups ? &s.group[s.groups - 1] : nullptr;
-  Group& g = s.group[s.groups++];
+  Group& g = s.group[s.groups];
   g.expert = &expert;
+  g.latent = latent;
   g.first = s.places;
   g.count = count;
-  const int64_t before = last ? last->count * last->expert->down.cols : 0;
-  g.tile = last ? last->tile + (last->expert->down.cols + SK_TILE - 1) / SK_TILE : 0;
+  const int64_t before = last ? last->count * width_of(*last->expert) : 0;
+  g.tile = s.groups > s.latents ? last->tile + tiles_of(*last->expert) : 0;
   g.gate = last ? last->gate + before : s.gate;
   g.up = last ? last->up + before : s.up;
   const SkKind gate = format_of(s.table, expert.gate)->kind, up = format_of(s.table, expert.up)->kind;
   char* memory = s.place_input + s.places * s.room.input_bytes;
   g.gate_input = g.up_input = sk_input(memory, gate, expert.gate.cols, expert.gate.group, count);
-  if (!same_input(s, expert.gate, expert.up))
+  if (latent || !same_input(s, expert.gate, expert.up))
     g.up_input = sk_input(memory + count * input_bytes(s.table, expert.gate), up, expert.up.cols, expert.up.group, count);
   const SkKind down = format_of(s.table, expert.down)->kind;
   g.down_input = sk_input(s.inner_input + s.places * s.room.inner_bytes, down, expert.down.cols, expert.down.group, count);
+  ++s.groups;
   s.places += count;
+}
+
+// Which tokens enter which latent space: each once, however many of its experts it meets.
+void gather_latents(Step& s) {
+  const SkMixture& x = *s.block->mixture;
+  for (int64_t l = 0; l < x.latent_count; ++l) {
+    int32_t count = 0;
+    for (int64_t t = 0; t < s.count; ++t) {
+      bool enters = false;
+      for (int64_t i = t * x.chosen; i < (t + 1) * x.chosen; ++i)
+        if (s.experts[i] >= 0 && latent_of(x, s.experts[i]) == x.latents + l) enters = true, s.choice_rows[i] = count;
+      if (!enters) continue;
+      s.place_tokens[s.places + count] = int32_t(t);
+      s.place_gates[s.places + count++] = 1.f;
+    }
+    if (count) add_group(s, x.latents[l], count);
+  }
+  s.latents = s.groups;
 }
 
 // Which tokens meet which expert.
@@ -735,16 +787,21 @@ void gather(Step& s) {
   for (int64_t e = 0; e < x.count; ++e) s.loads[e] = 0;
   for (int64_t i = 0; i < s.count * x.chosen; ++i)
     if (s.experts[i] >= 0) ++s.loads[s.experts[i]];
-  s.places = s.groups = 0;
+  s.places = s.groups = s.latents = 0;
+  if (x.latents) gather_latents(s);
+  const Group* latent = s.group;
   for (int64_t e = 0; e < x.count; ++e) {
     const int64_t count = s.loads[e];
     s.loads[e] = s.places;  // from here on where its next token goes
-    if (count) add_group(s, x.experts[e], count);
+    if (!count) continue;
+    while (x.latents && latent->expert != latent_of(x, e)) ++latent;
+    add_group(s, x.experts[e], count, x.latents ? latent : nullptr);
   }
   for (int64_t i = 0; i < s.count * x.chosen; ++i) {
     if (s.experts[i] < 0) continue;
     const int64_t place = s.loads[s.experts[i]]++;
     s.place_tokens[place] = int32_t(i / x.chosen);
+    if (x.latents) s.place_rows[place] = s.choice_rows[i];
     s.place_gates[place] = s.gates[i];
   }
   if (!x.shared) return;
@@ -758,8 +815,8 @@ void gather(Step& s) {
 // Every place of a chunk: its group, and which of the group's it is.
 template <class Use>
 void each_place(const Step& s, int64_t chunk, Use use) {
-  const int64_t begin = chunk * s.tokens_each, end = smaller(begin + s.tokens_each, s.places);
-  for (int64_t g = 0; g < s.groups; ++g) {
+  const int64_t begin = s.group[s.first_group].first + chunk * s.tokens_each, end = begin + s.tokens_each;
+  for (int64_t g = s.first_group; g < s.last_group; ++g) {
     const Group& group = s.group[g];
     for (int64_t p = larger(begin, group.first); p < smaller(end, group.first + group.count); ++p) use(group, p - group.first);
   }
@@ -773,9 +830,14 @@ void prepare_place(const Step& s, const float* x, const SkMatrix& m, const SkInp
 void places_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   each_place(s, chunk, [&](const Group& g, int64_t i) {
-    const float* x = s.normed + s.place_tokens[g.first + i] * s.model->hidden;
-    prepare_place(s, x, g.expert->gate, g.gate_input, i);
-    if (g.up_input.rows != g.gate_input.rows) prepare_place(s, x, g.expert->up, g.up_input, i);
+    const float *gate_x = s.normed + s.place_tokens[g.first + i] * s.model->hidden, *up_x = gate_x;
+    if (g.latent) {
+      const int64_t row = s.place_rows[g.first + i] * width_of(*g.latent->expert);
+      gate_x = g.latent->gate + row;
+      up_x = g.latent->up + row;
+    }
+    prepare_place(s, gate_x, g.expert->gate, g.gate_input, i);
+    if (g.up_input.rows != g.gate_input.rows) prepare_place(s, up_x, g.expert->up, g.up_input, i);
   });
 }
 
@@ -789,32 +851,52 @@ void inner_places_chunk(void* context, int64_t chunk) {
 void inner_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   const int64_t first = chunk * s.job.tiles_each, last = first + s.job.tiles_each;
-  for (int64_t i = 0; i < s.groups; ++i) {
+  for (int64_t i = s.first_group; i < s.last_group; ++i) {
     const Group& g = s.group[i];
     const SkExpert& e = *g.expert;
-    const int64_t width = e.down.cols, begin = larger(first - g.tile, 0) * SK_TILE, end = smaller((last - g.tile) * SK_TILE, width);
+    const int64_t width = width_of(e);
+    const int64_t begin = larger(first - g.tile, 0) * SK_TILE, end = smaller((last - g.tile) * SK_TILE, width);
     if (begin >= end) continue;
     format_of(s.table, e.gate)->product(e.gate, g.gate_input, g.gate, width, false, begin, end);
     const SkFormat* up = format_of(s.table, e.up);
     up->product(e.up, g.up_input, g.up - e.up_first, width, false, e.up_first + begin, e.up_first + end);
+    if (i < s.latents) continue;
     for (int64_t t = 0; t < g.count; ++t)
       s.table->gate(g.gate + t * width + begin, g.up + t * width + begin, end - begin, s.model->activation);
   }
 }
+
+// Numbers begin..end-1 of what a group says to its tokens, times its gates, into their rows of y.
+void add_up(const Step& s, const Group& g, const int32_t* rows, float* y, int64_t stride, int64_t begin, int64_t end) {
+  const SkMatrix& down = g.expert->down;
+  format_of(s.table, down)->product(down, g.down_input, s.met, stride, false, begin, end);
+  for (int64_t t = 0; t < g.count; ++t)
+    s.table->scale_add(y + rows[g.first + t] * stride + begin, s.met + t * stride + begin, s.place_gates[g.first + t], end - begin);
+}
+
+// Adds experts up in the space that they share; the sum takes the place of what they have read there. As each chunk has the
+// same numbers of all spaces, no two write to one place of s.met.
+void latent_chunk(void* context, int64_t chunk) {
+  const Step& s = *static_cast<Step*>(context);
+  const int64_t size = width_of(*s.group->expert), begin = chunk * s.job.tiles_each * SK_TILE;
+  const int64_t end = smaller(begin + s.job.tiles_each * SK_TILE, size);
+  for (int64_t i = 0; i < s.latents; ++i)
+    for (int64_t t = 0; t < s.group[i].count; ++t)
+      std::memset(s.group[i].gate + t * size + begin, 0, size_t(end - begin) * 4);
+  for (int64_t i = s.latents; i < s.groups; ++i)
+    if (const Group& g = s.group[i]; g.latent) add_up(s, g, s.place_rows, g.latent->gate, size, begin, end);
+}
+
+// Whether a group's down leads to the stream, and not into a latent space or nowhere.
+bool leaves(const Group& g) { return g.latent ? g.latent->expert->down.rows == 0 : g.expert->down.rows > 0; }
 
 void outer_chunk(void* context, int64_t chunk) {
   const Step& s = *static_cast<Step*>(context);
   const int64_t hidden = s.model->hidden, begin = chunk * s.job.tiles_each * SK_TILE;
   const int64_t end = smaller(begin + s.job.tiles_each * SK_TILE, hidden), width = end - begin;
   for (int64_t t = 0; t < s.count; ++t) std::memset(s.met_sum + t * hidden + begin, 0, size_t(width) * 4);
-  for (int64_t i = 0; i < s.groups; ++i) {
-    const Group& g = s.group[i];
-    const SkMatrix& down = g.expert->down;
-    format_of(s.table, down)->product(down, g.down_input, s.met, hidden, false, begin, end);
-    for (int64_t t = 0; t < g.count; ++t)
-      s.table->scale_add(s.met_sum + s.place_tokens[g.first + t] * hidden + begin, s.met + t * hidden + begin,
-                         s.place_gates[g.first + t], width);
-  }
+  for (int64_t i = 0; i < s.groups; ++i)
+    if (leaves(s.group[i])) add_up(s, s.group[i], s.place_tokens, s.met_sum, hidden, begin, end);
   for (int64_t t = 0; t < s.count; ++t)
     s.table->scale_add(s.batch->hidden + (s.begin + t) * hidden + begin, s.met_sum + t * hidden + begin,
                        float(s.model->residual_scale), width);
@@ -827,19 +909,40 @@ void run_tiles(Step& s, void (*task)(void*, int64_t), int64_t tiles) {
   sk_parallel(task, &s, (tiles + s.job.tiles_each - 1) / s.job.tiles_each, s.threads);
 }
 
+// Gate and up of the groups of the present phase.
+void run_inner(Step& s) {
+  const Group& last = s.group[s.last_group - 1];
+  run_tiles(s, inner_chunk, last.tile + tiles_of(*last.expert));
+}
+
 void run_places(Step& s, void (*task)(void*, int64_t)) {
-  s.tokens_each = s.places <= 2 * FEW || s.threads <= 1 ? s.places : TOKENS_EACH;
-  sk_parallel(task, &s, (s.places + s.tokens_each - 1) / s.tokens_each, s.threads);
+  const Group& last = s.group[s.last_group - 1];
+  const int64_t places = last.first + last.count - s.group[s.first_group].first;
+  s.tokens_each = places <= 2 * FEW || s.threads <= 1 ? places : TOKENS_EACH;
+  sk_parallel(task, &s, (places + s.tokens_each - 1) / s.tokens_each, s.threads);
 }
 
 void mix(Step& s) {
   s.tokens_each = s.count <= FEW || s.threads <= 1 ? s.count : TOKENS_EACH;
   sk_parallel(route_chunk, &s, (s.count + s.tokens_each - 1) / s.tokens_each, s.threads);
   gather(s);
+  s.first_group = 0;
+  s.last_group = s.latents;
+  if (s.latents) {
+    run_places(s, places_chunk);
+    run_inner(s);
+  }
+  s.first_group = s.latents;
+  s.last_group = s.groups;
   run_places(s, places_chunk);
-  const Group& last = s.group[s.groups - 1];
-  run_tiles(s, inner_chunk, last.tile + (last.expert->down.cols + SK_TILE - 1) / SK_TILE);
+  run_inner(s);
   run_places(s, inner_places_chunk);
+  if (s.latents && leaves(s.group[0])) {
+    s.first_group = 0;
+    s.last_group = s.latents;
+    run_tiles(s, latent_chunk, tiles_of(*s.group->expert));
+    run_places(s, inner_places_chunk);
+  }
   run_tiles(s, outer_chunk, (s.model->hidden + SK_TILE - 1) / SK_TILE);
 }
 

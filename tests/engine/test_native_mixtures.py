@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from runner_cases import Part, batch, in_chunks, logits, make, off, own, pages, text
 from safetensors.torch import load_file, save_file
 
+from shoestring.core import catalog
 from shoestring.core.errors import UsageError
 from shoestring.engine.adapter_forms import NotBeside
 from shoestring.engine.engine import Engine
@@ -88,6 +89,108 @@ def test_half_precision_experts_in_one_tensor(saved: Callable[..., Path], dtype:
     # A router may choose another expert after the rounding to bfloat16, here of few tokens.
     far = np.abs(found - own(half.float(), ids)).max(1) > 0.2
     assert far.mean() < (0.001 if dtype == "fp32" else 0.2)
+
+
+MOLE = catalog.module("mole")
+GROUPS: dict[str, dict[str, Any]] = {
+    "all": {}, "pairs": {"experts_per_group": 2}, "each": {"experts_per_group": 1},
+    "wide": {"experts_per_group": 4, "latent_dim": 57}, "down": {"factor_down": True, "latent_dim": 30},
+    "down of pairs": {"factor_down": True, "experts_per_group": 2, "latent_dim": 50},
+}  # fmt: skip
+
+
+def latent_of(family: str, chosen: int = 3, **options: Any) -> Any:
+    """A mixture whose experts share latent spaces; a token meets so many of four."""
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": chosen}
+    return MOLE.convert(make(family, **sizes), MOLE.MoLEOptions(allow_growth=True, **options), []).model
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("family", MOLE.FAMILIES)
+def test_experts_may_share_latent_spaces(tmp_path: Path, family: str, groups: str) -> None:
+    model = latent_of(family, **GROUPS[groups])
+    model.save_pretrained(tmp_path / "latent")
+    runner = opened(tmp_path / "latent")
+    stored = load_file(tmp_path / "latent" / "model.safetensors")
+    assert runner.facts.weight_bytes == sum(tensor.nbytes for tensor in stored.values())
+    ids = text(60)
+    found = logits(runner, Part(ids, pages(60)))
+    wanted = own(model, ids)
+    assert off(found, wanted) < EXACT and (found.argmax(1) == wanted.argmax(1)).all()
+    np.testing.assert_array_equal(in_chunks(runner, ids, pages(60, 4), [1, 1, 5, 20, 33]), found)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", ["pairs", "down of pairs"])
+def test_latent_experts_of_sixteen_bits(tmp_path: Path, kind: torch.dtype, groups: str) -> None:
+    model = latent_of("mixtral", 4, **GROUPS[groups])
+    model.save_pretrained(tmp_path / "latent")
+    rewrite(tmp_path / "latent", lambda tensors: {name: tensor.to(kind) for name, tensor in tensors.items()})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(kind).float()
+    runner = opened(tmp_path / "latent")
+    assert runner.facts.precision == ("bf16" if kind is torch.bfloat16 else "fp32")
+    ids = text(40)
+    found = logits(runner, Part(ids, pages(40)))
+    assert off(found, own(model, ids)) < (NEAR if kind is torch.bfloat16 else EXACT)
+
+
+@pytest.mark.parametrize("groups", ["pairs", "down"])
+def test_latent_experts_stand_beside_packed_layers(tmp_path: Path, groups: str) -> None:
+    model = latent_of("qwen2_moe", 4, **GROUPS[groups])
+    model.save_pretrained(tmp_path / "packed")
+    format = formats.parse("int8/32")
+    packing: dict[str, str] = {}
+
+    def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            module = name.removesuffix(".weight")
+            if name == module or ".self_attn." not in name or tensor.dim() == 1:
+                made[name] = tensor
+                continue
+            packing[module] = "int8/32+bias" if f"{module}.bias" in tensors else "int8/32"
+            parts = format.pack(tensor)
+            model.get_submodule(module).weight.data = format.unpack(parts, tensor.shape[1])
+            made |= {f"{module}.{leaf}": value for leaf, value in parts.items()}
+        return made
+
+    rewrite(tmp_path / "packed", pack)
+    configure(tmp_path / "packed", quantization_config={"quant_method": "shoestring_packed", "packing": packing})
+    runner = opened(tmp_path / "packed")
+    assert runner.facts.precision == "fp32 + int8"
+    ids = text(40)
+    assert off(logits(runner, Part(ids, pages(40))), own(model, ids)) < NEAR
+
+
+LATENT_LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "groups": ({"experts_per_group": 3}, "4 experts do not make groups of 3"),
+    "larger groups": ({"experts_per_group": 8}, "4 experts do not make groups of 8"),
+    "no number": ({"experts_per_group": "2"}, "experts_per_group"),
+    "size": ({"latent_dim": 65}, "latent_dim=65"),
+    "another size": ({"latent_dim": 20}, r"own_gate .*\(4, 96, 24\)"),
+    "less than none": ({"latent_dim": -1}, "latent_dim"),
+    "fewer groups": ({"experts_per_group": 4}, r"shared_gate .*\(2, 24, 64\)"),
+    "down": ({"factor_down": 1}, "factor_down"),
+    "no down": ({"factor_down": False}, "down_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT_LIES)
+def test_latent_spaces_that_cannot_be(tmp_path: Path, name: str) -> None:
+    changes, said = LATENT_LIES[name]
+    latent_of("mixtral", experts_per_group=2, latent_dim=24, factor_down=True).save_pretrained(tmp_path / "latent")
+    opened(tmp_path / "latent")
+    configure(tmp_path / "latent", **changes)
+    with pytest.raises(UsageError, match=said):
+        opened(tmp_path / "latent")
+
+
+def test_latent_spaces_of_a_family_without_experts(tmp_path: Path) -> None:
+    latent_of("mixtral").save_pretrained(tmp_path / "latent")
+    configure(tmp_path / "latent", model_type="shoestring_mole_llama")
+    with pytest.raises(NotNative, match="MoLEMixtral"):
+        opened(tmp_path / "latent")
 
 
 def test_bytes_of_the_weights_are_all_counted(saved: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from llamas import Chain, array, batch, dirty_cache, expected, family, feed, nat
 
 from shoestring.core.errors import UsageError
 from shoestring.kernels import formats, matrix
-from shoestring.kernels.llama import Expert, Llama, Mixture
+from shoestring.kernels.llama import Expert, Latent, Llama, Mixture, _SkExpert
 
 pytestmark = needs_library
 
@@ -79,8 +79,12 @@ class Part:
         fused: bool = False,
         shared: int = 0,
         weighed: bool = False,
+        spaces: int = 0,
+        size: int = 0,
+        joint: bool = False,
         **how: Any,
     ) -> None:
+        """With `spaces`, so many latent spaces of `size` dimensions; `joint` ones have a down of their own."""
         count = max(how.get("targets", ()), default=choices - 1) + 1
         self.router, self.router_values = stored(values(choices, HIDDEN, seed=1), "fp32")
         self.weigher: matrix.Matrix | None = None
@@ -88,14 +92,30 @@ class Part:
             self.weigher, self.weigher_values = stored(values(1, HIDDEN, seed=2), "fp32")
         self.experts: list[Expert] = []
         self.numbers: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.latents = [self._latent(size, spec, number, joint) for number in range(spaces)]
         for number in range(count):
-            self._add(width, spec, number, fused)
+            if spaces:
+                self._add_latent(width, spec, number, self.latents[number * spaces // count][0])
+            else:
+                self._add(width, spec, number, fused)
         if shared:
             self._add(shared, spec, count, False)
         self.mixture = Mixture(
             self.router, tuple(self.experts[:count]), chosen, shared=self.experts[count] if shared else None,
-            weigher=self.weigher, **how,
+            weigher=self.weigher, latents=tuple(latent for latent, _ in self.latents), **how,
         )  # fmt: skip
+
+    @staticmethod
+    def _latent(size: int, spec: str, seed: int, joint: bool) -> tuple[Latent, list[np.ndarray]]:
+        made = [stored(values(size, HIDDEN, seed=1000 * half + seed), spec) for half in (1, 2)]
+        made += [stored(values(HIDDEN, size, seed=3000 + seed), spec)] * joint
+        return Latent(*(each for each, _ in made)), [numbers for _, numbers in made]
+
+    def _add_latent(self, width: int, spec: str, seed: int, latent: Latent) -> None:
+        halves = [stored(values(width, latent.width, seed=1000 * half + seed), spec) for half in (1, 2)]
+        down = stored(values(latent.width if latent.down else HIDDEN, width, seed=seed), spec)
+        self.experts.append(Expert(halves[0][0], halves[1][0], down[0]))
+        self.numbers.append((halves[0][1], halves[1][1], down[1]))
 
     def _add(self, width: int, spec: str, seed: int, fused: bool) -> None:
         both, numbers = stored(values(2 * width, HIDDEN, seed=seed), spec)
@@ -130,6 +150,10 @@ class Part:
 
     def _feed(self, number: int, row: np.ndarray) -> np.ndarray:
         gate, up, down = self.numbers[number]
+        if self.latents and number < len(self.mixture.experts):
+            shared = self.latents[number * len(self.latents) // len(self.mixture.experts)][1]
+            gate, up = gate @ shared[0], up @ shared[1]
+            down = shared[2] @ down if len(shared) == 3 else down
         inner = row @ gate.T
         return (inner / (1 + np.exp(-inner)) * (row @ up.T)) @ down.T
 
@@ -146,6 +170,13 @@ KINDS: dict[str, Callable[[], Part]] = {
     "weighed": lambda: Part(4, 2, 48, shared=33, weighed=True),
     "fused": lambda: Part(4, 2, 35, fused=True),
     "targets": lambda: Part(5, 3, 24, targets=(0, 1, 0, 2, 0), normalized=True),
+    "one space": lambda: Part(6, 3, 40, spaces=1, size=24),
+    "spaces": lambda: Part(6, 3, 33, spaces=2, size=17, normalized=True),
+    "space of each": lambda: Part(5, 2, 24, spaces=5, size=33, shared=20),
+    "joint space": lambda: Part(6, 3, 40, spaces=1, size=24, joint=True, shared=33, weighed=True),
+    "joint spaces": lambda: Part(12, 5, 33, spaces=4, size=50, joint=True, normalized=True),
+    "spaces of many": lambda: Part(70, 8, 24, spaces=35, size=64, joint=True, shared=16),
+    "spaces of targets": lambda: Part(6, 4, 24, spaces=2, size=40, joint=True, targets=(0, 1, 0, 2, 0, 3)),
 }  # fmt: skip
 
 
@@ -198,6 +229,16 @@ def test_every_format(spec: str, isa: str) -> None:
     assert error < (1e-5 if spec in ("fp32", "dictionary/0") else 0.02), error
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_format_of_latent_spaces(spec: str, joint: bool, isa: str) -> None:
+    part = Part(6, 2, 80, spec, spaces=2, size=48, joint=joint, shared=48)
+    found, wanted = after(mixed(part), tokens(40), part)
+    error = np.sqrt(np.square(found - wanted).mean()) / wanted.std()
+    # Activations are rounded on the way into a space and on the way out too.
+    assert error < (1e-5 if spec in ("fp32", "dictionary/0") else 0.03), error
+
+
 @pytest.mark.parametrize("spec", ["fp32", "bf16", "int4/32", "sparse/0", "dictionary/0"])
 def test_gate_and_up_in_one_matrix_have_the_same_bits(spec: str) -> None:
     apart, fused = (mixed(Part(4, 2, 48, spec, fused=fused)) for fused in (False, True))
@@ -205,9 +246,15 @@ def test_gate_and_up_in_one_matrix_have_the_same_bits(spec: str) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
+SPACES: dict[str, dict[str, Any]] = {
+    "none": {}, "spaces": {"spaces": 3, "size": 33}, "joint": {"spaces": 3, "size": 40, "joint": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spaces", SPACES)
 @pytest.mark.parametrize("spec", FORMATS)
-def test_chunks_batches_and_threads_do_not_change_a_bit(spec: str, isa: str) -> None:
-    model = mixed(Part(9, 3, 40, spec, shared=24, weighed=True))
+def test_chunks_batches_and_threads_do_not_change_a_bit(spec: str, spaces: str, isa: str) -> None:
+    model = mixed(Part(9, 3, 40, spec, shared=24, weighed=True, **SPACES[spaces]))
     lengths = [1, 270, 9, 40]
     alone = []
     for n in lengths:
@@ -257,8 +304,9 @@ def test_of_equal_scores_the_first_are_chosen() -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
 
 
-def test_products_that_are_no_numbers_stay_in_their_token() -> None:
-    model = mixed(Part(6, 3, 24, shared=16, weighed=True))
+@pytest.mark.parametrize("spaces", SPACES)
+def test_products_that_are_no_numbers_stay_in_their_token(spaces: str) -> None:
+    model = mixed(Part(6, 3, 24, shared=16, weighed=True, **SPACES[spaces]))
     ids = tokens(12)
     ids[5] = 2
     rows = model.embedding.rows_of(np.arange(model.vocab))
@@ -307,6 +355,35 @@ WRONG: dict[str, tuple[Callable[[Mixture], Mixture], str]] = {
 }  # fmt: skip
 
 
+WRONG_SPACES: dict[str, tuple[Callable[[Mixture], Mixture], str]] = {
+    "too many": (lambda m: replace(m, latents=m.latents * 2), "6 experts cannot share 4"),
+    "one down": (lambda m: replace(m, latents=(m.latents[0], replace(m.latents[1], down=None))), "6 experts cannot"),
+    "another width": (lambda m: replace(m, latents=(m.latents[0], replace(m.latents[1], up=m.router))), "space 1"),
+    "wider than the stream": (lambda m: replace(m, latents=(Part._latent(65, "fp32", 0, True)[0],)), "space 0"),
+    "another down": (lambda m: replace(m, latents=(replace(m.latents[0], down=m.latents[0].up),) * 2), "space 0"),
+    "no down": (lambda m: replace(m, latents=tuple(replace(s, down=None) for s in m.latents)), "Expert 0"),
+    "of the stream": (lambda m: replace(m, experts=Part(6, 2, 24).mixture.experts), "Expert 0"),
+    "in one matrix": (lambda m: replace(m, experts=(*m.experts[:5], replace(m.experts[5], up=None))), "Expert 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_SPACES)
+def test_spaces_that_do_not_belong_together_are_named(name: str) -> None:
+    change, said = WRONG_SPACES[name]
+    part = Part(6, 2, 24, spaces=2, size=40, joint=True)
+    mixed(part)
+    part.mixture = change(part.mixture)
+    with pytest.raises(UsageError, match=said):
+        mixed(part)
+
+
+def test_bytes_of_a_space_count_once_a_token() -> None:
+    part = Part(6, 3, 24, spaces=2, size=24, joint=True)
+    expert, latent = part.experts[0].size, part.latents[0][0].size
+    assert part.mixture.size == part.router.size + 3 * expert + 2 * latent
+    assert replace(part.mixture, chosen=1).size == part.router.size + expert + latent
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_belong_together_is_named(name: str) -> None:
     change, said = WRONG[name]
@@ -323,12 +400,38 @@ def test_what_does_not_belong_together_is_named(name: str) -> None:
 )  # fmt: skip
 def test_the_kernels_trust_no_caller(field: str, lie: Any) -> None:
     model = mixed(Part(4, 2, 48))
-    struct = model._struct
-    found = [kept for kept in model._kept if type(kept).__name__ == "_SkMixture"]
-    setattr(found[1], field, lie)
+    setattr(structs(model)[1], field, lie)
+    refused(model)
+
+
+@pytest.mark.parametrize("lie", [0, 3, 5, 8, -2, 1 << 40])
+def test_the_kernels_trust_no_caller_with_spaces(lie: int) -> None:
+    model = mixed(Part(4, 2, 48, spaces=2, size=32, joint=True))
+    structs(model)[1].latent_count = lie
+    refused(model)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "field", "lie"),
+    [("gate", "rows", 65), ("gate", "rows", 0), ("up", "rows", 33), ("up", "data", None), ("down", "rows", 0),
+     ("down", "cols", 31), ("gate", "format", 99), ("gate", "cols", 48)],
+)  # fmt: skip
+def test_the_kernels_trust_no_space(matrix: str, field: str, lie: Any) -> None:
+    model = mixed(Part(4, 2, 48, spaces=2, size=32, joint=True))
+    space = _SkExpert.from_address(structs(model)[1].latents + ctypes.sizeof(_SkExpert))
+    setattr(getattr(space, matrix), field, lie)
+    refused(model)
+
+
+def structs(model: Llama) -> list[Any]:
+    """What the kernels are told of a model's mixtures."""
+    assert model._struct
+    return [kept for kept in model._kept if type(kept).__name__ == "_SkMixture"]
+
+
+def refused(model: Llama) -> None:
     cache = dirty_cache(model, 2)
     before = cache.data.copy()
-    assert ctypes.addressof(struct) and found
     with pytest.raises(UsageError, match="index lies outside"):
         model.run(cache, batch([(Chain([0]), tokens(5))]))
     np.testing.assert_array_equal(cache.data, before)

@@ -15,7 +15,7 @@ from shoestring.core.text import show_bytes
 from shoestring.engine.memory import free_memory
 from shoestring.engine.runner import BLOCK, AttentionWorker, Batch, Facts, keeps_pages, within
 from shoestring.kernels.layout import ITEM, Layout, parse
-from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Expert, Llama, Mixture, Queries
+from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Expert, Latent, Llama, Mixture, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
 from shoestring.models.llama_like import CORRECTION, PROJECTIONS, LlamaLike, NoKernels, NotNative, describe, packing
@@ -316,9 +316,10 @@ class _Loader:
             correction = self.finite(f"{router}.{CORRECTION}", (len(what.targets[layer]),))
             self.bytes += correction.nbytes
         shared = [self.matrix(f"shared_{role}", layer) for role in ("gate", "up", "down") if what.shared]
+        experts, latents = self.latent(layer) if what.latent else (tuple(self.experts(layer)), ())
         return Mixture(
             self.matrix("router", layer),
-            tuple(self.experts(layer)),
+            experts,
             what.chosen,
             what.targets[layer],
             what.scores,
@@ -327,7 +328,21 @@ class _Loader:
             correction,
             Expert(*shared) if shared else None,
             self.matrix("weigher", layer) if what.weighed else None,
+            latents,
         )
+
+    def latent(self, layer: int) -> tuple[tuple[Expert, ...], tuple[Latent, ...]]:
+        """The experts of a layer, and the spaces that they share."""
+        what = self.model.mixture
+        assert what is not None and what.latent is not None
+        place, count = self.model.name("experts", layer), what.count(layer)
+        found: dict[str, list[Iterator[Matrix]]] = {"expert": [], "latent": []}
+        for role, name in what.latent.names.items():
+            kind = role.partition("_")[0]
+            many = count if kind == "expert" else count // what.latent.group
+            found[kind].append(self.stacked(f"{place}.{name}", many, *self.model.shape_of(role, layer)))
+        experts = tuple(Expert(*matrices) for matrices in zip(*found["expert"], strict=True))
+        return experts, tuple(Latent(*matrices) for matrices in zip(*found["latent"], strict=True))
 
     def experts(self, layer: int) -> Iterator[Expert]:
         model, place = self.model, self.model.name("experts", layer)

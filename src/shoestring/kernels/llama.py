@@ -63,8 +63,8 @@ class _SkMixture(ctypes.Structure):
     _fields_ = [
         ("router", SkMatrix),
         ("weigher", SkMatrix),
-        *((name, _Address) for name in ("experts", "shared", "targets", "correction")),
-        *((name, _Count) for name in ("choices", "count", "chosen", "scores", "normalized")),
+        *((name, _Address) for name in ("experts", "latents", "shared", "targets", "correction")),
+        *((name, _Count) for name in ("choices", "count", "chosen", "latent_count", "scores", "normalized")),
         ("scale", _Real),
     ]
 
@@ -118,8 +118,39 @@ class _SkBatch(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
+class Latent:
+    """A space that experts share: gate and up [size, hidden] lead into it, each to the half that theirs read.
+
+    Attributes:
+        down: [hidden, size], leads the sum of what its experts say out of it; None where their own lead to the stream.
+    """
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix | None = None
+
+    @property
+    def width(self) -> int:
+        return self.gate.rows
+
+    @property
+    def size(self) -> int:
+        """Bytes that a token reads which enters it."""
+        return self.gate.size + self.up.size + (self.down.size if self.down else 0)
+
+    def fits(self, hidden: int) -> bool:
+        """Whether its matrices belong together, and it has no more dimensions than the stream."""
+        ways = {(self.gate.rows, self.gate.cols), (self.up.rows, self.up.cols)}
+        ways |= {(self.down.cols, self.down.rows)} if self.down else set()
+        return ways == {(self.width, hidden)} and self.width <= hidden
+
+
+@dataclass(frozen=True, eq=False)
 class Expert:
     """A gated feed-forward: down [hidden, width], gate and up [width, hidden].
+
+    Where it shares a latent space, that one's size takes the place of `hidden` in gate and up, and in down where the
+    space has a down of its own.
 
     Attributes:
         up: None where `gate` is [2 width, hidden] and has up's rows after its own.
@@ -138,8 +169,12 @@ class Expert:
         """Bytes that a token reads which meets it."""
         return self.gate.size + (self.up.size if self.up else 0) + self.down.size
 
-    def fits(self, hidden: int) -> bool:
+    def fits(self, hidden: int, latent: Latent | None = None) -> bool:
         """Whether its matrices belong together, and kernels can begin at the first row of up."""
+        if latent:
+            wide, out = (self.width, latent.width), latent.width if latent.down else hidden
+            halves = [(half.rows, half.cols) for half in (self.gate, self.up) if half]
+            return halves == [wide, wide] and self.down.rows == out
         if self.up is None:
             whole = self.width % TILE == 0 or self.gate.format in (*AS_STORED, *SAY_THEIR_SIZE)
             return whole and (self.gate.rows, self.gate.cols, self.down.rows) == (2 * self.width, hidden, hidden)
@@ -162,6 +197,8 @@ class Mixture:
         correction: float32 [choices], added to scores only to find the largest, or None.
         shared: an expert that every token meets too.
         weigher: [1, hidden]: the shared expert counts as the sigmoid of its product says; None: wholly.
+        latents: spaces that neighbouring experts share, all of one size and with equally many experts; empty where
+            experts read the stream.
     """
 
     router: Matrix
@@ -174,6 +211,7 @@ class Mixture:
     correction: np.ndarray | None = None
     shared: Expert | None = None
     weigher: Matrix | None = None
+    latents: tuple[Latent, ...] = ()
 
     @property
     def everyone(self) -> tuple[Expert, ...]:
@@ -182,10 +220,13 @@ class Mixture:
 
     @property
     def size(self) -> int:
-        """Bytes that a token reads, on average over the experts."""
+        """Bytes that a token reads, on average over the experts, which share as few latent spaces as they can."""
         beside = (
             self.router.size + (self.weigher.size if self.weigher else 0) + (self.shared.size if self.shared else 0)
         )
+        if self.latents:
+            entered = min(self.chosen, len(self.latents))
+            beside += sum(latent.size for latent in self.latents) * entered // len(self.latents)
         return beside + sum(expert.size for expert in self.experts) * self.chosen // len(self.experts)
 
     def check(self, hidden: int) -> None:
@@ -198,8 +239,16 @@ class Mixture:
             raise UsageError(f"A token cannot meet {self.chosen} experts of {choices}")
         if self.scores not in SCORES:
             raise UsageError(f"The kernels have no scores {self.scores}", remedy=f"they are one of {SCORES}")
+        if self.latents and (count % len(self.latents) or len({(x.width, x.down is None) for x in self.latents}) > 1):
+            raise UsageError(f"{count} experts cannot share {len(self.latents)} latent spaces")
+        for number, latent in enumerate(self.latents):
+            if not latent.fits(hidden):
+                raise UsageError(
+                    f"Latent space {number} does not fit a stream of {hidden}", "its matrices have other shapes"
+                )
         for number, expert in enumerate(self.everyone):
-            if not expert.fits(hidden):
+            shares = self.latents and number < count
+            if not expert.fits(hidden, self.latents[number * len(self.latents) // count] if shares else None):
                 name = f"Expert {number}" if number < count else "The shared expert"
                 raise UsageError(f"{name} does not fit a stream of {hidden}", "its matrices have other shapes")
         for name, matrix, rows in (("router", self.router, choices), ("weigher", self.weigher, 1)):
@@ -640,8 +689,15 @@ class Llama:
                 expert.down.struct,
                 first,
             )
+        latents = (_SkExpert * len(mixture.latents))()
+        for struct, latent in zip(latents, mixture.latents, strict=True):
+            struct.gate, struct.up = latent.gate.struct, latent.up.struct
+            if latent.down:
+                struct.down = latent.down.struct
         count, choices = len(mixture.experts), mixture.router.rows
         made = _SkMixture(router=mixture.router.struct, experts=ctypes.addressof(experts))
+        if mixture.latents:
+            made.latents, made.latent_count = ctypes.addressof(latents), len(mixture.latents)
         if mixture.weigher:
             made.weigher = mixture.weigher.struct
         if mixture.shared:
@@ -651,7 +707,7 @@ class Llama:
         made.choices, made.count, made.chosen = choices, count, mixture.chosen
         made.scores, made.normalized = SCORES.index(mixture.scores), int(mixture.normalized)
         made.scale = mixture.scale
-        self._kept.extend((experts, made))
+        self._kept.extend((experts, latents, made))
         return made
 
     def _address(self, values: np.ndarray | None, dtype: Any = np.float32) -> int | None:

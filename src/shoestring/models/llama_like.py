@@ -77,12 +77,13 @@ _ARCHITECTURES = {
 }  # fmt: skip
 _VARIED = re.compile("^(Uneven|Regrouped)")  # how the classes of `models.uneven` and `models.regrouped` begin
 _SHARING = re.compile(r"shoestring_\w+_([a-z0-9]+)")  # model types of ours that end in the family they vary
+_MOLE = re.compile(r"shoestring_mole_(\w+)")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _OF_SCORES = ("q", "k", "q_norm", "k_norm")
 _OF_MIXTURES = (
     "router", "weigher", "shared_gate", "shared_up", "shared_down", "experts", "expert_gate", "expert_up",
-    "expert_gate_up", "expert_down",
+    "expert_gate_up", "expert_down", "latent_gate", "latent_up", "latent_down",
 )  # fmt: skip
 
 _FOLDER_NAMES = {
@@ -128,6 +129,32 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Spaces that neighbouring experts share, of MoLE.
+
+    Attributes:
+        group: how many experts share one.
+        size: its dimensions.
+        down: whether experts are added up there and leave it together; without, each has a way out of its own.
+    """
+
+    group: int
+    size: int
+    down: bool
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Role -> tensor of all experts, or of all spaces, of a layer."""
+        own = ("gate", "up", "down") if self.down else ("gate", "up")
+        down = {} if self.down else {"expert_down": "down_proj"}
+        return (
+            {f"expert_{part}": f"own_{part}" for part in own}
+            | down
+            | {f"latent_{part}": f"shared_{part}" for part in own}
+        )
+
+
+@dataclass(frozen=True)
 class Experts:
     """Mixtures of experts in the place of feed-forwards.
 
@@ -142,7 +169,9 @@ class Experts:
         scale: of the gates.
         stem: what files call the module that holds router and experts.
         parts: of each layer, what a file calls the matrices of its experts: three names where each expert has its own,
-            two where all have theirs together, `_PACKED` where these are packed; empty where the layer is dense.
+            two where all have theirs together, `_PACKED` where these are packed, those of `latent` where there is one;
+            empty where the layer is dense.
+        latent: the spaces that experts share, None where each reads the stream.
     """
 
     targets: tuple[tuple[int, ...], ...]
@@ -156,6 +185,7 @@ class Experts:
     scale: float = 1.0
     stem: str = _STEMS[0]
     parts: tuple[tuple[str, ...], ...] = ()
+    latent: Latent | None = None
 
     def count(self, layer: int) -> int:
         """How many experts a layer has."""
@@ -164,6 +194,18 @@ class Experts:
     def packed(self, layer: int) -> bool:
         """Whether a layer's experts are packed together."""
         return self.parts[layer] == _PACKED
+
+    def shape_of(self, role: str, layer: int, hidden: int) -> tuple[int, int]:
+        """Rows and columns of a router, of a shared expert's matrix, or of one expert's or latent space's."""
+        outer, inner = hidden, self.shared if role.startswith("shared") else self.width
+        if self.latent and role.startswith("latent"):
+            inner = self.latent.size
+        elif self.latent and role.startswith("expert") and (self.latent.down or not role.endswith("down")):
+            outer = self.latent.size
+        if role.endswith("down"):
+            return outer, inner
+        inner = 2 * inner if role == "expert_gate_up" else inner
+        return {"router": len(self.targets[layer]), "weigher": 1}.get(role, inner), outer
 
     def names(self, layer: int) -> Iterator[str]:
         """Names of all tensors of a layer's experts, behind that of the module which holds them."""
@@ -255,10 +297,7 @@ class LlamaLike:
         narrow = kv_heads * self.head_dim
         wide = self.heads // self.kv_heads * narrow
         if self.mixture and role in _OF_MIXTURES:
-            inner = self.mixture.shared if role.startswith("shared") else self.mixture.width
-            rows = {"router": len(self.mixture.targets[layer]), "weigher": 1}.get(role, inner)
-            rows = 2 * inner if role == "expert_gate_up" else rows
-            return (self.hidden, inner) if role.endswith("down") else (rows, self.hidden)
+            return self.mixture.shape_of(role, layer, self.hidden)
         heads = (wide, narrow) if self.whole_norms else (self.head_dim, self.head_dim)
         return {
             "q": (wide, self.hidden), "k": (narrow, self.hidden), "v": (narrow, self.hidden), "o": (self.hidden, wide),
@@ -333,6 +372,8 @@ def check_family(config: Mapping[str, Any]) -> str:
     family = _ARCHITECTURES.get(_VARIED.sub("", name)) if name else str(config.get("model_type", ""))
     if config.get("share_map") is not None and (ours := _SHARING.fullmatch(str(config.get("model_type", "")))):
         family = ours[1]
+    if ours := _MOLE.fullmatch(str(config.get("model_type", ""))):
+        family = ours[1] if ours[1] in MIXTURES else ""
     if family not in FAMILIES and family not in MIXTURES:
         raise NotNative(
             f"The native runner does not know the family {name or family or 'of this model'}",
@@ -478,14 +519,14 @@ def spelled(model: LlamaLike, tensors: Collection[str]) -> LlamaLike:
     mixed = [layer for layer in range(model.layers) if model.mixes(layer)]
     stems = (s for s in _STEMS if any(f"model.layers.{layer}.{s}.gate.weight" in tensors for layer in mixed))
     mixture = replace(mixture, stem=next(stems, _STEMS[0]))
-    forms = (*_APART, _FUSED, _PACKED)
+    forms = (tuple(mixture.latent.names.values()),) if mixture.latent else (*_APART, _FUSED, _PACKED)
 
     def there(layer: int, parts: tuple[str, ...]) -> bool:
         place = f"model.layers.{layer}.{mixture.stem}.experts."
         first = "0." * (len(parts) == 3) + parts[0] + ".weight" * (parts != _FUSED)
         return place + first in tensors
 
-    parts = (next((f for f in forms if there(n, f)), _APART[0]) if n in mixed else () for n in range(model.layers))
+    parts = (next((f for f in forms if there(n, f)), forms[0]) if n in mixed else () for n in range(model.layers))
     return replace(model, mixture=replace(mixture, parts=tuple(parts)))
 
 
@@ -572,11 +613,30 @@ def _mixture(config: Mapping[str, Any], family: str, layers: int) -> Experts:
     shared = _size(config, "shared_expert_intermediate_size") if family == "qwen2_moe" else 0
     normalized = family == "mixtral" or _flag(config, "norm_topk_prob")
     if family != "dots1":
-        return Experts(targets, chosen, width, shared, weighed=bool(shared), normalized=normalized)
+        latent = _latent(config, targets, width)
+        return Experts(targets, chosen, width, shared, weighed=bool(shared), normalized=normalized, latent=latent)
     return Experts(
         targets, chosen, width, width * _size(config, "n_shared_experts"), scores="sigmoid", corrected=True,
         normalized=normalized, scale=_number(config, "routed_scaling_factor"),
     )  # fmt: skip
+
+
+def _latent(config: Mapping[str, Any], targets: tuple[tuple[int, ...], ...], width: int) -> Latent | None:
+    if not _MOLE.fullmatch(str(config.get("model_type", ""))):
+        return None
+    counts, hidden = {max(to) + 1 for to in targets if to}, _size(config, "hidden_size")
+    given = {key: _size(config, key) if config.get(key) else 0 for key in ("experts_per_group", "latent_dim")}
+    group = given["experts_per_group"] or max(counts, default=1)
+    if any(count % group for count in counts):
+        raise UsageError(f"{max(counts)} experts do not make groups of {group}", remedy="Get an intact model")
+    size, most = given["latent_dim"] or min(width, hidden), min(group * width, hidden)
+    if size > most:
+        raise UsageError(
+            f"config.json has latent_dim={size}",
+            f"{group} experts of {width} x {hidden} have {most} directions",
+            "Get an intact model",
+        )
+    return Latent(group, size, _flag(config, "factor_down"))
 
 
 def _has_experts(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool, ...]:

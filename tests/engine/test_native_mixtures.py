@@ -186,9 +186,9 @@ def test_latent_spaces_that_cannot_be(tmp_path: Path, name: str) -> None:
         opened(tmp_path / "latent")
 
 
-def test_latent_spaces_of_a_family_without_experts(tmp_path: Path) -> None:
+def test_latent_spaces_of_another_family(tmp_path: Path) -> None:
     latent_of("mixtral").save_pretrained(tmp_path / "latent")
-    configure(tmp_path / "latent", model_type="shoestring_mole_llama")
+    configure(tmp_path / "latent", model_type="shoestring_mole_other")
     with pytest.raises(NotNative, match="MoLEMixtral"):
         opened(tmp_path / "latent")
 

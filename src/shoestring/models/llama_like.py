@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _MIXTURE: dict[str, Any] = {
     **_COMMON, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None, "layer_expert_maps": None,
+    "experts_per_group": None, "latent_dim": None, "factor_down": None,
 }  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -76,8 +77,8 @@ _ARCHITECTURES = {
     "OlmoeForCausalLM": "olmoe", "Dots1ForCausalLM": "dots1",
 }  # fmt: skip
 _VARIED = re.compile("^(Uneven|Regrouped)")  # how the classes of `models.uneven` and `models.regrouped` begin
-_SHARING = re.compile(r"shoestring_\w+_([a-z0-9]+)")  # model types of ours that end in the family they vary
-_MOLE = re.compile(r"shoestring_mole_(\w+)")
+_OURS = re.compile(r"shoestring_[a-z0-9]+_(\w+)")  # model types of ours end in the family they vary
+_VARYING = ("share_map", "factor_down")  # and these say in which way, of those that the kernels know
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _OF_SCORES = ("q", "k", "q_norm", "k_norm")
@@ -130,7 +131,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Latent:
-    """Spaces that neighbouring experts share, of MoLE.
+    """Spaces that neighbouring experts share.
 
     Attributes:
         group: how many experts share one.
@@ -370,10 +371,9 @@ def check_family(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     family = _ARCHITECTURES.get(_VARIED.sub("", name)) if name else str(config.get("model_type", ""))
-    if config.get("share_map") is not None and (ours := _SHARING.fullmatch(str(config.get("model_type", "")))):
+    varies = any(config.get(key) is not None for key in _VARYING)
+    if varies and (ours := _OURS.fullmatch(str(config.get("model_type", "")))):
         family = ours[1]
-    if ours := _MOLE.fullmatch(str(config.get("model_type", ""))):
-        family = ours[1] if ours[1] in MIXTURES else ""
     if family not in FAMILIES and family not in MIXTURES:
         raise NotNative(
             f"The native runner does not know the family {name or family or 'of this model'}",
@@ -622,10 +622,10 @@ def _mixture(config: Mapping[str, Any], family: str, layers: int) -> Experts:
 
 
 def _latent(config: Mapping[str, Any], targets: tuple[tuple[int, ...], ...], width: int) -> Latent | None:
-    if not _MOLE.fullmatch(str(config.get("model_type", ""))):
+    if config["factor_down"] is None:
         return None
     counts, hidden = {max(to) + 1 for to in targets if to}, _size(config, "hidden_size")
-    given = {key: _size(config, key) if config.get(key) else 0 for key in ("experts_per_group", "latent_dim")}
+    given = {key: _size(config, key) if config[key] else 0 for key in ("experts_per_group", "latent_dim")}
     group = given["experts_per_group"] or max(counts, default=1)
     if any(count % group for count in counts):
         raise UsageError(f"{max(counts)} experts do not make groups of {group}", remedy="Get an intact model")

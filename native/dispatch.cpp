@@ -65,7 +65,7 @@ const SkTable* sk_table() {
   return table;
 }
 
-int32_t sk_version(void) { return 11; }
+int32_t sk_version(void) { return 12; }
 
 const char* sk_isa(void) { return sk_table()->name; }
 

@@ -220,7 +220,8 @@ struct SkFormat {  // one for each format and instruction set: a file a format, 
 // Every format, in the order of its numbers.
 #define SK_FORMATS(F, isa) \
   F(isa, fp32) F(isa, bf16) F(isa, int8) F(isa, int4) F(isa, q8_0) F(isa, q4_0) F(isa, q4_1) \
-  F(isa, uniform2) F(isa, uniform3) F(isa, uniform4) F(isa, ternary) F(isa, tritplanes) \
+  F(isa, uniform2) F(isa, uniform3) F(isa, uniform4) F(isa, uniform5) F(isa, uniform6) \
+  F(isa, ternary) F(isa, tritplanes) \
   F(isa, binary2) F(isa, binary3) F(isa, binary4) F(isa, exponents) F(isa, sparse) F(isa, dictionary)
 
 constexpr int64_t SK_MAX_TOKENS = 192;  // tokens quantized together; bounds the scratch memory of a call

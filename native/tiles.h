@@ -1,8 +1,9 @@
 // What the tiled formats share. A tile is 16 rows, one to a 32-bit lane, and one stream of bytes: for every group its codes
 // in lines of 64 bytes, then 16 scales of 16 bits for each plane, then (formats with a minimum) 16 minima. A line of b-bit
 // codes holds 32 / b columns of each row, four to a word: columns k..k+3 in the lowest b bits of the row's four bytes,
-// k+4..k+7 in the next b, and so on. 3-bit codes are two lines of their lower two bits, then a line of 32 third bits. Of
-// several planes the lines for the same columns follow one another. Codes are unsigned: F::ZERO stands for zero.
+// k+4..k+7 in the next b, and so on. Where b does not divide 32, the lower bits (2 of 3, 4 of 5 or 6) come first, then one
+// line of the upper ones. Of several planes the lines for the same columns follow one another. Codes are unsigned: F::ZERO
+// stands for zero.
 //   y[t][r] = sum_g token_scale[t][g] * sum_p weight_scale[p][r][g] * dot[p][r][t][g] (+ minimum[r][g] * token_sum[t][g])
 // dot is an exact integer and the sum over groups runs in order, so a token gets the same bits in any batch.
 // Rows a matrix does not have carry scale 0. A scale that is not a number makes its row not a number, and no other.
@@ -31,33 +32,47 @@ constexpr int64_t group_bytes(int64_t group) {
   return lines<F>(group) * 64 + SCALES * NUMBERS<F>;
 }
 
+// Bits of a code that lie beside those of other columns, and those that are left for the last line.
+template <class F>
+constexpr int LOWER = F::BITS == 3 ? 2 : F::BITS == 5 || F::BITS == 6 ? 4 : F::BITS;
+template <class F>
+constexpr int UPPER = F::BITS - LOWER<F>;
+
 // Columns of a step: whole lines, EACH of them.
 template <class F>
-constexpr int COLUMNS = F::BITS == 3 ? 32 : 32 / F::BITS;
+constexpr int COLUMNS = 32 / (UPPER<F> ? UPPER<F> : F::BITS);
 template <class F>
 constexpr int EACH = COLUMNS<F> * F::BITS * F::PLANES / 32;
 
-// Columns over which sums of pairs of products stay within 16 bits: 8 * 2 * 15 * 127.
-constexpr int SHORT = 32;
+// Columns over which sums of products stay within 16 bits where each is one column's, and sums of two where it is a pair's:
+// 8 * 31 * 127 and 8 * 2 * 15 * 127.
+template <class F>
+constexpr int SHORT = F::BITS > 6 ? 8 : F::BITS > 5 ? 16 : 32;
+template <class F>
+constexpr int SHORT_PAIRS = F::BITS > 6 ? 4 : F::BITS > 5 ? 8 : F::BITS > 4 ? 16 : 32;
 
 // The codes of columns 4q..4q+3 of a step, a byte each, from as many bytes of each of its lines as a W has.
 template <class F, class W>
 inline __attribute__((always_inline)) W codes_of(const W* line, int q, int plane) {
   constexpr uint64_t EVERY = 0x0101010101010101;
+  constexpr int L = LOWER<F>, U = UPPER<F>, A_LINE = 8 / L;
   if (F::BITS == 8) return line[plane];
-  if (F::BITS != 3) return (line[plane] >> (F::BITS * q)) & W(W{} + EVERY * ((1 << F::BITS) - 1));
-  const W low = line[q / 4] >> (2 * (q % 4)), high = q < 2 ? line[2] << (2 - q) : line[2] >> (q - 2);
-  return (low & W(W{} + EVERY * 3)) | (high & W(W{} + EVERY * 4));
+  if (!U) return (line[plane] >> (L * q)) & W(W{} + EVERY * ((1 << L) - 1));
+  const W low = line[q / A_LINE] >> (L * (q % A_LINE)), top = line[EACH<F> - 1];
+  const W high = U * q < L ? top << (L - U * q) : top >> (U * q - L);
+  return (low & W(W{} + EVERY * ((1 << L) - 1))) | (high & W(W{} + EVERY * (((1 << U) - 1) << L)));
 }
 
 // The inverse: a word of codes into the words of its row, which were zero.
 template <class F>
 inline void put_codes(uint32_t* line, int q, int plane, uint32_t codes) {
-  if (F::BITS != 3) {
-    line[plane] |= codes << (F::BITS * q);
+  constexpr uint32_t EVERY = 0x01010101;
+  constexpr int L = LOWER<F>, U = UPPER<F>, A_LINE = 8 / L;
+  if (!U) {
+    line[plane] |= codes << (L * q);
   } else {
-    line[q / 4] |= (codes & 0x03030303) << (2 * (q % 4));
-    line[2] |= (codes >> 2 & 0x01010101) << q;
+    line[q / A_LINE] |= (codes & EVERY * ((1 << L) - 1)) << (L * (q % A_LINE));
+    line[EACH<F> - 1] |= (codes >> L & EVERY * ((1 << U) - 1)) << (U * q);
   }
 }
 
@@ -125,7 +140,8 @@ struct Product {
     if (F::ZERO == 0) return _mm512_setzero_si512();
     const __m512i all = _mm512_set1_epi32(offset);
     if (F::ZERO == 8) return all;
-    return F::ZERO > 8 ? _mm512_slli_epi32(all, 4) : _mm512_srai_epi32(all, F::ZERO == 4 ? 1 : F::ZERO == 2 ? 2 : 3);
+    constexpr int POWER = __builtin_ctz(unsigned(F::ZERO ? F::ZERO : 8));
+    return POWER > 3 ? _mm512_slli_epi32(all, POWER > 3 ? POWER - 3 : 0) : _mm512_srai_epi32(all, POWER < 3 ? 3 - POWER : 0);
   }
 
   // T tokens, N tiles that stand `next` bytes apart.
@@ -228,24 +244,22 @@ struct Product {
 #pragma GCC unroll 4
           for (int plane = 0; plane < PLANES; ++plane) dot[i][plane] = _mm256_set1_epi32(from);
         }
-        // Of 8-bit codes a pair of products fits just once: 2 * 128 * 127.
-        constexpr int TOGETHER = F::BITS == 8 ? WIDE : SHORT;
+        // Whole steps whose sums fit, or a part of a step.
+        constexpr int FIT = SHORT_PAIRS<F>, TOGETHER = FIT > WIDE ? FIT : WIDE, PART = FIT < WIDE ? FIT / 4 : QUADS;
         for (int span = 0; span < GROUP; span += TOGETHER) {
           __m256i pairs[T][PLANES];
 #pragma GCC unroll 4
-          for (int i = 0; i < T; ++i)
-#pragma GCC unroll 4
-            for (int plane = 0; plane < PLANES; ++plane) pairs[i][plane] = _mm256_setzero_si256();
-#pragma GCC unroll 4
           for (int k = span; k < span + TOGETHER; k += WIDE) {
             Wide line[EACH<F>];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int l = 0; l < EACH<F>; ++l) {
               const uint8_t* at = p + (k / WIDE * EACH<F> + l) * 64 + half % 2 * 32;
               line[l] = Wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
             }
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; ++q) {
+              const bool first = PART < QUADS ? q % PART == 0 : k == span && q == 0;
+              const bool last = PART < QUADS ? (q + 1) % PART == 0 : k + WIDE == span + TOGETHER && q + 1 == QUADS;
               __m256i codes[PLANES];
 #pragma GCC unroll 4
               for (int plane = 0; plane < PLANES; ++plane) codes[plane] = __m256i(codes_of<F>(line, q, plane));
@@ -254,21 +268,19 @@ struct Product {
                 const __m256i quad = _mm256_set1_epi32(four(a + i * x.stride + k + q * 4));
 #pragma GCC unroll 4
                 for (int plane = 0; plane < PLANES; ++plane) {
+                  __m256i pair;
                   if (F::BITS == 8) {
                     const __m256i code = _mm256_xor_si256(codes[plane], sign);
-                    pairs[i][plane] = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(quad, code));
+                    pair = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(quad, code));
                   } else {
-                    pairs[i][plane] = _mm256_add_epi16(pairs[i][plane], _mm256_maddubs_epi16(codes[plane], quad));
+                    pair = _mm256_maddubs_epi16(codes[plane], quad);
                   }
+                  pairs[i][plane] = first ? pair : _mm256_add_epi16(pairs[i][plane], pair);
+                  if (last) dot[i][plane] = _mm256_add_epi32(dot[i][plane], _mm256_madd_epi16(pairs[i][plane], ones));
                 }
               }
             }
           }
-#pragma GCC unroll 4
-          for (int i = 0; i < T; ++i)
-#pragma GCC unroll 4
-            for (int plane = 0; plane < PLANES; ++plane)
-              dot[i][plane] = _mm256_add_epi32(dot[i][plane], _mm256_madd_epi16(pairs[i][plane], ones));
         }
         const uint8_t* at = p + LINES * 64 + half % 2 * (SCALES / 2);
 #pragma GCC unroll 4
@@ -310,8 +322,7 @@ struct Product {
       float sum[T][SK_TILE] = {};
       for (int64_t g = 0; g < groups; ++g, p += BYTES, a += GROUP) {
         Ints dot[T][PLANES][8] = {};
-        // Of 8-bit codes two products fit into 16 bits: 2 * 128 * 127.
-        constexpr int TOGETHER = F::BITS == 8 ? 2 * WIDE : SHORT;
+        constexpr int TOGETHER = SHORT<F> > WIDE ? SHORT<F> : WIDE;
         for (int span = 0; span < GROUP; span += TOGETHER) {
           Shorts pairs[T][PLANES][8] = {};
           for (int k = span; k < span + TOGETHER; k += WIDE)

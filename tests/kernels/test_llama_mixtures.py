@@ -20,8 +20,9 @@ pytestmark = needs_library
 
 HIDDEN = 64
 FORMATS = (
-    "fp32", "bf16", "int8/32", "int4/32", "uniform2/32", "uniform3/32", "uniform4/32", "ternary/32", "tritplanes/32",
-    "binary2/32", "binary3o/32", "binary4o/32", "sparse/0", "exponents/0", "dictionary/0",
+    "fp32", "bf16", "int8/32", "int4/32", "uniform2/32", "uniform3/32", "uniform4/32", "uniform5/32", "uniform6/32",
+    "ternary/32", "tritplanes/32", "binary2/32", "binary3o/32", "binary4o/32", "sparse/0", "exponents/0",
+    "dictionary/0",
 )  # fmt: skip
 RANDOM = np.random.default_rng(0)
 

@@ -18,11 +18,11 @@ FORMS = [
     *((name, 32) for name in ("fp32", "bf16", "q8_0", "q4_0", "q4_1")),
     *((name, group) for name in ("int8", "int4") for group in (32, 64, 128)),
     *((name, group) for name in ("binary2", "binary3", "binary4") for group in (32, 64, 128)),
-    *((name, group) for name in ("uniform2", "uniform3", "uniform4") for group in (32, 64, 128)),
+    *((f"uniform{bits}", group) for bits in range(2, 7) for group in (32, 64, 128)),
     *((name, group) for name in ("ternary", "tritplanes") for group in (32, 64, 128)),
 ]
 BLOCK = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
-BITS = {"uniform2": 2, "uniform3": 3, "uniform4": 4, "ternary": 2, "tritplanes": 4}
+BITS = {**{f"uniform{bits}": bits for bits in range(2, 7)}, "ternary": 2, "tritplanes": 4}
 TRITS = ("ternary", "tritplanes")
 
 
@@ -127,7 +127,7 @@ def test_extreme_values(level, name, group):
     random = np.random.default_rng(2)
     x = np.abs(random.standard_normal((5, cols))).astype(np.float32) + 1
     x[1] *= -1
-    x[2, 7], x[3] = 1e6, 0
+    x[2, 7], x[3], x[4] = 1e6, 0, 1  # in the last every code is 127
     for byte in (0x00, 0xFF, 0x80, 0x7F, 0x0F, 0xF0):
         source, scales = stored(name, rows, cols, group, random)
         if name in BLOCK:

@@ -22,7 +22,7 @@ FOR_FILES = ("huffman",)  # no kernels multiply them: they are read into plain b
 _SPEC = re.compile(r"([a-z]+)(\d?)(o?)/(\d{1,12})")
 # Name -> numbers of bits or planes it comes with.
 _KINDS: dict[str, tuple[int, ...]] = {
-    "int": (4, 8), "uniform": (2, 3, 4), "ternary": (0,), "tritplanes": (0,), "binary": (2, 3, 4),
+    "int": (4, 8), "uniform": (2, 3, 4, 5, 6), "ternary": (0,), "tritplanes": (0,), "binary": (2, 3, 4),
     **dict.fromkeys((*matrix.SAY_THEIR_SIZE, *FOR_FILES), (0,)),
 }  # fmt: skip
 

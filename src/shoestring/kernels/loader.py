@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shoestring.core.errors import UsageError, nearest
 
-VERSION = 11  # of native/kernels.h
+VERSION = 12  # of native/kernels.h
 LIBRARY, HEADER = "_kernels.so", "kernels.h"
 REFERENCE = "reference"
 LEVELS = ("base", "avx2", "avx512vnni", "avx512bf16", "neondot", REFERENCE)

@@ -18,15 +18,15 @@ from shoestring.kernels.loader import load
 
 # In the order of native/kernels.h.
 FORMATS = (
-    "fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "uniform2", "uniform3", "uniform4", "ternary", "tritplanes",
-    "binary2", "binary3", "binary4", "exponents", "sparse", "dictionary",
+    "fp32", "bf16", "int8", "int4", "q8_0", "q4_0", "q4_1", "uniform2", "uniform3", "uniform4", "uniform5",
+    "uniform6", "ternary", "tritplanes", "binary2", "binary3", "binary4", "exponents", "sparse", "dictionary",
 )  # fmt: skip
 AS_STORED = {"fp32": 4, "bf16": 2}  # bytes of an element; rows stay where they are
 SAY_THEIR_SIZE = ("exponents", "sparse", "dictionary")  # used as stored too, and as long as their content makes them
 # 16-bit numbers that each group of a row has beside its codes.
 SCALES = {
-    "int8": 1, "int4": 1, "uniform2": 2, "uniform3": 2, "uniform4": 2, "ternary": 1, "tritplanes": 2, "binary2": 3,
-    "binary3": 4, "binary4": 5,
+    "int8": 1, "int4": 1, **{f"uniform{bits}": 2 for bits in range(2, 7)}, "ternary": 1, "tritplanes": 2,
+    "binary2": 3, "binary3": 4, "binary4": 5,
 }  # fmt: skip
 _BLOCK = 64 << 20
 

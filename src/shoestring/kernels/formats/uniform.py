@@ -1,10 +1,12 @@
-"""uniform2, uniform3, uniform4: evenly spaced levels in groups with a float16 scale and a float16 offset.
+"""uniform2 to uniform6: evenly spaced levels in groups with a float16 scale and a float16 offset.
 
 The format
     weight = scale * (code - 2^(bits - 1)) + offset, code in 0..2^bits - 1. A row's groups are filled up with the code
     2^(bits - 1). 4-bit codes lie as those of int4: in a group of g columns byte j holds column j (low) and j + g/2.
     2-bit codes lie as `_bits.pack_pairs` says, in blocks of 64 columns (32 in groups of 32). 3-bit codes have their
-    two low bits so, and after those of a block the third bits, one to a bit as `_bits.pack_bits` says.
+    two low bits so, and after those of a block the third bits, one to a bit as `_bits.pack_bits` says. 5-bit and 6-bit
+    codes have their four low bits as 4-bit codes lie, and after those of a group the fifth bits, one to a bit, or the
+    two upper bits in blocks as 2-bit codes.
 Plain rounding
     The levels of a group reach from its smallest to its largest number, both forced to include zero, which is itself a
     level, so that zeros stay zeros.
@@ -82,26 +84,37 @@ class Uniform(Format):
         return (1.05 * scale).repeat_interleave(self.layout.group, 1)[:, :cols]
 
     def _pack(self, codes: Tensor) -> Tensor:
+        group, block = self.layout.group, _bits.block(self.layout.group)
+        if self.bits < 4:
+            low = _bits.pack_pairs(codes & 3, block)
+            return low if self.bits == 2 else _after(low, block // 4, _bits.pack_bits(codes >> 2), block // 8)
+        even, odd = (codes & 15).unflatten(1, (-1, 2, group // 2)).unbind(2)
+        low = (even | odd << 4).flatten(1)
         if self.bits == 4:
-            low, high = codes.unflatten(1, (-1, 2, self.layout.group // 2)).unbind(2)
-            return (low | high << 4).flatten(1)
-        block = _bits.block(self.layout.group)
-        low = _bits.pack_pairs(codes & 3, block)
-        if self.bits == 2:
             return low
-        high = _bits.pack_bits(codes >> 2)
-        return torch.cat((low.unflatten(1, (-1, block // 4)), high.unflatten(1, (-1, block // 8))), 2).flatten(1)
+        high = _bits.pack_bits(codes >> 4) if self.bits == 5 else _bits.pack_pairs(codes >> 4, block)
+        return _after(low, group // 2, high, group * (self.bits - 4) // 8)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        if self.bits == 4:
-            cut = packed.unflatten(1, (-1, 1, self.layout.group // 2))
-            return torch.cat((cut & 15, cut >> 4), 2).flatten(1)
-        block = _bits.block(self.layout.group)
+        group, block = self.layout.group, _bits.block(self.layout.group)
         if self.bits == 2:
             return _bits.unpack_pairs(packed, block)
-        cut = packed.unflatten(1, (-1, block * 3 // 8))
-        low = _bits.unpack_pairs(cut[..., : block // 4].flatten(1), block)
-        return low | _bits.unpack_bits(cut[..., block // 4 :].flatten(1)) << 2
+        if self.bits == 3:
+            low, high = packed.unflatten(1, (-1, block * 3 // 8)).split((block // 4, block // 8), 2)
+            return _bits.unpack_pairs(low.flatten(1), block) | _bits.unpack_bits(high.flatten(1)) << 2
+        low, high = packed.unflatten(1, (-1, group * self.bits // 8)).split(
+            (group // 2, group * (self.bits - 4) // 8), 2
+        )
+        codes = torch.cat((low & 15, low >> 4), 2).flatten(1)
+        if self.bits == 4:
+            return codes
+        upper = high.flatten(1)
+        return codes | (_bits.unpack_bits(upper) if self.bits == 5 else _bits.unpack_pairs(upper, block)) << 4
+
+
+def _after(first: Tensor, size: int, second: Tensor, other: int) -> Tensor:
+    """Bytes [rows, ...] in pieces of `size` of the one and `other` of the other, by turns."""
+    return torch.cat((first.unflatten(1, (-1, size)), second.unflatten(1, (-1, other))), 2).flatten(1)
 
 
 FORMAT = Uniform

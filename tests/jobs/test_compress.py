@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring.core.errors import DoesNotFit, QualityGate, UsageError
 from shoestring.jobs import compress as job
 from shoestring.jobs.compress import CompressRequest, compress
+from shoestring.jobs.export import export
 from shoestring.jobs.fit import FitRequest, fit
 from shoestring.jobs.train import TrainRequest, train
 from shoestring.lab import tiny as lab
@@ -38,6 +39,53 @@ def test_the_bill(tiny: Path, data: Path, tmp_path: Path, digest: Callable[[Path
     assert compress(request, out=tmp_path / "out", resume=True)["kl"] == {
         k: list(v) if isinstance(v, tuple) else v for k, v in result["kl"].items()
     }
+
+
+@pytest.fixture
+def mixture(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A folder with a random mixture of a family, and the tiny model's tokenizer."""
+
+    def make(family: str = "mixtral") -> Path:
+        folder = tmp_path / family
+        sizes = dict(
+            vocab_size=lab.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+            max_position_embeddings=256,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(folder)
+        for file in tiny.glob("tokenizer*"):
+            shutil.copy(file, folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["int4", "lut_gemm", "dfloat11", "expert_pruning,int8"])
+def test_experts_of_a_mixture(method: str, mixture: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    options = {"cast": True} if method == "dfloat11" else {}
+    request = CompressRequest(str(mixture()), method, options, str(data), keep=0.1, eval_examples=2)
+    result = compress(request, out=tmp_path / "out")
+    assert result["bits_per_weight"] < {"int4": 5.5, "lut_gemm": 7.5}.get(method, 13)
+    plain = export(result["model"], tmp_path / "plain", dtype="float32")
+    packed = AutoModelForCausalLM.from_pretrained(result["model"], dtype="float32")
+    off = (lab.logits(AutoModelForCausalLM.from_pretrained(plain)) - lab.logits(packed)).norm()
+    assert off < 0.05 * lab.logits(packed).norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "words"),
+    [
+        ("mixtral", "tequila", "A mixtral model does not fit.*experts.gate_up_proj"),
+        ("gpt_oss", "int4", "A gpt_oss model does not fit.*experts.gate_up_proj"),
+        ("gpt_oss", "dfloat11", "A gpt_oss model does not fit"),
+    ],
+)
+def test_experts_that_a_method_does_not_pack_are_refused_before_a_folder_is_made(
+    family: str, method: str, words: str, mixture: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        compress(CompressRequest(str(mixture(family)), method, data=str(data)), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_options_are_the_methods_own(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from shoestring.methods.quantizers.int4 import Int4Config
 from shoestring.methods.quantizers.int8 import Int8Config
 from shoestring.models import regrouped, shape_of
 from shoestring.models.anatomy import mixtures, stacked
-from shoestring.models.packed import PackedConfig, PackedExperts, packed_modules
+from shoestring.models.packed import PARTS, PackedConfig, PackedExperts, packed_modules
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 # Of other blocks than Mixtral's: gates by sigmoids and groups, experts that all tokens share, layers without experts.
@@ -79,6 +79,24 @@ def test_the_price_is_every_byte(config: Any, family: str, tmp_path: Path) -> No
     shape = catalog.module(config.method).price(shape_of(tmp_path / "plain"), options).shape
     stored = load_file(tmp_path / "packed" / "model.safetensors")
     assert sum(tensor.nbytes for tensor in stored.values()) == sum(w.stored for w in shape.weights if not w.tied)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("config", [Int4Config(group_size=32), Dfloat11Config(cast=True)], ids=["int4", "dfloat11"])
+def test_the_shape_of_a_packed_folder_is_that_of_its_model(config: Any, family: str, tmp_path: Path) -> None:
+    made = packed(tmp_path / "plain", mixture(family), copy.deepcopy(config))
+    made.save_pretrained(tmp_path / "packed")
+    shape, before = shape_of(tmp_path / "packed"), shape_of(tmp_path / "plain")
+    assert [(w.name, w.dims, w.role, w.used) for w in shape.weights] == [
+        (w.name, w.dims, w.role, w.used) for w in before.weights
+    ]
+    held = {name: tensor.nbytes for name, tensor in made.state_dict().items()}
+    for weight in shape.weights:
+        if ".experts." in weight.name:
+            owner, _, parameter = weight.name.rpartition(".")
+            own = sum(size for name, size in held.items() if name.startswith(f"{owner}.{PARTS[parameter]}."))
+            assert weight.stored == weight.resident == own
+    assert sum(weight.stored for weight in shape.weights if not weight.tied) == sum(held.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

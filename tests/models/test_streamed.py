@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from shoestring.core.errors import UsageError
 from shoestring.lab import tiny
+from shoestring.methods.quantizers.int8 import Int8Config
 from shoestring.models.streamed import Streamed, unload
 
 
@@ -32,6 +33,14 @@ def test_read_part_by_part_it_is_the_same_model(family: str, tmp_path: Path) -> 
         streamed.load(block.name)
         assert not any(p.is_meta for p in block.module.parameters())
     assert torch.equal(tiny.logits(streamed.model), tiny.logits(whole))
+
+
+def test_a_packed_folder_is_refused(tmp_path: Path) -> None:
+    mixture().save_pretrained(tmp_path / "plain")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=Int8Config())
+    packed.save_pretrained(tmp_path / "packed")
+    with pytest.raises(UsageError, match="is packed.*unpack it with `shoestring export`"):
+        Streamed(tmp_path / "packed")
 
 
 def test_calls_of_blocks_are_those_of_the_model(tmp_path: Path) -> None:

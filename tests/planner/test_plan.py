@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring import models
 from shoestring.core import catalog
@@ -75,6 +76,21 @@ def test_compression_by_request(shape: Shape) -> None:
     assert len(found) == len(catalog.module("int4").settings())
     found = plan(shape, ROOMY, FLOOR, compress="int8", options={"group_size": 128})
     assert [c.steps for c in found] == [(Step("compress", "int8", {"group_size": 128}),)]
+
+
+def test_what_a_method_would_leave_as_it_is_makes_no_candidate() -> None:
+    sizes = dict(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    strange, usual = (
+        models.shape_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)))
+        for family in ("gpt_oss", "mixtral")
+    )
+    assert names(plan(strange, ROOMY, FLOOR)) == ["as it is"]
+    assert len(plan(usual, ROOMY, FLOOR)) > 1
+    with pytest.raises(UsageError, match="gpt_oss model does not fit"):
+        plan(strange, ROOMY, FLOOR, compress="int4")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from shoestring.models.anatomy import Anatomy, features, inspect, is_norm, is_pr
 from shoestring.models.folder import ADAPTER_CONFIG, Folder, check_folder
 from shoestring.models.guard import Tensor
 from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
+from shoestring.models.packed_layers import PARTS
 
 
 def shape_of(model: nn.Module | Path | str, *, trust_remote_code: bool = False) -> Shape:
@@ -180,6 +181,7 @@ def _stored(
         owner = f"{name.rpartition('.')[0]}.weight"
         if name in names or owner in names:
             beside.setdefault(name if name in names else owner, []).append(tensor)
+    together = _packed_experts(folder)
     found: dict[str, tuple[int, bool]] = {}
     absent: dict[str, int] = {}
     seen: set[int] = set()
@@ -191,6 +193,8 @@ def _stored(
             dims = _dims(name, parameter, modules[name.rpartition(".")[0]])
             packed = len(beside[name]) > 1 or math.prod(beside[name][0].dims) != math.prod(dims)
             found[name] = sum(tensor.size for tensor in beside[name]), packed
+        elif _place(name) in together:
+            found[name] = together[_place(name)], True
         else:
             absent[name] = parameter.numel()
     # Some families are stored under other names (each expert apart, no prefix); together they still weigh the same.
@@ -200,6 +204,24 @@ def _stored(
         share = left * count // total
         found[name], left, total = (share, False), left - share, total - count
     return found
+
+
+def _packed_experts(folder: Folder) -> dict[tuple[str, ...], int]:
+    """Bytes of the packed matrices of a layer's experts, by what `_place` says of the parameter that they stand for."""
+    parameters = {part: name for name, part in PARTS.items()}
+    found: dict[tuple[str, ...], int] = {}
+    for name, tensor in folder.tensors.items():
+        owner, _, part = name.rpartition(".")[0].rpartition(".")
+        if part in parameters:
+            place = _place(f"{owner}.{parameters[part]}")
+            found[place] = found.get(place, 0) + tensor.size
+    return found
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """The words of a name but that of the module around experts, for which files of some families have another."""
+    words = name.split(".")
+    return (*words[:-3], *words[-2:])
 
 
 def _owner(name: str, roles: dict[str, str]) -> str:

@@ -40,10 +40,19 @@ class Streamed:
 
     Args:
         dtype: as for `models.load`.
+
+    Raises:
+        UsageError: as `check_folder`, and a folder whose weights are packed.
     """
 
     def __init__(self, folder: Path, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> None:
         found = check_folder(folder, trust_remote_code=trust_remote_code)
+        if found.config.get("quantization_config"):
+            raise UsageError(
+                f"{folder} is packed",
+                "what reads a model part by part needs plain weights",
+                "Give the model that it was made from, or unpack it with `shoestring export`",
+            )
         know_architecture(found)
         self.dtype = choose_dtype(dtype, found, "cpu")
         config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=trust_remote_code)

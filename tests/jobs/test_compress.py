@@ -126,6 +126,17 @@ def test_a_size_without_a_method(tiny: Path, data: Path, tmp_path: Path) -> None
     assert not (tmp_path / "two").exists()
 
 
+def test_a_size_is_the_limit_of_a_method_that_keeps_to_one(tiny: Path, data: Path, tmp_path: Path) -> None:
+    given = {"data": str(data), "keep": 0.2, "eval_examples": 4, "training": {"max_length": 16}}
+    options = {"rounding": "nearest"}
+    request = CompressRequest(str(tiny), "mixed", options, size="75kB", **given)  # type: ignore[arg-type]
+    result = compress(request, out=tmp_path / "size")
+    assert result["method"] == "mixed" and result["options"]["rounding"] == "nearest"
+    assert sum(f.stat().st_size for f in Path(result["model"]).glob("*.safetensors")) <= 75_000
+    result = compress(CompressRequest(str(tiny), "mixed", bits=5.0, **given), out=tmp_path / "bits")  # type: ignore[arg-type]
+    assert 4.5 < result["bits_per_weight"] <= 5
+
+
 def test_a_stack_prunes_nothing_after_packing_and_trains_between(tiny: Path, data: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 2, "max_length": 16}
     request = CompressRequest(
@@ -147,6 +158,9 @@ def test_a_stack_prunes_nothing_after_packing_and_trains_between(tiny: Path, dat
         ({"size": "1MB", "bits": 3.0}, "both --size and --bits"),
         ({"size": "60", "method": ""}, "size=60 has no unit.*size=60MB"),
         ({"bits": 0.0, "method": ""}, "--bits 0.0"),
+        ({"bits": 5.0, "method": "mixed", "options": {"bytes": 9}}, "mixed is given bytes and a limit beside it"),
+        ({"bits": 5.0, "method": "mixed", "options": {"bits": 4}}, "need a limit.*not both"),
+        ({"bits": 5.0, "method": "int8"}, "mixed cannot follow int8"),
         ({"keep": 0}, "keep is 0"),
         ({"eval_examples": 0}, "eval_examples is 0"),
         ({"options": {"group_size": 48}}, "group_size 48"),

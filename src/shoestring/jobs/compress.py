@@ -31,8 +31,8 @@ class CompressRequest:
 
     Attributes:
         method: The method to use, or several in their order, with commas; `shoestring methods` lists them.
-        size: Without a method: the largest folder to make, such as 60MB; formats are then chosen layer by layer.
-        bits: Without a method: the most bits for each weight of the model, on average, all included.
+        size: The largest folder to make, such as 60MB; formats are then chosen layer by layer, after other methods.
+        bits: In place of a size: the most bits for each weight of the model, on average, all included.
         data: What methods calibrate and train on; on another part of it quality is measured.
     """
 
@@ -75,8 +75,9 @@ def compress(
         return done
     methods = [name for name in request.method.replace(" ", "").split(",") if name]
     limited = request.size is not None or request.bits is not None
-    steps = stack(methods, request.options) if methods else []
-    if not steps and not limited:
+    if methods:
+        stack(methods, request.options)  # refuses before the model is looked for
+    elif not limited:
         known = ", ".join(m.name for m in by_verb("compress"))
         raise UsageError(
             "no method is given",
@@ -87,7 +88,8 @@ def compress(
     predicts_next(source)
     open_doors(source)
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
-    steps = _refuse_early(steps + (_within(request, shape, bool(methods)) if limited else []), shape)
+    limit = _limit(request, shape) if limited else None
+    steps = _refuse_early(stack(methods, request.options, limit), shape)
     train, valid, test = datasets.split(datasets.read(request.data), seed=0)
     rows = _encoded(test, source, shape, request)
     label = f"{Path(request.model).name}-{'+'.join(step.method for step in steps if step.method)}"
@@ -150,26 +152,23 @@ def bill(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _within(request: CompressRequest, shape: Shape, stacked: bool) -> list[Step]:
-    """The step that chooses formats so that the result stays within `size` or `bits`."""
+def _limit(request: CompressRequest, shape: Shape) -> int:
+    """The most bytes of all tensors by which the result stays within `size` or `bits`."""
     if request.size is not None and request.bits is not None:
         raise UsageError("both --size and --bits are given", remedy="Give one of them")
-    if request.size is not None:
-        limit = room_for_weights(int(text.quantity(request.size, text.BYTES, "size")), shape)
-        if limit <= 0:
-            raise DoesNotFit(
-                f"nothing is as small as {request.size}",
-                f"tokenizer and configuration alone take {text.show(shape.other_files, 'B')}",
-                "Relax the limit",
-            )
-    else:
+    if request.size is None:
         bits = float(request.bits or 0)
         if not 0 < bits <= 32:
             raise UsageError(f"--bits {request.bits} is not possible", remedy="Use a number such as 3.2")
-        limit = int(bits * shape.parameters / 8)
-    chooser = next(iter(catalog.that_define("within")))
-    options = {} if stacked else dict(request.options)
-    return [Step("compress", chooser.name, {**options, **catalog.module(chooser.name).within(limit)})]
+        return int(bits * shape.parameters / 8)
+    limit = room_for_weights(int(text.quantity(request.size, text.BYTES, "size")), shape)
+    if limit <= 0:
+        raise DoesNotFit(
+            f"nothing is as small as {request.size}",
+            f"tokenizer and configuration alone take {text.show(shape.other_files, 'B')}",
+            "Relax the limit",
+        )
+    return limit
 
 
 def _refuse_packed(source: Path) -> None:

@@ -98,16 +98,24 @@ def combines(one: str, other: str) -> str:
     return next((reason for reason in said if reason not in ("", "yes")), max(said))
 
 
-def stack(methods: Sequence[str], options: Mapping[str, Any]) -> list[Step]:
+def stack(methods: Sequence[str], options: Mapping[str, Any], limit: int | None = None) -> list[Step]:
     """The steps of compressing with several methods one after another; adapters are trained and folded in.
 
     Args:
         options: of the method, or with several `method.option`; a method without any takes the first of its own.
+        limit: the most bytes of all tensors, for the last method that can keep to one; it is added where none can.
 
     Raises:
-        UsageError: a method that is unknown, has another verb, or cannot follow those before it; options of none.
+        UsageError: a method that is unknown, has another verb, or cannot follow those before it; options of none; a
+            limit and an option that says another.
     """
     steps: list[Step] = []
+    keeper = None
+    if limit is not None:
+        keepers = [method.name for method in catalog.that_define("within")]
+        keeper = next((name for name in reversed(methods) if catalog.get(name).name in keepers), keepers[0])
+        if not methods:
+            methods = [keeper]
     own: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for key, value in options.items():
         name, dot, option = key.rpartition(".")
@@ -119,10 +127,16 @@ def stack(methods: Sequence[str], options: Mapping[str, Any]) -> list[Step]:
                 remedy="With several methods write --option method.option=value",
             )
         own[name][option] = value
-    for name in methods:
+    for name in [*methods, *([keeper] if keeper and keeper not in methods else [])]:
         room = catalog.contract(catalog.get(name).room)
         check(Step(room.VERB, name))
-        chosen = own[name] or dict(catalog.module(name).settings()[0])
+        if name == keeper and limit is not None:
+            chosen = catalog.module(name).within(limit)
+            if twice := sorted(chosen.keys() & own.get(name, {})):
+                raise UsageError(f"{name} is given {twice[0]} and a limit beside it", remedy="Give one of them")
+            chosen |= own.get(name, {})
+        else:
+            chosen = own[name] or dict(catalog.module(name).settings()[0])
         steps.append(Step(room.VERB, name, chosen))
         if room.VERB == "train":
             steps.append(Step("merge"))

@@ -10,8 +10,9 @@ How it works
 
 Where it bends
     The paper fits its scaling laws over several data types with blocks of 64; here the data type is the plain integer
-    grid with rounding to nearest, and activations are 8-bit. Not for an untied head, position tables, or fused expert
-    tensors. A model that was 4-bit once already (many GGUF files) looks better than it should at its own group size.
+    grid with rounding to nearest, and activations are 8-bit. Not for an untied head, position tables, or the routers of
+    a mixture, whose experts are packed one by one. A model that was 4-bit once already (many GGUF files) looks better
+    than it should at its own group size.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ How it works
 
 Where it bends
     Without the paper's layer-by-layer distillation, which it needs for lower bits only. Not for an untied head,
-    position tables, or fused expert tensors.
+    position tables, or the routers of a mixture, whose experts are packed one by one.
 """
 
 from __future__ import annotations

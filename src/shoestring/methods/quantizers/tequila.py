@@ -22,7 +22,8 @@ Where it bends
     128; a row's last group may be short, and its mean is over what is there. Warm-up takes a tenth of the steps (the
     paper's 61 % are of a very long run) and the rate then falls in a line to 0. Scales have the digits of float16
     already while training, so export changes no weight. Not for the token table and the head (`embeddings` rounds those
-    after training), and not for fused expert tensors.
+    after training), and not for mixtures whose experts stand in one tensor: what is trained here are linear layers, and
+    their new biases would have no place in it.
 """
 
 from __future__ import annotations

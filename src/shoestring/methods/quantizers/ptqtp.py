@@ -20,8 +20,8 @@ Where it bends
     is better; the form is for products made of additions, and its 9 levels compare with 3 bits. A layer whose width 128
     does not divide takes groups of 64, or of 32. The limit 1e-4 is absolute, as in the paper: tiny weights stop
     earlier. Scales below 6e-8 are zero in float16. Signs move from scales into trits and the larger scale comes first,
-    so that one fit has one form. Not for embeddings, the head, or the routers of a mixture, whose experts are fitted one
-    by one.
+    so that one fit has one form. Not for embeddings, the head, or the routers of a mixture, whose experts are fitted
+    one by one.
 """
 
 from __future__ import annotations

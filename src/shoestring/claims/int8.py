@@ -4,7 +4,7 @@ from shoestring.claims._weigh import weigh
 from shoestring.core.claim import Claim
 from shoestring.lab.arms import Arms
 
-_HERE = "SmolLM2-135M-Instruct, groups of 64"
+_HERE = "SmolLM2-135M-Instruct, groups of 32, as `shoestring compress` has them"
 CLAIMS = (
     Claim(
         "storage",
@@ -39,4 +39,4 @@ CLAIMS = (
 
 
 def run(arms: Arms) -> None:
-    weigh(arms, {"int8": ("int8", {"group_size": 64}), "bf16": None}, examples=arms.size(8, 48))
+    weigh(arms, {"int8": ("int8", {"group_size": 32}), "bf16": None}, examples=arms.size(8, 48))

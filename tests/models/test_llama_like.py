@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring.core.errors import UsageError
-from shoestring.models.llama_like import FAMILIES, MIXTURES, NotNative, check_names, from_config, from_gguf, spelled
+from shoestring.models.llama_like import FAMILIES, MIXTURES, NotNative, check_names, from_config, from_gguf
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -94,7 +95,9 @@ def test_every_tensor_of_a_mixture_has_its_place(family: str) -> None:
     more |= dict(mlp_only_layers=[0], first_k_dense_replace=1)
     config = config_of(family, **more)
     weights = {k: v for k, v in AutoModelForCausalLM.from_config(config).state_dict().items() if "inv_freq" not in k}
-    described = spelled(from_config(config.to_dict()), weights)
+    found = from_config(config.to_dict())
+    assert found.mixture
+    described = replace(found, mixture=found.mixture.spelled(weights))
     check_names(described, weights)
     mixture = described.mixture
     assert mixture and described.mixes(1) and mixture.count(1) == 3 and mixture.chosen == 2

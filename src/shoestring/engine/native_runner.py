@@ -18,7 +18,9 @@ from shoestring.kernels.layout import ITEM, Layout, parse
 from shoestring.kernels.llama import CACHE_TYPES, Adapter, Attend, Block, Cache, Expert, Latent, Llama, Mixture, Queries
 from shoestring.kernels.matrix import Matrix, Memory, Packing, make
 from shoestring.models.folder import end_tokens
-from shoestring.models.llama_like import CORRECTION, PROJECTIONS, LlamaLike, NoKernels, NotNative, describe, packing
+from shoestring.models.llama_like import PROJECTIONS, LlamaLike, describe, packing
+from shoestring.models.mixtures import CORRECTION
+from shoestring.models.stated import NoKernels, NotNative
 from shoestring.models.tensors import Source, Stored, aligned, bfloat16, floats, open_source
 
 _DTYPES = {"auto": "", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}

@@ -16,8 +16,8 @@ from shoestring.engine.adapter_forms import NotBeside, make_known
 from shoestring.engine.runner import Runner, within
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.models.folder import ADAPTER_CONFIG, check_adapter
-from shoestring.models.llama_like import NoKernels, NotNative
 from shoestring.models.load import DEFAULT, load, locate, resolve
+from shoestring.models.stated import NoKernels, NotNative
 from shoestring.models.tensors import open_source
 
 RUNNERS = ("auto", "native", "torch")

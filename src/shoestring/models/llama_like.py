@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from shoestring.core.errors import UsageError, nearest
+from shoestring.core.errors import UsageError
+from shoestring.models import stated
+from shoestring.models.mixtures import CORRECTION, ROLES, STEMS, Experts, experts
+from shoestring.models.stated import NotNative as NotNative  # whoever describes a model may meet it
 from shoestring.models.tensors import Source, floats
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 _MOST_HEAD_DIM = 512
-_MAX, _MAX_LAYERS = 1 << 31, 1 << 14  # beyond it no size of a model is meant
-_REMEDY = "The torch runner takes it (runner=torch)"
+_MAX_LAYERS = 1 << 14  # beyond it no number of layers is meant
 
 # Family -> what transformers assumes where config.json is silent.
 _COMMON: dict[str, Any] = {
@@ -68,8 +70,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0, "n_group": 1,
     },
 }  # fmt: skip
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_MOST_CHOICES = 1 << 16
 _ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
@@ -82,10 +82,6 @@ _VARYING = ("share_map", "factor_down")  # and these say in which way, of those 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _OF_SCORES = ("q", "k", "q_norm", "k_norm")
-_OF_MIXTURES = (
-    "router", "weigher", "shared_gate", "shared_up", "shared_down", "experts", "expert_gate", "expert_up",
-    "expert_gate_up", "expert_down", "latent_gate", "latent_up", "latent_down",
-)  # fmt: skip
 
 _FOLDER_NAMES = {
     "embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -94,12 +90,6 @@ _FOLDER_NAMES = {
     **{role: f"model.layers.{{}}.self_attn.{role}_proj" for role in _ATTENTION},
     **{role: f"model.layers.{{}}.mlp.{role}_proj" for role in _MLP},
 }  # fmt: skip
-# How files name what stands in the place of a feed-forward: the module's name, an expert's matrices, the shared expert.
-_STEMS = ("mlp", "block_sparse_moe")
-_APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_FUSED, _PACKED = ("gate_up_proj", "down_proj"), ("gate_up", "down")
-_SHARED = {"dots1": "shared_experts"}
-CORRECTION = "e_score_correction_bias"
 GGUF_NAMES = {
     "embedding": "token_embd", "final_norm": "output_norm", "head": "output",
     "attention_norm": "blk.{}.attn_norm", "mlp_norm": "blk.{}.ffn_norm",
@@ -110,113 +100,12 @@ GGUF_NAMES = {
 _GGUF_FREQUENCIES = "rope_freqs.weight"
 
 
-class NotNative(UsageError):
-    """A sound model that the native kernels do not compute; the torch runner may."""
-
-    def __init__(self, what: str, why: str = "") -> None:
-        super().__init__(what, why, _REMEDY)
-
-
-class NoKernels(NotNative):
-    """Native kernels compute the model, but not from weights that are stored as these are."""
-
-
 @dataclass(frozen=True)
 class Rotary:
     """Rotary positions: pair i turns by position * inverse[i]; cosines and sines are multiplied by `factor`."""
 
     inverse: np.ndarray  # float32 [rotated dimensions / 2]
     factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Spaces that neighbouring experts share.
-
-    Attributes:
-        group: how many experts share one.
-        size: its dimensions.
-        down: whether experts are added up there and leave it together; without, each has a way out of its own.
-    """
-
-    group: int
-    size: int
-    down: bool
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Role -> tensor of all experts, or of all spaces, of a layer."""
-        own = ("gate", "up", "down") if self.down else ("gate", "up")
-        down = {} if self.down else {"expert_down": "down_proj"}
-        return (
-            {f"expert_{part}": f"own_{part}" for part in own}
-            | down
-            | {f"latent_{part}": f"shared_{part}" for part in own}
-        )
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Mixtures of experts in the place of feed-forwards.
-
-    Attributes:
-        targets: of each layer, the expert that each choice of its router stands for; empty where the layer is dense.
-        chosen: how many choices a token makes.
-        width, shared: neurons of an expert, and of the one that all tokens meet, 0 where there is none.
-        weighed: the shared expert has a gate of its own.
-        scores: what becomes of a router's products, "softmax" or "sigmoid".
-        normalized: the scores of those chosen are divided by their sum.
-        corrected: something is added to the scores to find the largest.
-        scale: of the gates.
-        stem: what files call the module that holds router and experts.
-        parts: of each layer, what a file calls the matrices of its experts: three names where each expert has its own,
-            two where all have theirs together, `_PACKED` where these are packed, those of `latent` where there is one;
-            empty where the layer is dense.
-        latent: the spaces that experts share, None where each reads the stream.
-    """
-
-    targets: tuple[tuple[int, ...], ...]
-    chosen: int
-    width: int
-    shared: int = 0
-    weighed: bool = False
-    scores: str = "softmax"
-    normalized: bool = False
-    corrected: bool = False
-    scale: float = 1.0
-    stem: str = _STEMS[0]
-    parts: tuple[tuple[str, ...], ...] = ()
-    latent: Latent | None = None
-
-    def count(self, layer: int) -> int:
-        """How many experts a layer has."""
-        return max(self.targets[layer], default=-1) + 1
-
-    def packed(self, layer: int) -> bool:
-        """Whether a layer's experts are packed together."""
-        return self.parts[layer] == _PACKED
-
-    def shape_of(self, role: str, layer: int, hidden: int) -> tuple[int, int]:
-        """Rows and columns of a router, of a shared expert's matrix, or of one expert's or latent space's."""
-        outer, inner = hidden, self.shared if role.startswith("shared") else self.width
-        if self.latent and role.startswith("latent"):
-            inner = self.latent.size
-        elif self.latent and role.startswith("expert") and (self.latent.down or not role.endswith("down")):
-            outer = self.latent.size
-        if role.endswith("down"):
-            return outer, inner
-        inner = 2 * inner if role == "expert_gate_up" else inner
-        return {"router": len(self.targets[layer]), "weigher": 1}.get(role, inner), outer
-
-    def names(self, layer: int) -> Iterator[str]:
-        """Names of all tensors of a layer's experts, behind that of the module which holds them."""
-        parts = self.parts[layer]
-        if len(parts) == 3:
-            yield from (f"{number}.{part}.weight" for number in range(self.count(layer)) for part in parts)
-        elif self.packed(layer):
-            yield from (f"{part}.weight" for part in parts)
-        else:
-            yield from parts
 
 
 @dataclass(frozen=True)
@@ -297,7 +186,7 @@ class LlamaLike:
         neurons = self.layer_intermediate[layer] if self.layer_intermediate else self.intermediate
         narrow = kv_heads * self.head_dim
         wide = self.heads // self.kv_heads * narrow
-        if self.mixture and role in _OF_MIXTURES:
+        if self.mixture and role in ROLES:
             return self.mixture.shape_of(role, layer, self.hidden)
         heads = (wide, narrow) if self.whole_norms else (self.head_dim, self.head_dim)
         return {
@@ -310,11 +199,8 @@ class LlamaLike:
 
     def name(self, role: str, layer: int = 0) -> str:
         """Full name of a role's tensors without the last word; of "experts" the module that holds them."""
-        if self.mixture and role in _OF_MIXTURES:
-            shared = _SHARED.get(self.family, "shared_expert")
-            beside = {"router": "gate", "weigher": "shared_expert_gate", "experts": "experts"}
-            leaf = beside.get(role) or f"{shared}.{role.removeprefix('shared_')}_proj"
-            return f"model.layers.{layer}.{self.mixture.stem}.{leaf}"
+        if self.mixture and role in ROLES:
+            return self.mixture.name(role, layer)
         return self.names[role].format(layer)
 
     def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -340,7 +226,9 @@ def describe(source: Source, *, mixtures: bool = False) -> LlamaLike:
         frequencies = floats(tensors[_GGUF_FREQUENCIES]) if _GGUF_FREQUENCIES in tensors else None
         model = from_gguf(source.values, dims, frequencies)
     else:
-        model = spelled(from_config(source.values), tensors)
+        model = from_config(source.values)
+        if model.mixture:
+            model = replace(model, mixture=model.mixture.spelled(tensors))
     if model.mixture and not mixtures:
         raise NotNative(f"A {model.family} model is a mixture of experts")
     check_names(model, tensors, packing(source))
@@ -361,7 +249,7 @@ def packing(source: Source) -> Mapping[str, str]:
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise NotNative(f"The native runner does not know weights packed with {str(method)[:60]!r}")
     # The packing names modules, and files of some families have other names for what holds the experts.
-    first, other = (f".{stem}." for stem in _STEMS)
+    first, other = (f".{stem}." for stem in STEMS)
     known = source.tensors
     return {name if f"{name}.weight" in known else name.replace(first, other, 1): spec for name, spec in found.items()}
 
@@ -391,24 +279,26 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
     """
     family = check_family(config)
     known: dict[str, Any] = {**(FAMILIES.get(family) or MIXTURES[family]), **config}
-    layers, hidden = _size(known, "num_hidden_layers", _MAX_LAYERS), _size(known, "hidden_size")
-    heads = _size(known, "num_attention_heads")
-    kv_heads = heads if known["num_key_value_heads"] is None else _size(known, "num_key_value_heads")
-    head_dim = hidden // heads if known["head_dim"] is None else _size(known, "head_dim")
-    context = _size(known, "max_position_embeddings")
+    layers, hidden = stated.size(known, "num_hidden_layers", _MAX_LAYERS), stated.size(known, "hidden_size")
+    heads = stated.size(known, "num_attention_heads")
+    kv_heads = heads if known["num_key_value_heads"] is None else stated.size(known, "num_key_value_heads")
+    head_dim = hidden // heads if known["head_dim"] is None else stated.size(known, "head_dim")
+    context = stated.size(known, "max_position_embeddings")
     activation = str(known["hidden_act"])
     if activation not in _ACTIVATIONS:
         raise NotNative(f"The native runner does not know the activation {activation[:40]!r}")
     rotates = _rotates(known, family, layers)
-    biased = {"q", "k", "v"} if family == "qwen2" else set(_ATTENTION) if _flag(known, "attention_bias") else set()
-    biased |= set(_MLP) if _flag(known, "mlp_bias") and family in FAMILIES else set()
+    biased = (
+        {"q", "k", "v"} if family == "qwen2" else set(_ATTENTION) if stated.flag(known, "attention_bias") else set()
+    )
+    biased |= set(_MLP) if stated.flag(known, "mlp_bias") and family in FAMILIES else set()
     if family in ("mistral", "mixtral"):
         biased = set()
     if family == "qwen2_moe":
-        biased = {"q", "k", "v"} if _flag(known, "qkv_bias") else set()
+        biased = {"q", "k", "v"} if stated.flag(known, "qkv_bias") else set()
     if known.get("clip_qkv") is not None:
         raise NotNative("The native runner does not clip queries, keys and values")
-    biased |= {"o", "down"} if _flag(known, "output_biases") else set()
+    biased |= {"o", "down"} if stated.flag(known, "output_biases") else set()
     granite = family == "granite"
     return _checked(
         LlamaLike(
@@ -418,10 +308,10 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=_size(known, "intermediate_size"),
-            vocab=_size(known, "vocab_size"),
+            intermediate=stated.size(known, "intermediate_size"),
+            vocab=stated.size(known, "vocab_size"),
             context=context,
-            epsilon=_number(known, "rms_norm_eps"),
+            epsilon=stated.number(known, "rms_norm_eps"),
             activation=_ACTIVATIONS[activation],
             rotary=_rotary(known, head_dim, context),
             rotates=rotates,
@@ -429,14 +319,16 @@ def from_config(config: Mapping[str, Any]) -> LlamaLike:
             biased=frozenset(biased),
             head_norms=family in ("qwen3", "qwen3_moe", "olmoe", "dots1"),
             whole_norms=family == "olmoe",
-            mixture=_mixture(known, family, layers) if family in MIXTURES else None,
-            tied=_flag(known, "tie_word_embeddings"),
-            attention_scale=_number(known, "attention_multiplier") if granite else head_dim**-0.5,
-            embedding_scale=_number(known, "embedding_multiplier") if granite else 1.0,
-            residual_scale=_number(known, "residual_multiplier") if granite else 1.0,
-            logit_scale=1.0 / _number(known, "logits_scaling") if granite else 1.0,
-            layer_kv_heads=_of_each(known, "layer_key_value_heads", layers, kv_heads),
-            layer_intermediate=_of_each(known, "layer_intermediate_sizes", layers, _size(known, "intermediate_size")),
+            mixture=experts(known, family, layers) if family in MIXTURES else None,
+            tied=stated.flag(known, "tie_word_embeddings"),
+            attention_scale=stated.number(known, "attention_multiplier") if granite else head_dim**-0.5,
+            embedding_scale=stated.number(known, "embedding_multiplier") if granite else 1.0,
+            residual_scale=stated.number(known, "residual_multiplier") if granite else 1.0,
+            logit_scale=1.0 / stated.number(known, "logits_scaling") if granite else 1.0,
+            layer_kv_heads=stated.of_each(known, "layer_key_value_heads", layers, kv_heads),
+            layer_intermediate=stated.of_each(
+                known, "layer_intermediate_sizes", layers, stated.size(known, "intermediate_size")
+            ),
             leaders=_leaders(known, layers),
         )
     )
@@ -470,17 +362,17 @@ def from_gguf(
         raise NotNative("The native runner does not compute mixtures of experts")
     if "token_embd.weight" not in dims:
         raise UsageError("The GGUF file has no token table", "token_embd.weight is missing", "Get an intact file")
-    layers, hidden = _size(own, "block_count", _MAX_LAYERS), _size(own, "embedding_length")
-    heads = _size(own, "attention.head_count")
-    kv_heads = _size(own, "attention.head_count_kv") if "attention.head_count_kv" in own else heads
-    head_dim = _size(own, "attention.key_length") if "attention.key_length" in own else hidden // heads
+    layers, hidden = stated.size(own, "block_count", _MAX_LAYERS), stated.size(own, "embedding_length")
+    heads = stated.size(own, "attention.head_count")
+    kv_heads = stated.size(own, "attention.head_count_kv") if "attention.head_count_kv" in own else heads
+    head_dim = stated.size(own, "attention.key_length") if "attention.key_length" in own else hidden // heads
     if own.get("attention.value_length", head_dim) != head_dim:
         raise NotNative("The native runner wants keys and values of one width")
-    rotated = _size(own, "rope.dimension_count") if "rope.dimension_count" in own else head_dim
+    rotated = stated.size(own, "rope.dimension_count") if "rope.dimension_count" in own else head_dim
     interleaved = GGUF_FAMILIES[family]
     if interleaved and rotated != head_dim:
         raise NotNative(f"The native runner does not rotate {rotated} of {head_dim} dimensions that lie in pairs")
-    context = _size(own, "context_length")
+    context = stated.size(own, "context_length")
     window = own.get("attention.sliding_window") or 0
     if window and window < context:
         raise NotNative("The native runner does not know which layers of this GGUF file have a sliding window")
@@ -493,10 +385,10 @@ def from_gguf(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=_size(own, "feed_forward_length"),
+            intermediate=stated.size(own, "feed_forward_length"),
             vocab=dims["token_embd.weight"][0],
             context=context,
-            epsilon=_number(own, "attention.layer_norm_rms_epsilon"),
+            epsilon=stated.number(own, "attention.layer_norm_rms_epsilon"),
             activation="silu",
             rotary=_gguf_rotary(own, rotated, context, frequencies),
             rotates=usual_rotation(family, layers),
@@ -504,30 +396,11 @@ def from_gguf(
             biased=biased,
             head_norms="blk.0.attn_q_norm.weight" in dims,
             tied="output.weight" not in dims,
-            attention_scale=_number(own, "attention.scale") if own.get("attention.scale") else head_dim**-0.5,
+            attention_scale=stated.number(own, "attention.scale") if own.get("attention.scale") else head_dim**-0.5,
             interleaved=interleaved,
             names=GGUF_NAMES,
         )
     )
-
-
-def spelled(model: LlamaLike, tensors: Collection[str]) -> LlamaLike:
-    """The model with the names that a file has for its experts."""
-    mixture = model.mixture
-    if mixture is None:
-        return model
-    mixed = [layer for layer in range(model.layers) if model.mixes(layer)]
-    stems = (s for s in _STEMS if any(f"model.layers.{layer}.{s}.gate.weight" in tensors for layer in mixed))
-    mixture = replace(mixture, stem=next(stems, _STEMS[0]))
-    forms = (tuple(mixture.latent.names.values()),) if mixture.latent else (*_APART, _FUSED, _PACKED)
-
-    def there(layer: int, parts: tuple[str, ...]) -> bool:
-        place = f"model.layers.{layer}.{mixture.stem}.experts."
-        first = "0." * (len(parts) == 3) + parts[0] + ".weight" * (parts != _FUSED)
-        return place + first in tensors
-
-    parts = (next((f for f in forms if there(n, f)), forms[0]) if n in mixed else () for n in range(model.layers))
-    return replace(model, mixture=replace(mixture, parts=tuple(parts)))
 
 
 def usual_rotation(family: str, layers: int) -> tuple[bool, ...]:
@@ -581,77 +454,11 @@ def _rotates(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool,
         return (True,) * layers
     given = config["no_rope_layers"]
     if given is None:
-        step = _size(config, "no_rope_layer_interval")
+        step = stated.size(config, "no_rope_layer_interval")
         return tuple((layer + 1) % step != 0 for layer in range(layers))
     if not isinstance(given, list) or len(given) < layers:
         raise UsageError(f"config.json has no_rope_layers for other than {layers} layers", remedy="Get an intact model")
     return tuple(bool(item) for item in given[:layers])
-
-
-def _mixture(config: Mapping[str, Any], family: str, layers: int) -> Experts:
-    if config.get("n_group", 1) not in (1, None):
-        raise NotNative("The native runner does not choose experts by groups")
-    has = _has_experts(config, family, layers)
-    given = config["layer_expert_maps"]
-    if given is None:
-        # The family's own number stands beside what config.json may call otherwise.
-        called = next((word for word in _EXPERT_COUNTS if config.get(word) is not None and word != "num_experts"), "")
-        count = _size(config, called or "num_experts", _MOST_CHOICES)
-        given = [list(range(count))] * sum(has)
-    usable = isinstance(given, list) and len(given) == sum(has)
-    usable = usable and all(isinstance(to, list) and 0 < len(to) < _MOST_CHOICES for to in given)
-    if not usable or not all(type(e) is int and 0 <= e < len(to) for to in given for e in to):
-        raise UsageError("config.json has no usable layer_expert_maps", f"{sum(has)} lists", "Get an intact model")
-    lists = iter(given)
-    targets = tuple(tuple(next(lists)) if mixes else () for mixes in has)
-    chosen = _size(config, "num_experts_per_tok", _MOST_CHOICES)
-    fewest = min((len(to) for to in targets if to), default=chosen)
-    if chosen > fewest:
-        raise UsageError(f"A token cannot meet {chosen} experts of {fewest}", remedy="Get an intact model")
-    plain = family in ("mixtral", "olmoe")
-    width = _size(config, "intermediate_size" if plain else "moe_intermediate_size")
-    shared = _size(config, "shared_expert_intermediate_size") if family == "qwen2_moe" else 0
-    normalized = family == "mixtral" or _flag(config, "norm_topk_prob")
-    if family != "dots1":
-        latent = _latent(config, targets, width)
-        return Experts(targets, chosen, width, shared, weighed=bool(shared), normalized=normalized, latent=latent)
-    return Experts(
-        targets, chosen, width, width * _size(config, "n_shared_experts"), scores="sigmoid", corrected=True,
-        normalized=normalized, scale=_number(config, "routed_scaling_factor"),
-    )  # fmt: skip
-
-
-def _latent(config: Mapping[str, Any], targets: tuple[tuple[int, ...], ...], width: int) -> Latent | None:
-    if config["factor_down"] is None:
-        return None
-    counts, hidden = {max(to) + 1 for to in targets if to}, _size(config, "hidden_size")
-    given = {key: _size(config, key) if config[key] else 0 for key in ("experts_per_group", "latent_dim")}
-    group = given["experts_per_group"] or max(counts, default=1)
-    if any(count % group for count in counts):
-        raise UsageError(f"{max(counts)} experts do not make groups of {group}", remedy="Get an intact model")
-    size, most = given["latent_dim"] or min(width, hidden), min(group * width, hidden)
-    if size > most:
-        raise UsageError(
-            f"config.json has latent_dim={size}",
-            f"{group} experts of {width} x {hidden} have {most} directions",
-            "Get an intact model",
-        )
-    return Latent(group, size, _flag(config, "factor_down"))
-
-
-def _has_experts(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool, ...]:
-    if family == "dots1":
-        first = config["first_k_dense_replace"] or 0
-        if type(first) is not int:
-            raise UsageError("config.json has no usable first_k_dense_replace", remedy="Get an intact model")
-        return tuple(layer >= first for layer in range(layers))
-    if family not in ("qwen2_moe", "qwen3_moe"):
-        return (True,) * layers
-    dense = config["mlp_only_layers"] or []
-    if not isinstance(dense, list):
-        raise UsageError("config.json has mlp_only_layers that are no list", remedy="Get an intact model")
-    step = _size(config, "decoder_sparse_step")
-    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def _windows(config: Mapping[str, Any], family: str, rotates: tuple[bool, ...]) -> tuple[int, ...]:
@@ -659,16 +466,16 @@ def _windows(config: Mapping[str, Any], family: str, rotates: tuple[bool, ...]) 
     window = config["sliding_window"]
     if family in ("llama", "granite", "olmoe") or window is None:
         return (0,) * layers
-    if family not in ("mistral", "mixtral", "dots1") and not _flag(config, "use_sliding_window"):
+    if family not in ("mistral", "mixtral", "dots1") and not stated.flag(config, "use_sliding_window"):
         return (0,) * layers
-    window = _size(config, "sliding_window")
+    window = stated.size(config, "sliding_window")
     if family in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * layers
     types = config["layer_types"]
     if types is None and family == "smollm3":
         return tuple(0 if turns else window for turns in rotates)
     if types is None and family == "qwen2_moe":
-        least = _size(config, "max_window_layers")
+        least = stated.size(config, "max_window_layers")
         return tuple(window if layer % 2 == 0 and layer < least else 0 for layer in range(layers))
     if types is None:
         full = config["max_window_layers"]
@@ -715,17 +522,17 @@ def _rotary(config: Mapping[str, Any], head_dim: int, context: int) -> Rotary:
             raise NotNative("The native runner turns all layers alike, and here each type of layer has its own angles")
         given = next(iter(given.values()))
     kind = str(given.get("rope_type", given.get("type", "default")))
-    theta = _number({"rope_theta": config["rope_theta"], **given}, "rope_theta")
+    theta = stated.number({"rope_theta": config["rope_theta"], **given}, "rope_theta")
     share = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     rotated = int(
-        head_dim * (1.0 if share is None else _number({"partial_rotary_factor": share}, "partial_rotary_factor"))
+        head_dim * (1.0 if share is None else stated.number({"partial_rotary_factor": share}, "partial_rotary_factor"))
     )
     original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings", context))
     settings = {**given, "original_max_position_embeddings": original}
     if kind == "default":
         return Rotary(_plain(theta, rotated))
     if kind == "linear":
-        return Rotary(_plain(theta, rotated) / np.float32(_number(settings, "factor")))
+        return Rotary(_plain(theta, rotated) / np.float32(stated.number(settings, "factor")))
     if kind == "llama3":
         return Rotary(_llama3(_plain(theta, rotated), settings))
     if kind == "yarn":
@@ -743,8 +550,11 @@ def _plain(theta: float, rotated: int) -> np.ndarray:
 
 def _llama3(inverse: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     """Long waves are slowed by `factor`, short ones are not, those between are blended."""
-    factor, original = _number(settings, "factor"), _number(settings, "original_max_position_embeddings")
-    low, high = _number(settings, "low_freq_factor"), _number(settings, "high_freq_factor")
+    factor, original = (
+        stated.number(settings, "factor"),
+        stated.number(settings, "original_max_position_embeddings"),
+    )
+    low, high = stated.number(settings, "low_freq_factor"), stated.number(settings, "high_freq_factor")
     if high == low:
         raise UsageError("config.json has high_freq_factor = low_freq_factor", remedy="Get an intact model")
     waves = np.float32(2 * math.pi) / inverse
@@ -756,10 +566,10 @@ def _llama3(inverse: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
 
 def _yarn(theta: float, rotated: int, context: int, settings: Mapping[str, Any]) -> Rotary:
     """Dimensions that turn often keep their angles, those that turn rarely are slowed by `factor`."""
-    original = _number(settings, "original_max_position_embeddings")
-    factor = context / original if settings.get("factor") is None else _number(settings, "factor")
-    fast = _number(settings, "beta_fast") if settings.get("beta_fast") else 32.0
-    slow = _number(settings, "beta_slow") if settings.get("beta_slow") else 1.0
+    original = stated.number(settings, "original_max_position_embeddings")
+    factor = context / original if settings.get("factor") is None else stated.number(settings, "factor")
+    fast = stated.number(settings, "beta_fast") if settings.get("beta_fast") else 32.0
+    slow = stated.number(settings, "beta_slow") if settings.get("beta_slow") else 1.0
 
     def dimension(turns: float) -> float:
         return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -782,14 +592,14 @@ def _yarn_factor(factor: float, settings: Mapping[str, Any]) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if settings.get("attention_factor") is not None:
-        return _number(settings, "attention_factor")
+        return stated.number(settings, "attention_factor")
     if settings.get("mscale") and settings.get("mscale_all_dim"):
-        return grown(_number(settings, "mscale")) / grown(_number(settings, "mscale_all_dim"))
+        return grown(stated.number(settings, "mscale")) / grown(stated.number(settings, "mscale_all_dim"))
     return grown(1.0)
 
 
 def _gguf_rotary(own: Mapping[str, Any], rotated: int, context: int, frequencies: np.ndarray | None) -> Rotary:
-    theta = _number(own, "rope.freq_base") if "rope.freq_base" in own else 10_000.0
+    theta = stated.number(own, "rope.freq_base") if "rope.freq_base" in own else 10_000.0
     kind = str(own.get("rope.scaling.type", "none"))
     settings = {
         "factor": own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)),
@@ -799,7 +609,9 @@ def _gguf_rotary(own: Mapping[str, Any], rotated: int, context: int, frequencies
     if kind == "yarn":
         found = _yarn(theta, rotated, context, settings)
     elif kind in ("none", "linear"):
-        found = Rotary(_plain(theta, rotated) / np.float32(_number(settings, "factor") if kind == "linear" else 1.0))
+        found = Rotary(
+            _plain(theta, rotated) / np.float32(stated.number(settings, "factor") if kind == "linear" else 1.0)
+        )
     else:
         raise NotNative(f"The native runner does not know the rotary scaling {kind[:40]!r}")
     if frequencies is None:
@@ -824,48 +636,3 @@ def _checked(model: LlamaLike) -> LlamaLike:
     if not np.isfinite(model.rotary.inverse).all():
         raise UsageError("The model's rotary frequencies are not finite", remedy="Get an intact model")
     return model
-
-
-def _size(table: Mapping[str, Any], key: str, limit: int = _MAX) -> int:
-    value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
-        raise UsageError(
-            f"The model's configuration has no usable {key} ({str(value)[:40]})",
-            "" if key in table else nearest(key, table)[:200],
-            "Get an intact model",
-        )
-    return value
-
-
-def _of_each(table: Mapping[str, Any], key: str, layers: int, most: int) -> tuple[int, ...]:
-    """A list of sizes up to `most`, one for each layer; empty when there is none."""
-    values = table.get(key)
-    if values is None:
-        return ()
-    if (
-        not isinstance(values, list)
-        or len(values) != layers
-        or not all(type(value) is int and 0 <= value <= most for value in values)
-    ):
-        raise UsageError(
-            f"The model's configuration has no usable {key}", f"{layers} sizes up to {most}", "Get an intact model"
-        )
-    if 0 in values:
-        raise NotNative("The native runner does not compute layers that lack attention or feed-forward")
-    return tuple(values)
-
-
-def _number(table: Mapping[str, Any], key: str) -> float:
-    value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UsageError(
-            f"The model's configuration has no usable {key} ({str(value)[:40]})", remedy="Get an intact model"
-        )
-    return float(value)
-
-
-def _flag(table: Mapping[str, Any], key: str) -> bool:
-    value = table.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UsageError(f"The model's configuration has {key}={str(value)[:40]}", "it must be true or false")
-    return bool(value)

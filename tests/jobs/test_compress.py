@@ -78,6 +78,7 @@ def test_experts_of_a_mixture(method: str, mixture: Callable[..., Path], data: P
         ("mixtral", "tequila", "A mixtral model does not fit.*experts.gate_up_proj"),
         ("gpt_oss", "int4", "A gpt_oss model does not fit.*experts.gate_up_proj"),
         ("gpt_oss", "dfloat11", "A gpt_oss model does not fit"),
+        ("gpt_oss", "qmoe", "experts of a gpt_oss model are of another build"),
     ],
 )
 def test_experts_that_a_method_does_not_pack_are_refused_before_a_folder_is_made(

@@ -60,6 +60,7 @@ __all__ = [
     "PackedLinear",
     "PackedQuantizer",
     "does_not_fit",
+    "expert_stacks",
     "float_module",
     "linear",
     "linear_dims",
@@ -590,9 +591,13 @@ def priced(
         experts: whether those are packed at all.
         runs: whether packed matrices are runs of bytes whose length depends on them.
     """
-    by_name = {weight.name: weight for weight in shape.weights}
-    left = routers(name.rpartition(".")[0] for name in by_name)
-    stacks = dict(_stacks(by_name, size)) if experts else {}
+    left = routers(weight.name.rpartition(".")[0] for weight in shape.weights)
+    stacks: dict[str, int | None] = {}
+    for pair in expert_stacks(shape) if experts else ():
+        sizes = [size(weight.name, *weight.dims[1:], False) for weight in pair]  # type: ignore[call-arg, arg-type]
+        if sizes.count(None) == 1:
+            raise _one_of_two(pair[0].name.rpartition(".")[0])
+        stacks |= {weight.name: taken for weight, taken in zip(pair, sizes)}
 
     def touch(weight: Weight) -> Weight:
         owner, _, tensor = weight.name.rpartition(".")
@@ -608,24 +613,18 @@ def priced(
     return shape.change(touch)
 
 
-def _stacks(
-    weights: Mapping[str, Weight], size: Callable[[str, int, int, bool], int | None]
-) -> Iterator[tuple[str, int]]:
-    """Tensors of experts for which packed ones can stand, and the bytes of one expert: `_experts` in numbers."""
-    for name in [name for name in weights if name.rpartition(".")[2] == GATE_UP]:
-        owner = name.rpartition(".")[0]
-        own = [weight for other, weight in weights.items() if other.rpartition(".")[0] == owner]
-        down = weights.get(f"{owner}.{DOWN}")
-        if down is None or len(own) != 2 or not len(down.dims) == len(weights[name].dims) == 3:
+def expert_stacks(shape: Shape) -> Iterator[tuple[Weight, Weight]]:
+    """`GATE_UP` and `DOWN` of every layer for whose experts packed ones can stand: `gated_experts` in numbers."""
+    owned: dict[str, list[Weight]] = {}
+    for weight in shape.weights:
+        owned.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+    for own in owned.values():
+        by_name = {weight.name.rpartition(".")[2]: weight for weight in own}
+        if set(by_name) != {GATE_UP, DOWN} or any(len(weight.dims) != 3 for weight in own):
             continue
-        _, wide, hidden = weights[name].dims
-        if down.dims[1:] != (hidden, wide // 2):
-            continue
-        first, second = size(name, wide, hidden, False), size(down.name, hidden, wide // 2, False)
-        if (first is None) != (second is None):
-            raise _one_of_two(owner)
-        if first is not None and second is not None:
-            yield from ((name, first), (down.name, second))
+        _, wide, hidden = by_name[GATE_UP].dims
+        if by_name[DOWN].dims[1:] == (hidden, wide // 2):
+            yield by_name[GATE_UP], by_name[DOWN]
 
 
 def _one_of_two(experts: str) -> UsageError:

@@ -107,7 +107,8 @@ def test_the_price_is_that_of_885_zeros_in_a_thousand() -> None:
     experts, rows, cols = 4, 96, 1000
     blobs = [dictionary.encode(ternary(rows, cols, 0.885, seed), *sides(rows)) for seed in range(experts)]
     weight = Weight("model.layers.0.mlp.experts.gate_up_proj", "expert", (experts, rows, cols), 0, 0)
-    (priced,) = QMOE.price(Shape((weight,), 1, cols, 1, 1, 1, 1), {}).shape.weights
+    down = Weight("model.layers.0.mlp.experts.down_proj", "expert", (experts, cols, rows // 2), 0, 0)
+    priced, _ = QMOE.price(Shape((weight, down), 1, cols, 1, 1, 1, 1), {}).shape.weights
     assert priced.stored == pytest.approx(sum(map(len, blobs)) + 8 * (experts + 1), rel=0.01)
 
 

@@ -47,7 +47,7 @@ from shoestring.methods.quantizers._gptq import gptq
 from shoestring.models import surgery
 from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, gated_experts, stacked
 from shoestring.models.load import load_tokenizer
-from shoestring.models.packed import PackedConfig, PackedExperts, mark
+from shoestring.models.packed import PackedConfig, PackedExperts, expert_stacks, mark
 from shoestring.models.streamed import Streamed, unload
 
 METHOD = Method(
@@ -113,11 +113,14 @@ def settings() -> tuple[dict[str, Any], ...]:
 def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     """What it becomes where 88.5% of the experts' weights are zero. Raises UsageError for a model without experts."""
     chosen = QMoEConfig(**options)
-    if not any(len(weight.dims) == 3 for weight in shape.of("expert")):
+    stacks = {weight.name for pair in expert_stacks(shape) for weight in pair}
+    if not stacks:
+        if any(len(weight.dims) == 3 for weight in shape.of("expert")):
+            raise _other(f"a {shape.family} model")
         raise _dense(f"A {shape.family} model")
 
     def touch(weight: Weight) -> Weight:
-        if weight.role != "expert" or len(weight.dims) != 3 or chosen.left_alone(weight.name):
+        if weight.name not in stacks or chosen.left_alone(weight.name.rpartition(".")[0]):
             return weight
         experts, rows, columns = weight.dims
         words = round(experts * rows * columns * CODE_BITS / 16)
@@ -189,10 +192,14 @@ def _experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Full name and module of each layer's experts. Raises UsageError where a model has none that fit."""
     found = stacked(model)
     if not all(gated_experts(module) for _, module in found):
-        raise UsageError(f"The experts of {type(model).__name__} are of another build than Mixtral's")
+        raise _other(type(model).__name__)
     if not found:
         raise _dense(type(model).__name__)
     yield from found
+
+
+def _other(name: str) -> UsageError:
+    return UsageError(f"The experts of {name} are of another build than Mixtral's")
 
 
 def _dense(name: str) -> UsageError:

@@ -53,7 +53,7 @@ bool round_group(const float* v, uint8_t* packed, uint16_t* scale) {
   if (BITS == 8)
     for (int j = 0; j < WIDTH; ++j) packed[j] = uint8_t(codes[j]);
   else
-    for (int j = 0; j < WIDTH / 2; ++j) packed[j] = uint8_t((codes[j] + 8 & 15) | codes[j + WIDTH / 2] + 8 << 4);
+    for (int j = 0; j < WIDTH / 2; ++j) packed[j] = uint8_t((codes[j] + 8 & 15) | uint32_t(codes[j + WIDTH / 2] + 8) << 4);
   return true;
 }
 

@@ -2,30 +2,37 @@
 
 How it works
     1. Some text runs through the model once, forwards and backwards, with next tokens drawn from the model itself: then
-       the mean square of a gradient is its Fisher information. For a layer y = W x with gradient g of the
-       log-likelihood at y, and for every format on offer with its rounding error D, the harm is half of the mean over
-       tokens of (g' D x)^2: the divergence of next-token distributions that this error alone would cause, to second
-       order (the paper measures that divergence by running the model once for each layer and format).
-    2. Harms add up. Layers start in their smallest format; the byte that buys the most is spent first, along each
-       layer's lower convex hull of harm over bytes, until the limit: the Pareto front of the paper, without its search.
+       the mean square of a gradient is its Fisher information. For a layer y = W x with gradients g of the
+       log-likelihood at y, an error D of W does the harm of half of the mean over tokens of (g' D x)^2: the divergence
+       of next-token distributions that it alone would cause, to second order (the paper measures that divergence by
+       running the model once for each layer and format). With errors of rows that know nothing of each other this is
+       half of the mean of sum_r a_r d_r' F d_r, where d_r is a row of D, F = sum |g|^2 x x' over tokens, and a_r the
+       share of output r in the sum of |g|^2. So one matrix F tells of every format what it costs, and tokens count by
+       how much they matter.
+    2. Harms add up. The plan with the least sum within the limit is found exactly: a knapsack, solved by bytes (the
+       paper's Pareto front, without its search). The errors that count are those after step 3, which in column i are
+       rounding errors that cost 1 / U_ii^2; they are tried on some rows of each layer.
     3. Block by block, with the inputs that the blocks before now give, each layer is rounded column by column; the
-       columns still to come make up for the error of those before (GPTQ, 2210.17323): with H = X'X and U the upper
-       Cholesky factor of its inverse, err = (w_i - q_i) / U_ii and W[:, i:] -= err U[i, i:]. A group's scale and offset
-       are taken when its first column comes.
+       columns still to come make up for the error of those before (GPTQ, 2210.17323): with F in place of its X'X and U
+       the upper Cholesky factor of the inverse, err = (w_i - q_i) / U_ii and W[:, i:] -= err U[i, i:]. A group's scale
+       and offset are taken when its first column comes. A token table has no inputs: its F is the diagonal sum of g g',
+       and that of a head that is tied to it is added.
 
 Where it bends
-    The paper makes its own calibration data; here it is text, which the user gives. The token table has no inputs to
-    make up errors with and is rounded to the nearest, as everything is without step 3 (rounding=nearest) and in models
-    that are not causal. Calibration text favours its own domain. Fewer than 3 bits cost small models dearly.
+    The paper makes its own calibration data; here it is text, which the user gives, and which favours its own domain.
+    Plain integers (int4, int8) are rounded to the nearest, as everything is with rounding=nearest and in models that
+    are not causal. Fewer than 3 bits cost small models dearly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +48,7 @@ from shoestring.kernels.reference import refuse_not_finite
 from shoestring.models import packed, shape_of, surgery
 from shoestring.models.anatomy import inspect
 from shoestring.models.packed import PackedConfig, linear_dims, packable, tied_head
+from shoestring.models.packed_layers import scale_of
 
 METHOD = Method(
     paper=Paper(
@@ -61,15 +69,13 @@ METHOD = Method(
     },
 )
 
-OFFERED = (
-    "uniform2/32", "uniform2/64", "uniform3/32", "uniform3/64", "uniform3/128", "uniform4/32", "uniform4/64",
-    "uniform4/128", "int8/64",
-)  # fmt: skip
+OFFERED = tuple(f"uniform{bits}/{group}" for bits in range(2, 7) for group in (32, 64, 128)) + ("int8/64",)
 ROUNDING = ("compensated", "nearest")
 WINDOW = 256  # tokens that are read together
-MEASURED = 512  # tokens whose gradients are looked at
+SAMPLED = 128  # rows of a matrix whose errors stand for those of all
 DAMPING = 0.01  # of the mean diagonal of H
 RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that are tried
+UNITS = 1 << 16  # parts of the limit that formats are chosen by
 
 
 class MixedConfig(PackedConfig):
@@ -80,7 +86,7 @@ class MixedConfig(PackedConfig):
         bytes: the most bytes of all tensors.
         offered: formats to choose from.
         rounding: "compensated" (step 3) or "nearest".
-        calibration: tokens that rounding is fitted on.
+        calibration: tokens of text that harms are measured and rounding is fitted on.
         modules_to_not_convert: names, or parts of names, of modules to leave alone.
         packing: module -> format, a plan of one's own in place of steps 1 and 2.
     """
@@ -111,7 +117,7 @@ class MixedConfig(PackedConfig):
             raise UsageError("no formats are offered", remedy="Name some, such as uniform4/64")
         for spec in self.offered:
             if layout.parse(spec).says_its_size or layout.parse(spec).kind not in ("int", "uniform"):
-                raise UsageError(f"{spec} has no plain rounding", remedy="Offer integers: int4, int8 or uniform2 to 4")
+                raise UsageError(f"{spec} has no plain rounding", remedy="Offer integers: int4, int8 or uniform2 to 6")
 
     def limit(self, parameters: int) -> int:
         """The most bytes of a model with so many parameters."""
@@ -182,12 +188,12 @@ def compress(
     floats = own - sum(w.numel() * w.element_size() for w in map(_weight, modules.values()))
     for name, module in modules.items():
         _refuse_not_finite(name, _weight(module))
-    longest = min(WINDOW, shape_of(model).context or WINDOW)
+    ids = windows(rows, config.calibration, min(WINDOW, shape_of(model).context or WINDOW))
     plan = config.packing
+    seen = look(model, modules, ids) if not plan or _compensates(model, config) else {}
     if not plan:
-        choices = harms(model, modules, config, windows(rows, MEASURED, longest))
-        plan = allocate(choices, config.limit(parameters) - floats)
-    _pack(model, plan, config, windows(rows, config.calibration, longest))
+        plan = allocate(harms(model, modules, config, ids, seen), config.limit(parameters) - floats)
+    _pack(model, plan, config, ids, seen)
     packed.mark(model, config)
     return model
 
@@ -206,45 +212,67 @@ def windows(rows: Sequence[Mapping[str, Any]], tokens: int, longest: int) -> Ten
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-def harms(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], config: MixedConfig, ids: Tensor
-) -> dict[str, list[Choice]]:
-    """What each format on offer would cost each module (steps 1 and 2)."""
-    specs = {spec: formats.parse(spec) for spec in config.offered}
-    found = {name: dict.fromkeys(specs, 0.0) for name in modules}
-    table = model.get_input_embeddings()
-    handles = []
+@dataclass
+class Seen:
+    """What text showed of a module y = W x, with g the gradients of the log-likelihood at y.
 
-    def watch(name: str, module: Any) -> None:
+    Attributes:
+        rows: float32 [rows], the sum of g^2 over tokens.
+        tokens: for each window float32 [tokens], |g|^2.
+        columns: float32 [columns], the diagonal of F.
+        form: F, float32 [columns, columns]; None inside blocks, where it is made when the block's turn has come.
+    """
+
+    rows: Tensor
+    tokens: list[Tensor]
+    columns: Tensor
+    form: Tensor | None
+
+
+def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Seen]:
+    """Step 1, for each module."""
+    inside = [block.name for block in inspect(model).blocks]
+    found: dict[str, Seen] = {}
+    for name, module in modules.items():
+        rows, columns = _weight(module).shape
+        alone = not any(name.startswith(f"{block}.") for block in inside)
+        form = torch.zeros(columns, columns) if alone else None
+        found[name] = Seen(torch.zeros(rows), [], torch.zeros(columns), form)
+
+    def watch(name: str, module: nn.Module) -> Any:
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            output.register_hook(lambda g: note(name, module, x, g))
+            output.register_hook(lambda g: note(found[name], module, x, g))
 
-        handles.append(module.register_forward_hook(forward))
+        return module.register_forward_hook(forward)
 
-    def note(name: str, module: Any, x: Tensor, g: Tensor) -> None:
-        weight = _weight(module)
-        flat = g.detach().reshape(-1, g.shape[-1]).float()
-        for spec, format in specs.items():
-            error = format.unpack(format.pack(weight), weight.shape[1]) - weight.float()
-            if isinstance(module, nn.Embedding):
-                moved = error[x.flatten()]
-            else:
-                moved = x.reshape(-1, x.shape[-1]).float() @ error.T
-            found[name][spec] += float((moved * flat).sum(1).square().sum()) / 2  # step 1
+    def note(seen: Seen, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        g = g.detach().reshape(-1, g.shape[-1]).float().square()
+        if isinstance(module, nn.Embedding):
+            g = g * torch.as_tensor(scale_of(module)).float().square()
+            seen.rows.index_add_(0, x.flatten(), g.sum(1))
+            seen.columns += g.sum(0)
+            assert seen.form is not None
+            seen.form.diagonal().add_(g.sum(0))
+            return
+        x, weights = x.reshape(-1, x.shape[-1]).float(), g.sum(1)
+        seen.rows += g.sum(0)
+        seen.tokens.append(weights)
+        seen.columns += (x.square() * weights[:, None]).sum(0)
+        if seen.form is not None:
+            seen.form += (x * weights[:, None]).T @ x
 
-    for name, module in modules.items():
-        watch(name, module)
-    head = model.get_output_embeddings()
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    # Hidden states need gradients though no weight does.
+    handles = [table.register_forward_hook(lambda *given: given[2].requires_grad_())]
+    handles += [watch(name, module) for name, module in modules.items()]
     shared = next((n for n, m in modules.items() if m is table), None)
     if shared is not None and tied_head(model) and head is not None:
-        watch(shared, head)  # where the table's errors meet the hidden states too
+        handles.append(watch(shared, head))  # where the table's errors meet the hidden states too
     asked = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in asked:
             p.requires_grad_(False)
-        # Hidden states need gradients though no weight does.
-        table.weight.requires_grad_(True)  # type: ignore[union-attr]
         for window in ids.split(1):
             logits = model(input_ids=window, use_cache=False).logits.float()
             drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
@@ -252,72 +280,100 @@ def harms(
     finally:
         for handle in handles:
             handle.remove()
-        table.weight.grad = None  # type: ignore[union-attr]
-        table.weight.requires_grad_(False)  # type: ignore[union-attr]
         for p in asked:
             p.requires_grad_(True)
-    tokens = ids.numel()
+    return found
+
+
+def harms(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
+) -> dict[str, list[Choice]]:
+    """What each format on offer would cost each module (step 2)."""
+    specs = {spec: formats.parse(spec) for spec in config.offered}
     made: dict[str, list[Choice]] = {}
-    for key, module in modules.items():
-        dims = _weight(module).shape
-        made[key] = [Choice(s, specs[s].layout.bytes(*dims), harm / tokens) for s, harm in found[key].items()]
+
+    def try_all(name: str, form: Tensor | None) -> None:
+        weight, found = _weight(modules[name]), seen[name]
+        nearest = found.columns if form is None else form.diagonal()
+        compensated = nearest if form is None else _factor(form).diagonal().square().reciprocal()
+        # Rows in proportion to what they matter: each stands for as much as another.
+        total = found.rows.double().cumsum(0)
+        points = (torch.arange(SAMPLED) + 0.5) / SAMPLED * total[-1]
+        some = weight[torch.searchsorted(total, points).clamp(max=len(weight) - 1)].float()
+        made[name] = [
+            Choice(
+                spec,
+                format.layout.bytes(*weight.shape),
+                _cost(some, nearest if format.layout.kind == "int" else compensated, format) / 2 / ids.numel(),
+            )
+            for spec, format in specs.items()
+        ]
+
+    if _compensates(model, config):
+        for forms in _forms(model, modules, ids, seen):
+            for name, form in forms.items():
+                try_all(name, form)
+    for name in modules:
+        if name not in made:
+            try_all(name, seen[name].form if _compensates(model, config) else None)
     return made
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], limit: int) -> dict[str, str]:
-    """Module -> format with the least harm in all within `limit` bytes, by the steepest steps first (step 2).
+def _cost(weight: Tensor, costs: Tensor, format: Format) -> float:
+    """What rounding a row of `weight` costs on average, where an error's square costs so much in each column."""
+    group = format.layout.group
+    blocks, of_blocks = (F.pad(t, (0, -weight.shape[1] % group)).unflatten(-1, (-1, group)) for t in (weight, costs))
+    cost = _grid(blocks.flatten(0, 1), of_blocks.repeat(len(weight), 1), format)[2]
+    return float(cost.sum()) / len(weight)
+
+
+def allocate(choices: dict[str, list[Choice]], limit: int) -> dict[str, str]:
+    """Module -> format with the least harm in all within `limit` bytes (step 2).
+
+    The best of all plans where bytes differ by multiples of the limit's 65536th part or more; else each module's bytes
+    count as rounded up to that.
 
     Raises:
         DoesNotFit: the smallest choices are larger than the limit.
     """
-    hulls = {name: _hull(some) for name, some in choices.items()}
-    spent = sum(hull[0].bytes for hull in hulls.values())
-    if spent > limit:
-        raise _too_small(limit, spent)
-    steps = [
-        ((a.harm - b.harm) / (b.bytes - a.bytes), name, place + 1)
-        for name, hull in hulls.items()
-        for place, (a, b) in enumerate(zip(hull, hull[1:]))
-    ]
-    at = dict.fromkeys(hulls, 0)
-    for _, name, place in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
-        cost = hulls[name][place].bytes - hulls[name][at[name]].bytes
-        # A hull gets flatter, so its steps come in order; one that does not fit closes those behind it.
-        if place == at[name] + 1 and spent + cost <= limit:
-            at[name], spent = place, spent + cost
-    return {name: hulls[name][place].spec for name, place in at.items()}
+    least = {name: min(c.bytes for c in some) for name, some in choices.items()}
+    room = limit - sum(least.values())
+    if room < 0:
+        raise _too_small(limit, limit - room)
+    unit = max(1, math.gcd(*(c.bytes - least[name] for name, some in choices.items() for c in some)), -(-room // UNITS))
+    # best[u]: the least harm of the modules so far within u units; taken: the choice of the last of them there.
+    best = torch.zeros(room // unit + 1, dtype=torch.float64)
+    taken: list[Tensor] = []
+    for name, some in choices.items():
+        found = torch.full((len(some), len(best)), math.inf, dtype=torch.float64)
+        for place, choice in enumerate(some):
+            units = -(-(choice.bytes - least[name]) // unit)
+            if units < len(best):
+                found[place, units:] = best[: len(best) - units] + choice.harm
+        best, places = found.min(0)
+        taken.append(places.to(torch.uint8))
+    plan: dict[str, str] = {}
+    at = len(best) - 1
+    for name, places in zip(reversed(choices), reversed(taken)):
+        choice = choices[name][int(places[at])]
+        plan[name] = choice.spec
+        at -= -(-(choice.bytes - least[name]) // unit)
+    return {name: plan[name] for name in choices}
 
 
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull of harm over bytes, smallest first."""
-    hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.bytes, c.harm)):
-        if hull and (choice.harm >= hull[-1].harm or choice.bytes == hull[-1].bytes):
-            continue
-        while len(hull) > 1 and _slope(hull[-2], choice) >= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(choice)
-    return hull
-
-
-def _slope(a: Choice, b: Choice) -> float:
-    return (a.harm - b.harm) / (b.bytes - a.bytes)
-
-
-def rounded(weight: Tensor, hessian: Tensor, format: Format) -> dict[str, Tensor]:
-    """The tensors of a weight [rows, columns] rounded with compensation (step 3); `hessian` is X'X of its inputs."""
+def rounded(weight: Tensor, form: Tensor, format: Format) -> dict[str, Tensor]:
+    """The tensors of a weight [rows, columns] rounded with compensation (step 3); `form` is F."""
     rest = weight.float().clone()
     rows, columns = rest.shape
     group, half, top = format.layout.group, 1 << format.layout.planes - 1, (1 << format.layout.planes) - 1
-    damped = hessian.clone()
-    damped.diagonal().add_((DAMPING * damped.diagonal().mean()).clamp(min=1e-6))
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor = _factor(form)
+    costs = factor.diagonal().square().reciprocal()
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales, offsets = [], []
     for start in range(0, columns, group):
         end = min(columns, start + group)
         block, inner = rest[:, start:end].clone(), factor[start:end, start:end]
-        scale, offset = _grid(block, inner, format)
+        scale, offset, _ = _grid(block, costs[start:end], format)
         steps = torch.where(scale == 0, 1, scale)
         errors = torch.empty_like(block)
         for j in range(end - start):
@@ -333,17 +389,24 @@ def rounded(weight: Tensor, hessian: Tensor, format: Format) -> dict[str, Tensor
     return format.encode(codes, torch.cat(scales, 1), torch.cat(offsets, 1))  # type: ignore[attr-defined, no-any-return]
 
 
-def _grid(block: Tensor, inner: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Scale and offset of a group's rows, [rows, 1] each: of the ranges tried, the one whose errors cost least.
+def _factor(form: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse."""
+    damped = form.clone()
+    damped.diagonal().add_((DAMPING * damped.diagonal().mean()).clamp(min=1e-30))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
-    A range that cuts off the ends has finer steps; what an error costs is 1 / U_ii^2, as in the step that spreads it.
+
+def _grid(block: Tensor, weights: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, offset and cost of a group's rows, [rows, 1] each: of the ranges tried, the one whose errors cost least.
+
+    A range that cuts off the ends has finer steps; an error's square costs `weights` [columns] in each column.
     """
-    weights = inner.diagonal().square().reciprocal()
     low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
     best: Tensor | None = None
-    for share in RANGES:
+    for share in RANGES if format.layout.planes < 8 else (1.0,):
         tensors = format.pack(block.clamp(low * share, high * share))  # what is cut off rounds to the ends
-        scale, offset = tensors["scales"].float().unbind(-1)
+        numbers = tensors["scales"].float().view(len(block), -1)
+        scale, offset = numbers[:, :1], numbers[:, 1:] if numbers.shape[1] > 1 else torch.zeros_like(numbers)
         errors = format.unpack(tensors, block.shape[1]) - block
         cost = (errors.square() * weights).sum(1, keepdim=True)
         if best is None:
@@ -352,27 +415,44 @@ def _grid(block: Tensor, inner: Tensor, format: Format) -> tuple[Tensor, Tensor]
             better = cost < best
             best = torch.where(better, cost, best)
             chosen = (torch.where(better, scale, chosen[0]), torch.where(better, offset, chosen[1]))
-    return chosen
+    assert best is not None
+    return *chosen, best
 
 
-def _pack(model: PreTrainedModel, plan: Mapping[str, str], config: MixedConfig, ids: Tensor) -> None:
-    """Replace the planned modules by packed ones, block by block in running order, then what stands beside them."""
+def _compensates(model: PreTrainedModel, config: MixedConfig) -> bool:
+    return config.rounding == "compensated" and inspect(model).kind == "causal"
+
+
+def _forms(
+    model: PreTrainedModel, names: Iterable[str], ids: Tensor, seen: Mapping[str, Seen]
+) -> Iterator[dict[str, Tensor]]:
+    """Block by block F of its modules, with the inputs that the blocks before, as they are by then, give."""
     anatomy = inspect(model)
-    if config.rounding == "compensated" and anatomy.kind == "causal":
-        hidden, given = _first_inputs(model, anatomy.blocks[0].module, ids)
-        for block in anatomy.blocks:
-            inside = {name: model.get_submodule(name) for name in plan if name.startswith(f"{block.name}.")}
-            hessians = _hessians(block.module, inside, hidden, given)
-            for name, module in inside.items():
-                format = formats.parse(plan[name])
-                weight = _weight(module)
-                exact = format.layout.kind == "int" or name not in hessians
-                _replace(model, name, format, _fit(name, weight, format, None if exact else hessians[name]))
-            hidden = [_run(block.module, h, more) for h, more in zip(hidden, given)]
-    for name, spec in plan.items():
-        module, format = model.get_submodule(name), formats.parse(spec)
-        if not isinstance(module, packed.Packed):
-            _replace(model, name, format, _fit(name, _weight(module), format, None))
+    hidden, given = _first_inputs(model, anatomy.blocks[0].module, ids)
+    for block in anatomy.blocks:
+        inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
+        yield _block_forms(block.module, inside, hidden, given, seen)
+        hidden = [_run(block.module, h, more) for h, more in zip(hidden, given)]
+
+
+def _pack(
+    model: PreTrainedModel, plan: Mapping[str, str], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
+) -> None:
+    """Replace the planned modules by packed ones, block by block in running order, then what stands beside them."""
+
+    def pack(name: str, form: Tensor | None) -> None:
+        module, format = model.get_submodule(name), formats.parse(plan[name])
+        compensated = None if format.layout.kind == "int" else form
+        _replace(model, name, format, _fit(name, _weight(module), format, compensated))
+
+    whole = _compensates(model, config)
+    if whole:
+        for forms in _forms(model, plan, ids, seen):
+            for name, form in forms.items():
+                pack(name, form)
+    for name in plan:
+        if not isinstance(model.get_submodule(name), packed.Packed):
+            pack(name, seen[name].form if whole else None)
 
 
 def _fit(name: str, weight: Tensor, format: Format, hessian: Tensor | None) -> dict[str, Tensor]:
@@ -433,16 +513,27 @@ def _run(block: nn.Module, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _hessians(
-    block: nn.Module, inside: Mapping[str, nn.Module], hidden: Sequence[Tensor], given: Sequence[Mapping[str, Any]]
+def _block_forms(
+    block: nn.Module,
+    inside: Mapping[str, nn.Module],
+    hidden: Sequence[Tensor],
+    given: Sequence[Mapping[str, Any]],
+    seen: Mapping[str, Seen],
 ) -> dict[str, Tensor]:
-    """X'X of the inputs of each module, float32."""
+    """F of each module of a block."""
     found: dict[str, Tensor] = {}
+    total = sum(states.shape[:-1].numel() for states in hidden)
 
     def watch(name: str) -> Any:
+        left = torch.cat([torch.zeros(0), *seen[name].tokens])
+        if len(left) != total:  # an expert, which may meet other tokens now: all count alike
+            left = (left.sum() / max(1, len(left))).expand(total)
+
         def forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal left
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            found[name] = found.get(name, 0) + x.T @ x
+            weights, left = left[: len(x), None], left[len(x) :]
+            found[name] = found.get(name, 0) + (x * weights).T @ x
 
         return forward
 

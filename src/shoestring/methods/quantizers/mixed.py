@@ -390,10 +390,18 @@ def rounded(weight: Tensor, form: Tensor, format: Format) -> dict[str, Tensor]:
 
 
 def _factor(form: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse."""
-    damped = form.clone()
-    damped.diagonal().add_((DAMPING * damped.diagonal().mean()).clamp(min=1e-30))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    """The upper Cholesky factor of the damped inverse; of the identity where the matrix is not finite."""
+    if not torch.isfinite(form).all():
+        return torch.eye(len(form))
+    share = DAMPING
+    while True:
+        damped = form.clone()
+        damped.diagonal().add_((share * damped.diagonal().mean()).clamp(min=1e-30))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        upper, also = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and not also and torch.isfinite(upper).all():
+            return upper
+        share *= 10  # float32 does not tell the matrix from one without an inverse
 
 
 def _grid(block: Tensor, weights: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
 from shoestring.kernels import formats
-from shoestring.lab import tiny
+from shoestring.lab import tiny, tiny_mixture
 from shoestring.methods.quantizers import mixed
 from shoestring.methods.quantizers.mixed import Choice, MixedConfig
+from shoestring.models import shape_of
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
@@ -40,6 +41,11 @@ def test_more_bytes_are_less_harm(tmp_path: Path) -> None:
     reference = tiny.logits(tiny.model())
     off = [(tiny.logits(compressed(tmp_path, bits=b)) - reference).norm().item() for b in (4.0, 5.0, 8.0)]
     assert off[0] > off[1] > off[2]
+
+
+def test_a_mixture_is_refused_for_its_experts_and_not_for_the_limit() -> None:
+    with pytest.raises(UsageError, match="experts.gate_up_proj"):
+        mixed.price(shape_of(tiny_mixture.model()), {"bits": 4.5})
 
 
 def test_what_is_too_small_says_how_small_it_can_be(tmp_path: Path) -> None:

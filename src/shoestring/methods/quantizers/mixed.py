@@ -152,9 +152,13 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
 
     Raises:
         DoesNotFit: the smallest formats on offer are larger than the limit.
+        UsageError: a model most of whose weights get no format, such as a mixture whose experts one tensor holds.
     """
     config = MixedConfig(**options)
     matrices = [w for w in shape.weights if _matrix(w, config) and not w.tied]
+    apart = [w for w in shape.weights if len(w.dims) > 2 and not config.left_alone(w.name)]
+    if sum(w.count for w in apart) > packed.MOST_LEFT * sum(w.count for w in matrices):
+        raise packed.does_not_fit(f"A {shape.family} model", [w.name for w in apart])
     smallest = sum(min(layout.parse(spec).bytes(*w.dims) for spec in config.offered) for w in matrices)
     rest = sum(w.stored for w in shape.weights if not w.tied) - sum(w.stored for w in matrices)
     limit = config.limit(shape.parameters)

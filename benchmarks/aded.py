@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -81,7 +81,8 @@ def tokenizer(model: str) -> Tokenizer:
 
 def tasks(tokens: Tokenizer, count: int, others: int) -> tuple[dict[str, list[list[int]]], dict[str, list[list[int]]]]:
     """Prompts of each task, of Python's own documentation and sources: `count` to measure, and `others`."""
-    import bisect
+    import argparse
+    import csv
     import heapq
     import shlex
     import textwrap
@@ -92,12 +93,10 @@ def tasks(tokens: Tokenizer, count: int, others: int) -> tuple[dict[str, list[li
     known = [e for e in python_docs() if len(e.messages[1]["content"]) > 300]
     chosen = known[:: 997 // max(count, 1)][:count]
     rest = [e for e in known if e not in chosen][:: 911 // max(others, 1)][:others]
-    sources: list[ModuleType] = [textwrap, heapq, bisect, shlex]
-    texts = [inspect.getsource(source) for source in sources]
-    starts = range(2000, 2000 + 700 * (count + others), 700)
-    codes = [code[at % (len(code) - 1500) :][:1500] for at, code in zip(starts, cycle(texts))]
+    # The corpus must not know the code that is asked for.
+    own, other = _pieces((textwrap, heapq, csv, shlex), count), _pieces((argparse, inspect), others)
     found = []
-    for examples, parts in ((chosen, codes[:count]), (rest, codes[count:])):
+    for examples, parts in ((chosen, own), (rest, other)):
         titles = [e.messages[0]["content"].split("`")[1] for e in examples]
         long = [e.messages[1]["content"] for e in examples]
         found.append({
@@ -109,6 +108,13 @@ def tasks(tokens: Tokenizer, count: int, others: int) -> tuple[dict[str, list[li
             ],
         })  # fmt: skip
     return found[0], found[1]
+
+
+def _pieces(sources: Sequence[ModuleType], count: int) -> list[str]:
+    """So many stretches of the modules' code, by turns, which do not overlap while the code lasts."""
+    texts = cycle(map(inspect.getsource, sources))
+    starts = (2000 + 1600 * (i // len(sources)) for i in range(count))
+    return [code[at % (len(code) - 1500) :][:1500] for at, code in zip(starts, texts)]
 
 
 def answered(corpus: Path, model: Path, dtype: str, asked: dict[str, list[list[int]]], given: Any) -> None:

@@ -49,6 +49,9 @@ class Both:
         found: list[dict[str, Any]] = self.two.http.get("/v1/ledger").json()["replicas"]
         return found
 
+    def busy(self) -> list[dict[str, Any]]:
+        return [replica for replica in self.replicas() if replica["requests"]["running"]]
+
     def wait(self, what: Any, seconds: float = 30.0) -> Any:
         end = time.monotonic() + seconds
         while not (found := what()):
@@ -220,7 +223,7 @@ def test_adapters_and_a_replica_that_is_killed(both: Both) -> None:
     fields: Any = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "extra_body": {"ignore_eos": True}}
     stream = iter(client.chat.completions.create(**fields, max_tokens=12000, stream=True))
     next(stream)
-    (busy,) = [replica for replica in both.replicas() if replica["requests"]["running"]]
+    (busy,) = both.wait(both.busy, 5)  # the first piece comes before the request is let in
     os.kill(busy["pid"], signal.SIGKILL)
     with pytest.raises(openai.APIError, match="has ended"):
         list(stream)
@@ -237,7 +240,7 @@ def test_adapters_and_a_replica_that_is_killed(both: Both) -> None:
 
 @with_ray
 def test_a_request_that_has_not_begun_goes_to_another_replica(both: Both) -> None:
-    both.wait(lambda: len(both.replicas()) == 2)
+    both.wait(lambda: len(both.replicas()) == 2 and not both.busy())
     client = both.two.client()
     found: list[Any] = []
 
@@ -247,7 +250,7 @@ def test_a_request_that_has_not_begun_goes_to_another_replica(both: Both) -> Non
 
     asking = threading.Thread(target=ask)
     asking.start()
-    (busy,) = both.wait(lambda: [replica for replica in both.replicas() if replica["requests"]["running"]], 5)
+    (busy,) = both.wait(both.busy, 5)
     os.kill(busy["pid"], signal.SIGKILL)
     asking.join(30)
     assert found and found[0].completion_tokens == 6000

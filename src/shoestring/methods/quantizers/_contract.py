@@ -31,6 +31,7 @@ from shoestring.methods.quantizers import _shared
 from shoestring.models.anatomy import stacked
 from shoestring.models.load import load_tokenizer
 from shoestring.models.packed import MOST_LEFT, PARTS, ROOM, ExpertMatrices, does_not_fit, parameters_of
+from shoestring.models.packing import pack_folder
 from shoestring.models.saving import copy_tokenizer
 from shoestring.models.seal import seal
 
@@ -98,22 +99,30 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             tokenizer = load_tokenizer(source, trust_remote_code=work.trust_remote_code)
             facts = module.stream(source, folder, made, _rows(module, source, tokenizer, step, work), work)
             parameters = models.shape_of(source, trust_remote_code=work.trust_remote_code).parameters
-        else:
-            whole = hasattr(module, "compress")
-            given: dict[str, Any] = {} if whole else {"quantization_config": made, "tokenizer": False}
-            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code, **given)
-            model = loaded.model
-            parameters = parameters_of(model)
-            if whole:
-                torch.manual_seed(work.seed)
-                rows = _rows(module, source, loaded.tokenizer, step, work)
-                model = module.compress(model, made, rows, replace(work, training=_loop(module, work)))
-            # Not of `made`, of which transformers takes a copy.
-            facts = getattr(model.config.quantization_config, "facts", dict)()
+        elif hasattr(module, "compress"):
+            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
+            parameters = parameters_of(loaded.model)
+            torch.manual_seed(work.seed)
+            rows = _rows(module, source, loaded.tokenizer, step, work)
+            model = module.compress(loaded.model, made, rows, replace(work, training=_loop(module, work)))
+            facts = _facts(model)
             model.save_pretrained(folder)
+        else:
+            given: dict[str, Any] = {"trust_remote_code": work.trust_remote_code}
+            model = pack_folder(source, folder, made, **given)
+            if model is None:
+                model = models.load(str(source), quantization_config=made, tokenizer=False, **given).model
+                model.save_pretrained(folder)
+            parameters, facts = parameters_of(model), _facts(model)
         copy_tokenizer(source, folder, trust_remote_code=work.trust_remote_code)
         seal(folder, ROOM)
     return {"parameters": parameters, **facts}
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    # Not of the configuration that was given, of which transformers takes a copy.
+    found: dict[str, Any] = getattr(model.config.quantization_config, "facts", dict)()
+    return found
 
 
 def _rows(module: ModuleType, source: Path, tokenizer: Any, step: Step, work: Work) -> Any:

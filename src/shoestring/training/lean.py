@@ -52,7 +52,7 @@ def lean_backward() -> Iterator[None]:
         kept_bytes += size
         if kept_bytes > _TRIM_BYTES:
             kept_bytes = 0
-            _give_back_holes()
+            give_back_holes()
         if node.name() == "ToCopyBackward0" and _from_bfloat16(tensor, node):
             # Several operations save the same copy: they share what stands for it.
             known = narrowed.get(id(tensor))
@@ -122,6 +122,7 @@ def _trim() -> Any:
 _MALLOC_TRIM = _trim()
 
 
-def _give_back_holes() -> None:
+def give_back_holes() -> None:
+    """Let the system have the memory that is free between pieces in use."""
     if _MALLOC_TRIM is not None:
         _MALLOC_TRIM(0)

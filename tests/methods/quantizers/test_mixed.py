@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,46 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
 def test_no_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to calibrate on"):
         mixed.compress(tiny.model(), MixedConfig(bits=5.0), [], Work(Ledger(), tmp_path))
+
+
+def test_narrow_weights_are_computed_with_as_they_are_where_the_machine_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned from text is what float32 weights of the same values show; the weights stay narrow."""
+    narrow, ids = tiny.model().bfloat16(), tiny.batch(4, 24)
+    wide = copy.deepcopy(narrow).float()
+    monkeypatch.setattr(mixed, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(torch, "multinomial", lambda shares, count: shares.argmax(-1, keepdim=True))
+    found, expected = (mixed.look(model, dict(mixed.places(model, mixed.example())), ids) for model in (narrow, wide))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    for name, seen in expected.items():
+        assert (found[name].columns - seen.columns).norm() < 0.01 * seen.columns.norm()
+        assert (found[name].rows - seen.rows).norm() < 0.01 * seen.rows.norm()
+
+
+def test_memory_is_that_of_the_model_and_one_block(tmp_path: Path) -> None:
+    """The peak of a process of its own beyond the model: twice the logits of a window, their pieces, and free heap."""
+    code = """
+import torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from shoestring.core import probes
+from shoestring.core.ledger import Ledger
+from shoestring.core.step import Work
+from shoestring.methods.quantizers import mixed
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=32768, hidden_size=256, intermediate_size=704, num_hidden_layers=12, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256,
+)
+model = LlamaForCausalLM(config).bfloat16().eval()
+rows = [{"input_ids": torch.randint(0, 32768, (256,)).tolist()} for _ in range(2)]
+made = mixed.MixedConfig(bits=5.0, calibration=512, offered=["uniform4/64", "uniform5/64"])
+mixed.give_back_holes()
+assert probes.reset_high_water()
+before = probes.resident()
+mixed.compress(model, made, rows, Work(Ledger(), Path()))
+print(probes.high_water() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 190e6  # 34 MB of model, as much of logits

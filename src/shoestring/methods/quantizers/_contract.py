@@ -29,7 +29,7 @@ from shoestring.core.step import Step, Work
 from shoestring.lab import tiny, tiny_mixture
 from shoestring.methods.quantizers import _shared
 from shoestring.models.anatomy import stacked
-from shoestring.models.load import load_tokenizer
+from shoestring.models.load import load_tokenizer, stored_dtype
 from shoestring.models.packed import MOST_LEFT, PARTS, ROOM, ExpertMatrices, does_not_fit, parameters_of
 from shoestring.models.packing import pack_folder
 from shoestring.models.saving import copy_tokenizer
@@ -48,6 +48,8 @@ OF_ENCODING = ("max_length", "on_long")
 #       fit into memory. It reads the folder `source` piece by piece and writes the packed model to `folder`; `rows` are
 #       those of `data.encode`. Returns facts.
 #   facts() of its config: what is worth knowing of how it packed, after it did so while a model was read.
+#   AS_STORED: whether `compress` gets the weights in the type that they are stored in, also where the machine does not
+#       compute in it.
 #   TRAINING: the settings of the training loop that suit it; what the user says comes first.
 #   ENOUGH: tokens a parameter that its training takes to be of use, where that is as much as pretraining.
 #   QUANTIZER: transformers' quantizer of a format that is not packed linear layers.
@@ -100,7 +102,8 @@ def apply(module: ModuleType, step: Step, source: Path, out: Path, work: Work) -
             facts = module.stream(source, folder, made, _rows(module, source, tokenizer, step, work), work)
             parameters = models.shape_of(source, trust_remote_code=work.trust_remote_code).parameters
         elif hasattr(module, "compress"):
-            loaded = models.load(str(source), trust_remote_code=work.trust_remote_code)
+            dtype = stored_dtype(source) if getattr(module, "AS_STORED", False) else "auto"
+            loaded = models.load(str(source), dtype=dtype, trust_remote_code=work.trust_remote_code)
             parameters = parameters_of(loaded.model)
             torch.manual_seed(work.seed)
             rows = _rows(module, source, loaded.tokenizer, step, work)

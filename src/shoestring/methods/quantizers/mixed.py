@@ -27,8 +27,10 @@ Where it bends
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +49,10 @@ from shoestring.kernels.formats import Format
 from shoestring.kernels.reference import refuse_not_finite
 from shoestring.models import packed, shape_of, surgery
 from shoestring.models.anatomy import inspect
+from shoestring.models.load import fast_bfloat16
 from shoestring.models.packed import PackedConfig, linear_dims, packable, tied_head
 from shoestring.models.packed_layers import scale_of
+from shoestring.training.lean import give_back_holes
 
 METHOD = Method(
     paper=Paper(
@@ -69,6 +73,7 @@ METHOD = Method(
     },
 )
 
+AS_STORED = True
 OFFERED = tuple(f"uniform{bits}/{group}" for bits in range(2, 7) for group in (32, 64, 128)) + ("int8/64",)
 ROUNDING = ("compensated", "nearest")
 WINDOW = 256  # tokens that are read together
@@ -76,6 +81,8 @@ SAMPLED = 128  # rows of a matrix whose errors stand for those of all
 DAMPING = 0.01  # of the mean diagonal of H
 RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that are tried
 UNITS = 1 << 16  # parts of the limit that formats are chosen by
+TOGETHER = 1 << 20  # weights of a matrix that are float32 at one time
+PIECE = 64  # tokens whose float32 logits, or gradients at them, exist at one time
 
 
 class MixedConfig(PackedConfig):
@@ -234,8 +241,9 @@ class Seen:
 
 
 def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Seen]:
-    """Step 1, for each module."""
-    inside = [block.name for block in inspect(model).blocks]
+    """Step 1, for each module. In memory are the activations of one window in one block, and its logits."""
+    blocks = inspect(model).blocks
+    inside = [block.name for block in blocks]
     found: dict[str, Seen] = {}
     for name, module in modules.items():
         rows, columns = _weight(module).shape
@@ -246,25 +254,28 @@ def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) 
     def watch(name: str, module: nn.Module) -> Any:
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            output.register_hook(lambda g: note(found[name], module, x, g))
+            if output.requires_grad:
+                output.register_hook(lambda g: note(found[name], module, x, g))
 
         return module.register_forward_hook(forward)
 
     def note(seen: Seen, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        g = g.detach().reshape(-1, g.shape[-1]).float().square()
+        g = g.detach().reshape(-1, g.shape[-1])
         if isinstance(module, nn.Embedding):
-            g = g * torch.as_tensor(scale_of(module)).float().square()
+            g = g.float().square() * torch.as_tensor(scale_of(module)).float().square()
             seen.rows.index_add_(0, x.flatten(), g.sum(1))
             seen.columns += g.sum(0)
             assert seen.form is not None
             seen.form.diagonal().add_(g.sum(0))
             return
-        x, weights = x.reshape(-1, x.shape[-1]).float(), g.sum(1)
-        seen.rows += g.sum(0)
-        seen.tokens.append(weights)
-        seen.columns += (x.square() * weights[:, None]).sum(0)
-        if seen.form is not None:
-            seen.form += (x * weights[:, None]).T @ x
+        for read, gradients in zip(x.reshape(-1, x.shape[-1]).split(PIECE), g.split(PIECE)):
+            some, squares = read.float(), gradients.float().square()
+            weights = squares.sum(1)
+            seen.rows += squares.sum(0)
+            seen.tokens.append(weights)
+            seen.columns += (some.square() * weights[:, None]).sum(0)
+            if seen.form is not None:
+                seen.form += (some * weights[:, None]).T @ some
 
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     # Hidden states need gradients though no weight does.
@@ -277,16 +288,116 @@ def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) 
     try:
         for p in asked:
             p.requires_grad_(False)
-        for window in ids.split(1):
-            logits = model(input_ids=window, use_cache=False).logits.float()
-            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
-            nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+        with _computing(model, head), _run_again([block.module for block in blocks]):
+            for window in ids.split(1):
+                logits = model(input_ids=window, use_cache=False).logits
+                logits.backward(_gradients(logits.detach()))
+                del logits
+                give_back_holes()
     finally:
         for handle in handles:
             handle.remove()
         for p in asked:
             p.requires_grad_(True)
     return found
+
+
+def _gradients(logits: Tensor) -> Tensor:
+    """Those of the negative log-likelihood, at logits [..., vocabulary], of tokens that are drawn from them."""
+    made = torch.empty_like(logits)
+    for part, out in zip(logits.flatten(0, -2).split(PIECE), made.flatten(0, -2).split(PIECE)):
+        shares = part.float().softmax(-1)
+        drawn = torch.multinomial(shares, 1)
+        out.copy_(shares.scatter_add_(1, drawn, -torch.ones(drawn.shape)))
+    return made
+
+
+@contextmanager
+def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """These blocks keep no more than their inputs for the pass backwards, and run again when its turn comes to them."""
+
+    def forward(block: nn.Module, own: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        hidden, *rest = args or (named.pop("hidden_states"),)
+        return _Again.apply(hidden, block, lambda states: own(states, *rest, **named))
+
+    for block in blocks:
+        block.forward = partial(forward, block, block.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, block: nn.Module, run: Callable[[Tensor], Any]) -> Any:
+        ctx.block, ctx.run = block, run
+        ctx.save_for_backward(hidden)
+        with _widened(block.parameters()):
+            return run(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(), _widened(ctx.block.parameters()):
+            out = ctx.run(hidden)
+            (out[0] if isinstance(out, tuple) else out).backward(gradient)
+        return hidden.grad, None, None
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    """Whether weights of a type are stored in 16 bits of which this machine computes no products."""
+    return dtype == torch.float16 or dtype == torch.bfloat16 and not fast_bfloat16()
+
+
+@contextmanager
+def _widened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These are float32 for now where they are too narrow to compute with."""
+    kept = [(parameter, parameter.data) for parameter in parameters if _narrow(parameter.dtype)]
+    for parameter, data in kept:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextmanager
+def _computing(model: PreTrainedModel, head: Any = None) -> Iterator[None]:
+    """What stands outside of the blocks computes in float32 where it is too narrow; a table and a head as they are."""
+    table: Any = model.get_input_embeddings()
+    parts = [table, head, *(block.module for block in inspect(model).blocks)]
+    large = {id(p) for part in parts if part is not None for p in part.parameters()}
+    handles = []
+    if _narrow(table.weight.dtype):
+        handles.append(table.register_forward_hook(lambda *given: given[2].float()))
+    own = isinstance(head, nn.Linear) and _narrow(head.weight.dtype)
+    if own:
+        head.forward = lambda x: _Wide.apply(x, head.weight) + (0 if head.bias is None else head.bias.float())
+    try:
+        with _widened(p for p in model.parameters() if id(p) not in large):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if own:
+            del head.forward
+
+
+class _Wide(torch.autograd.Function):
+    """x @ weight.T of a weight whose rows are made float32 some at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.parts = weight.detach().split(max(1, TOGETHER // weight.shape[1]))
+        return torch.cat([x @ some.float().T for some in ctx.parts], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradients = gradient.split([len(some) for some in ctx.parts], -1)
+        return sum(g @ some.float() for g, some in zip(gradients, ctx.parts)), None
 
 
 def harms(
@@ -347,18 +458,20 @@ def allocate(choices: dict[str, list[Choice]], limit: int) -> dict[str, str]:
     unit = max(1, math.gcd(*(c.bytes - least[name] for name, some in choices.items() for c in some)), -(-room // UNITS))
     # best[u]: the least harm of the modules so far within u units; taken: the choice of the last of them there.
     best = torch.zeros(room // unit + 1, dtype=torch.float64)
-    taken: list[Tensor] = []
-    for name, some in choices.items():
-        found = torch.full((len(some), len(best)), math.inf, dtype=torch.float64)
+    taken = torch.zeros(len(choices), len(best), dtype=torch.uint8)
+    for places, (name, some) in zip(taken, choices.items()):
+        found = torch.full_like(best, math.inf)
         for place, choice in enumerate(some):
             units = -(-(choice.bytes - least[name]) // unit)
             if units < len(best):
-                found[place, units:] = best[: len(best) - units] + choice.harm
-        best, places = found.min(0)
-        taken.append(places.to(torch.uint8))
+                with_it = best[: len(best) - units] + choice.harm
+                better = with_it < found[units:]
+                found[units:][better] = with_it[better]
+                places[units:][better] = place
+        best = found
     plan: dict[str, str] = {}
     at = len(best) - 1
-    for name, places in zip(reversed(choices), reversed(taken)):
+    for name, places in zip(reversed(choices), taken.flip(0)):
         choice = choices[name][int(places[at])]
         plan[name] = choice.spec
         at -= -(-(choice.bytes - least[name]) // unit)
@@ -367,10 +480,16 @@ def allocate(choices: dict[str, list[Choice]], limit: int) -> dict[str, str]:
 
 def rounded(weight: Tensor, form: Tensor, format: Format) -> dict[str, Tensor]:
     """The tensors of a weight [rows, columns] rounded with compensation (step 3); `form` is F."""
-    rest = weight.float().clone()
+    factor = _factor(form)
+    made = [_rounded(some, factor, format) for some in weight.split(max(1, TOGETHER // weight.shape[1]))]
+    return {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
+
+
+def _rounded(weight: Tensor, factor: Tensor, format: Format) -> dict[str, Tensor]:
+    """Those of some rows, which know nothing of the others."""
+    rest = weight.to(torch.float32, copy=True)
     rows, columns = rest.shape
     group, half, top = format.layout.group, 1 << format.layout.planes - 1, (1 << format.layout.planes) - 1
-    factor = _factor(form)
     costs = factor.diagonal().square().reciprocal()
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales, offsets = [], []
@@ -444,6 +563,7 @@ def _forms(
     for block in anatomy.blocks:
         inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
         yield _block_forms(block.module, inside, hidden, given, seen)
+        give_back_holes()
         hidden = [_run(block.module, h, more) for h, more in zip(hidden, given)]
 
 
@@ -476,7 +596,8 @@ def _fit(name: str, weight: Tensor, format: Format, hessian: Tensor | None) -> d
 
 def _refuse_not_finite(name: str, weight: Tensor) -> None:
     try:
-        refuse_not_finite(weight)
+        for some in weight.split(max(1, TOGETHER // weight.shape[1])):
+            refuse_not_finite(some)
     except UsageError as error:
         raise UsageError(f"{name} cannot be quantized: {error}") from None
 
@@ -510,7 +631,7 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tupl
     try:
         for window in ids.split(4):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _computing(model):
                     model(input_ids=window, use_cache=False)
             except _Enough:
                 pass
@@ -520,7 +641,7 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tupl
 
 
 def _run(block: nn.Module, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), _widened(block.parameters()):
         out = block(hidden, *more["args"], **more["kwargs"])
     return out[0] if isinstance(out, tuple) else out
 

@@ -25,7 +25,7 @@ from shoestring.engine.request import Constraint, Request, Sampling
 from shoestring.engine.sequence import Sequence as Answer
 from shoestring.engine.tokenizer import Tokenizer
 from shoestring.lab import answering, tiny
-from shoestring.methods.decoding import _costs, _tree, _trigrams
+from shoestring.methods.decoding import _costs, _latest, _tree, _trigrams
 from shoestring.methods.decoding._latest import Latest
 from shoestring.methods.decoding._trigrams import Trigrams, count
 from shoestring.methods.decoding.aded import (
@@ -53,7 +53,7 @@ def known(table: Trigrams) -> Known:
 
 
 def pair(a: int, b: int) -> Text:
-    return Text(-1, a, b)
+    return Text(_latest.end([a, b]))
 
 
 def answer(tokens: list[int], isolation: str = "", temperature: float = 0.0) -> Answer:
@@ -190,10 +190,29 @@ def test_what_came_last_is_known_to_its_owner() -> None:
     text = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
     assert latest.learn(0, text[:7], 0, 0) == 0  # what follows 1 2 3 was not expected yet
     assert latest.learn(0, text, 7, 0) == 3  # then three tokens came as the last time
-    assert latest.after(0, 4, 1, 2) == 3 and latest.after(1, 4, 1, 2) is None and latest.after(0, -1, 1, 2) is None
-    assert latest.learn(0, [1, 2, 3, 5], 3, 3) == 0 and latest.after(0, 1, 2, 3) == 5
+    assert latest.after(0, _latest.end([4, 1, 2])) == 3
+    assert latest.after(1, _latest.end([4, 1, 2])) is None and latest.after(0, _latest.end([1, 2])) is None
+    assert latest.learn(0, [1, 2, 3, 5], 3, 3) == 0 and latest.after(0, _latest.end([1, 2, 3])) == 5
     latest.learn(0, [*range(20)], 0, 0)
-    assert len(latest) == 4 and latest.after(0, 16, 17, 18) == 19 and latest.after(0, 1, 2, 3) is None
+    assert (
+        len(latest) == 4
+        and latest.after(0, _latest.end([16, 17, 18])) == 19
+        and latest.after(0, _latest.end([1, 2, 3])) is None
+    )
+
+
+def test_a_longer_repetition_says_more_than_what_came_last() -> None:
+    latest, phrase = Latest(100), [11, 12, 13]
+    first, second = [1, 2, 3, *phrase, 4, 5], [6, 7, 8, *phrase, 9, 10]
+    text = first + second
+    run = latest.learn(0, text, 0, 0)
+    assert latest.after(0, _latest.end([0, *phrase])) == 9
+    assert latest.after(0, _latest.end(first[:6])) == 4 and latest.after(0, _latest.end(second[:6])) == 9
+    assert latest.learn(0, text := [*text, *first], len(first + second), run) == 5
+    assert latest.after(0, _latest.end(text)) == 6
+    assert latest.after(1, _latest.end(first[:6])) is None
+    latest.learn(1, [1, 2, 3, *phrase, 77], 0, 0)
+    assert latest.after(0, _latest.end(first[:6])) == 4 and latest.after(1, _latest.end(first[:6])) == 77
 
 
 def test_many_threads_learn_and_draft_at_once() -> None:
@@ -642,9 +661,10 @@ def test_a_chain_can_be_asked_for() -> None:
 
 def test_the_curve_is_that_of_the_runner(model: Path) -> None:
     class Clock:
-        """A second for each token: the clock goes on when the runner runs."""
+        """A second for each token, and one more where a long pass has left its own in the caches: the clock goes on
+        when the runner runs."""
 
-        now = 0.0
+        now, before = 0.0, 0
 
         def __call__(self) -> float:
             return self.now
@@ -654,7 +674,8 @@ def test_the_curve_is_that_of_the_runner(model: Path) -> None:
         run = engine.runner.run
 
         def slow(batch: Any, *more: Any, **others: Any) -> Any:
-            clock.now += 2.0 + batch.tokens
+            clock.now += 2.0 + batch.tokens + (batch.tokens == 1 and clock.before > 8)
+            clock.before = batch.tokens
             return run(batch, *more, **others)
 
         engine.runner.run = slow  # type: ignore[method-assign]

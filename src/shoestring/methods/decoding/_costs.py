@@ -11,6 +11,7 @@ import numpy as np
 from shoestring.engine.runner import BLOCK, Batch, Runner
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
+_PLACES = [bisect_left(SIZES, tokens) for tokens in range(SIZES[-1] + 1)]  # the size that stands for so many tokens
 _CONTEXT = 64  # tokens before them
 _SHORTEST, _LONGEST = 3, 7  # rounds over all sizes
 _PATIENCE = 1.0  # seconds after which no further round is begun
@@ -41,7 +42,7 @@ class Costs:
 
     def of(self, tokens: int) -> float:
         """Expected seconds of a pass over so many tokens."""
-        return self.base(tokens) * self._factors[self._place(tokens)]
+        return self.base(tokens) * self._factors[_PLACES[min(tokens, SIZES[-1])]]
 
     def base(self, tokens: int) -> float:
         """As first measured; beyond the curve as it ended."""
@@ -54,15 +55,11 @@ class Costs:
         if self._first:  # only the guess's unit was wrong so far
             self._factors, self._first = [ratio] * len(SIZES), False
             return
-        own = self._place(tokens)
+        own = _PLACES[min(tokens, SIZES[-1])]
         ratio = min(ratio, 2 * self._factors[own])  # a pass that was held up says little
         self._seen[own] += 1
         rate = max(_OWN, 1 / self._seen[own])
         self._factors = [f + (rate if i == own else _OTHERS) * (ratio - f) for i, f in enumerate(self._factors)]
-
-    @staticmethod
-    def _place(tokens: int) -> int:
-        return min(bisect_left(SIZES, tokens), len(SIZES) - 1)
 
 
 def measured(runner: Runner, pages: int, clock: Callable[[], float] = time.perf_counter) -> Costs:
@@ -93,7 +90,8 @@ def measured(runner: Runner, pages: int, clock: Callable[[], float] = time.perf_
     found: dict[int, list[float]] = {size: [] for size in sizes}
     until = clock() + _PATIENCE
     for turn in range(_LONGEST + 1):
-        for size in sizes:
+        # From the longest one down: a long pass would leave one over a single token other caches than decoding has.
+        for size in reversed(sizes):
             taken = once(context, size)
             if turn or size == sizes[-1]:  # the first round warms up
                 found[size].append(taken)

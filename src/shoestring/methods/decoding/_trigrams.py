@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -190,20 +190,19 @@ class Row:
 
     def view(self, width: int) -> View:
         if self._view is None:
+            if len(self.values) == 1:  # most are so, and they are looked at in every step
+                ((token, value),) = self.values.items()
+                self._view = View((token,), (value,), (kind_of(1.0, value),), (value,))
+                return self._view
             best = sorted(self.values.items(), key=lambda item: (-item[1], item[0]))[:width]
-            values = tuple(value for _, value in best)
+            values = tuple([value for _, value in best])
             total = sum(values)
-            self._view = View(
-                tuple(token for token, _ in best),
-                values,
-                tuple(kind_of(value / total, value) for value in values),
-                tuple(accumulate(values)),
-            )
+            kinds = tuple([kind_of(value / total, value) for value in values])
+            self._view = View(tuple([token for token, _ in best]), values, kinds, tuple(accumulate(values)))
         return self._view
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """The most valued successors of a pair, best first: their values, `kind_of` each, and running sums of values."""
 
     tokens: tuple[int, ...]
@@ -299,7 +298,8 @@ class Trigrams:
                         best = sorted(values.items(), key=lambda item: -item[1])[: self.successors - 1]
                         row.values = {**dict(best), c: values[c]}
                 elif value < cap:
-                    values[c] = min(value + amount, cap)
+                    value += amount
+                    values[c] = value if value < cap else cap
                     row.changed()
                 rows.move_to_end(key)
                 a, b = b, c

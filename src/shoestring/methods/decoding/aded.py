@@ -14,9 +14,10 @@ How it works
        add the Score, 1 + the sum of the values on the way (eq. 4), and a visit to all states on the path in the tree.
     4. The 24 most visited paths, each with its likeliest successor added, are merged into a tree of at most 64 nodes.
     5. The chance to reach a node is estimated: the product along its path of how often guesses of its kind came true
-       lately. A kind is a share of the row, a value, whether the token came when the three before it last stood
-       together, and how many tokens in a row did so. With A(n) the sum over the n likeliest nodes, cost(n) the measured
-       seconds of a pass over n tokens, and s the seconds of the search, the draft is the n that maximises      (eq. 5)
+       lately. A kind is a share of the row, a value, whether the token came when the six before it last stood together
+       (the three, where six did not), and how many tokens in a row did so. With A(n) the sum over the n likeliest
+       nodes, cost(n) the measured seconds of a pass over n tokens, and s the seconds of the search, the draft is the n
+       that maximises                                                                                            (eq. 5)
            (1 + A(n)) / (cost(1 + n) + s)
        and nothing where that is not two hundredths better than 1 / cost(1). So it is a chain where branches do not pay,
        and nothing where guesses do not come true. What is not drafted is still compared with what comes, and now and
@@ -54,7 +55,7 @@ from shoestring.core.errors import UsageError
 from shoestring.core.method import Method, Paper
 from shoestring.engine.hooks import Draft, Hooks, Verified
 from shoestring.engine.sequence import Sequence as Answer
-from shoestring.methods.decoding import _costs, _trigrams
+from shoestring.methods.decoding import _costs, _latest, _trigrams
 from shoestring.methods.decoding._latest import Latest
 from shoestring.methods.decoding._trigrams import KINDS, Trigrams, View, share_of
 
@@ -78,6 +79,7 @@ _MARGIN = 1.02  # how much better than no draft a draft must look
 _UNLIKELY = 0.02  # a node that is reached less often is not looked at
 _RARELY, _RAREST, _FEW = 64, 1024, 2  # passes without a draft until some nodes are drafted to see what a pass costs
 _HALF = 512  # guesses of a kind after which old ones count half
+_AT_FIRST = 8  # guesses of a kind that count like what is supposed before anything is known
 _DEEPEST = 16  # tokens of a draft that goes on because it is still likely
 _UNUSED, _GLANCE = 32, 8  # passes without a draft after which only every eighth token is looked at
 
@@ -90,7 +92,7 @@ class AdedConfig:
         corpus: data file to count triples in: text or conversations, such as the model's own answers.
         table: file that keeps what was counted; it is read when it is there, and otherwise made of the corpus.
         successors: kept of each counted pair.
-        entries: pairs that are remembered beside the counted ones; about 1 kB each.
+        entries: pairs that are remembered beside the counted ones; 1 or 2 kB each.
         window: latest tokens that are learnt in every step.
         increment, cap: what each time adds to a value, and how far it goes; increment 0 learns nothing.
         prompts: learn whole prompts, not only their last tokens.
@@ -191,25 +193,23 @@ class Guesses:
         return len(self.tokens) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Text:
     """The end of a text, as far as guesses depend on it.
 
     Attributes:
-        before, first, second: its last three tokens; `before` is -1 where there are only two.
+        recent: its last tokens, as `_latest.end`.
         run: how many tokens in a row came as the last time.
         chance: that it comes to this, where the end is guessed.
     """
 
-    before: int
-    first: int
-    second: int
+    recent: int
     run: int = 0
     chance: float = 1.0
 
     def then(self, token: int, kind: int, chance: float) -> Text:
         """What it is behind a guess."""
-        return Text(self.first, self.second, token, self.run + 1 if kind >= AGAIN else 0, chance)
+        return Text(_latest.then(self.recent, token), self.run + 1 if kind >= AGAIN else 0, chance)
 
 
 class Known:
@@ -219,11 +219,11 @@ class Known:
         self.table, self.latest, self.owner, self.rates = table, latest, owner, rates
 
     def row(self, text: Text) -> View | None:
-        return self.table.view(self.owner, text.first, text.second)
+        return self.table.view(self.owner, *_latest.pair(text.recent))
 
     def kinds(self, text: Text, row: View) -> Sequence[int]:
         """Of each token of the text's row: what the row says, and whether it is what came the last time."""
-        said = self.latest.after(self.owner, text.before, text.first, text.second)
+        said = self.latest.after(self.owner, text.recent)
         if said is None:
             return row.kinds
         again = AGAIN + KINDS * bisect_right(_RUNS, text.run)
@@ -242,14 +242,14 @@ def whole(known: Known, text: Text, config: AdedConfig, floor: float) -> Guesses
             if row is None:
                 continue
             kinds = known.kinds(here, row)
-            places: Sequence[int] = range(len(kinds))
-            if last:
+            least = floor / here.chance
+            places: Sequence[int] = [i for i, kind in enumerate(kinds) if rates[kind] >= least]
+            if last and places:
                 places = places[:1] if config.always else [max(places, key=lambda i: rates[kinds[i]])]
             for i in places:
-                chance = here.chance * rates[kinds[i]]
-                if chance >= floor:
-                    child = found.add(row.tokens[i], node, kinds[i], chance)
-                    further.append((child, here.then(row.tokens[i], kinds[i], chance)))
+                token, kind = row.tokens[i], kinds[i]
+                chance = here.chance * rates[kind]
+                further.append((found.add(token, node, kind, chance), here.then(token, kind, chance)))
             if len(found.tokens) > config.paths and not last:
                 return None
         edge = further
@@ -259,7 +259,7 @@ def whole(known: Known, text: Text, config: AdedConfig, floor: float) -> Guesses
 def search(known: Known, text: Text, config: AdedConfig) -> Guesses:
     """The most visited paths of a Monte-Carlo tree search from a pair, merged; no draw depends on what came before."""
     look, owner, states = known.table.view, known.owner, config.states
-    first, second = text.first, text.second
+    first, second = _latest.pair(text.recent)
     c1, c2 = config.explore, config.settle
     tokens, parents, values = [second], [-1], [0.0]
     befores, levels, sums = [first], [1], [1.0]  # the token before, states on the path, 1 + the values on it
@@ -349,7 +349,7 @@ def search(known: Known, text: Text, config: AdedConfig) -> Guesses:
 
 # Kinds below KINDS are those of the row alone, where the three tokens before are new together; then come those of one
 # that did not follow them the last time, then of the one that did, by how many tokens in a row had come so.
-AGAIN, _RUNS = 2 * KINDS, (1, 3, 6)
+AGAIN, _RUNS = 2 * KINDS, (1, 4, 12)
 WAYS = AGAIN + KINDS * (len(_RUNS) + 1)
 
 
@@ -361,8 +361,8 @@ class Rates:
         shares = [share_of(kind) for kind in range(KINDS)]
         first = [most * share**1.3 for most in (0.5, 0.4) for share in shares]
         first += [0.3 + 0.1 * run + 0.3 * share for run in range(len(_RUNS) + 1) for share in shares]
-        self._told = [4.0] * WAYS
-        self._true = [4.0 * rate for rate in first]
+        self._told = [float(_AT_FIRST)] * WAYS
+        self._true = [_AT_FIRST * rate for rate in first]
         self.rates = first
 
     def add(self, kind: int, came: bool) -> None:
@@ -507,7 +507,7 @@ class AdedDrafter:
         if len(tokens) < 2:
             return Draft()
         known = Known(table, self.latest, owner, rates.rates)
-        text = Text(tokens[-3] if len(tokens) > 2 else -1, tokens[-2], tokens[-1], expected.run)
+        text = Text(_latest.end(tokens), expected.run)
         row = known.row(text)
         if row is None:
             return Draft()
@@ -547,7 +547,7 @@ class AdedDrafter:
         tokens, base = self._plain()
         plain = self.costs.of(base)
         each = (self.costs.of(base + 16) - plain) / 16
-        return max(_UNLIKELY, 0.5 * each * tokens / plain)
+        return max(_UNLIKELY, 0.75 * each * tokens / plain)
 
     def _chosen(self, guesses: Guesses, limit: int) -> Draft:
         """The nodes that pay, likeliest first, so that parents stand before their children."""
@@ -595,12 +595,12 @@ class AdedDrafter:
 
 def _compare(guesses: Guesses, rates: Rates, came: Sequence[int]) -> None:
     """Tell the rates which of the guesses came, as far as a path of them did."""
-    node = -1
+    tokens, parents, node = guesses.tokens, guesses.parents, -1
     for token in came:
         found = -2
-        for i, parent in enumerate(guesses.parents):
-            if parent == node:
-                true = guesses.tokens[i] == token
+        for i in range(node + 1, len(parents)):
+            if parents[i] == node:
+                true = tokens[i] == token
                 rates.add(guesses.kinds[i], true)
                 if true:
                     found = i

@@ -85,6 +85,15 @@ def test_explain_a_method(name: str, shoestring: Shoestring) -> None:
     assert (found["kind"], found["name"], found["saves"]) == ("method", name, list(method.saves))
 
 
+def test_explain_says_name_default_and_meaning_of_every_option(shoestring: Shoestring) -> None:
+    said = shoestring("explain", "int8").out
+    assert "Options   group_size = 32  weights that share scales, along the input dimension." in said
+    assert "          embeddings = 8  bits of the embedding table" in said and "for group in" not in said
+    for name in ("compresso", "mole", "paca", "aded", "graphhash", "ic_cache"):
+        found = shoestring("explain", name, "--json").json["options"]
+        assert found and all(option["meaning"] for option in found), name
+
+
 def test_explain_with_a_price(tiny: Path, shoestring: Shoestring) -> None:
     found = shoestring("explain", PACKER, "--price", tiny, "--json").json["price"]
     assert all(0 < row["storage"] < found["storage"] for row in found["settings"])

@@ -5,19 +5,18 @@ Reading the source instead of importing it keeps `--help` free of torch.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from shoestring.core import options
+from shoestring.core.options import Field
+
 _PACKAGE = Path(__file__).parents[1]
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
-_ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 _HELP = {
     "data": "A .jsonl, .json, .csv, .parquet or .txt file, a folder, a data set id, or python-docs.",
     "budget": "Limits with units: storage, memory, train.memory, latency, time, energy, money, network.",
@@ -39,26 +38,9 @@ _TRAINING = ("training.options", "TrainOptions")
 _OF_ENCODING = ("max_length", "on_long")
 
 
-@dataclass(frozen=True)
-class Field:
-    """One field of a dataclass as its source writes it; `default` is None when it is no literal."""
-
-    name: str
-    kind: str
-    default: Any
-    help: str
-
-
 def fields(module: str, name: str) -> list[Field]:
     """The fields of the dataclass `name` in `shoestring.<module>`."""
-    tree = ast.parse((_PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    helps = dict(_helps(ast.get_docstring(made) or ""))
-    return [
-        Field(node.target.id, ast.unparse(node.annotation), _literal(node.value), helps.get(node.target.id, ""))
-        for node in made.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+    return options.fields(_PACKAGE / f"{module.replace('.', '/')}.py", name)
 
 
 def request_options(module: str, name: str, without: Sequence[str] = ()) -> Callable[[Any], Any]:
@@ -121,24 +103,3 @@ def _option(field: Field) -> Any:
         written = "TEXT" if field.kind.startswith("tuple") else "KEY=VALUE"
         return click.option(*names, field.name, multiple=True, metavar=written, help=help)
     return click.option(*names, field.name, type=kind, default=None, help=help)
-
-
-def _literal(node: ast.expr | None) -> Any:
-    try:
-        return ast.literal_eval(node) if node else None
-    except ValueError:
-        return None
-
-
-def _helps(doc: str) -> Iterator[tuple[str, str]]:
-    """Names and descriptions of a docstring's Attributes."""
-    names: list[str] = []
-    text = ""
-    for line in doc.partition("Attributes:\n")[2].splitlines():
-        match = _ENTRY.fullmatch(line)
-        if match:
-            yield from ((name, text) for name in names)
-            names, text = match[1].split(", "), match[2]
-        elif line.startswith(" " * 8):
-            text += " " + line.strip()
-    yield from ((name, text) for name in names)

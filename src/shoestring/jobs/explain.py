@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoestring.core import catalog, claim, survey, text
+from shoestring.core import catalog, claim, options, survey, text
 from shoestring.core.claim import ClaimFile
 from shoestring.core.errors import UsageError, nearest
 from shoestring.core.method import Method
@@ -58,12 +58,12 @@ def price(name: str, model: str) -> dict[str, Any]:
                 "train_flops": made.train_flops,
             }
         )
-    options = {
+    known = {
         p.name: None if p.default is p.empty else p.default
         for p in inspect.signature(type(module.example())).parameters.values()
         if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
-    return {"model": model, "storage": shape.storage, "resident": shape.resident, "settings": rows, "options": options}
+    return {"model": model, "storage": shape.storage, "resident": shape.resident, "settings": rows, "options": known}
 
 
 def to_text(found: Mapping[str, Any]) -> str:
@@ -89,6 +89,7 @@ def _method(method: Method) -> dict[str, Any]:
         "traits": dict(method.traits),
         "combines": dict(method.combines),
         "expects": dict(method.expects),
+        "options": _options(method, functions.get("example")),
         "settings": _returned(functions.get("settings")),
         "example": _returned(functions.get("example")),
         "file": method.file,
@@ -145,6 +146,14 @@ def _returned(function: ast.FunctionDef | None) -> str:
     return ast.unparse(last.value) if isinstance(last, ast.Return) and last.value else ""
 
 
+def _options(method: Method, example: ast.FunctionDef | None) -> list[dict[str, str]]:
+    """Name, default and meaning of what may be said to a method; empty for a class of another package."""
+    made = ast.parse(_returned(example) or "None", mode="eval").body
+    taken = made.func.id if isinstance(made, ast.Call) and isinstance(made.func, ast.Name) else method.provides
+    found = options.fields(Path(method.file), taken)
+    return [{"name": field.name, "default": field.written, "meaning": field.help} for field in found]
+
+
 def _method_text(found: Mapping[str, Any]) -> str:
     paper = found["paper"]
     where = [f"arXiv:{paper['arxiv']}" if paper["arxiv"] else "", f"code {paper['code']}" if paper["code"] else ""]
@@ -155,7 +164,9 @@ def _method_text(found: Mapping[str, Any]) -> str:
     lines += [f"{trait.replace('_', ' ').capitalize():9} {text}" for trait, text in found["traits"].items()]
     lines += [f"With      {other}: {reason}" for other, reason in found["combines"].items()]
     lines += [f"Expected  {check} cannot hold: {reason}" for check, reason in found["expects"].items()]
-    lines += [f"Settings  {found['settings']}"] if found["settings"] else []
+    said = [f"{o['name']}{' = ' * bool(o['default'])}{o['default']}  {o['meaning']}".rstrip() for o in found["options"]]
+    lines += [f"{'' if row else 'Options':9} {line}" for row, line in enumerate(said)]
+    lines += [f"Settings  {found['settings']}"] if found["settings"] and not said else []
     lines += [f"Example   {found['example']}"] if found["example"] else []
     lines += [f"File      {found['file']}", f"Claim     {found['claim']}", *_claims_text(found["claims"])]
     return "\n".join([*lines, *(line for record in found["records"] for line in _record_text(record))])

@@ -125,7 +125,7 @@ def _quality(arms: Arms) -> None:
         stage.record("bytes", sum(2 * m.weight.numel() for m in chosen.values()), "B", "counted")
     for arm, options in PLANS.items():
         with arms.arm(arm) as stage:
-            config = catalog.load("lut_gemm")(**options, embeddings=None, modules_to_not_convert=kept)
+            config = catalog.load("lut_gemm")(**options, group_size=64, embeddings=None, modules_to_not_convert=kept)
             model = arms.load(quantization_config=config).model
             if arm != "greedy-3":
                 stage.record("perplexity", heldout(model, rows).perplexity.value, "perplexity", "measured")

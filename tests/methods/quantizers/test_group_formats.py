@@ -36,6 +36,13 @@ def forgotten(name: str) -> Iterator[None]:
         AUTO_QUANTIZATION_CONFIG_MAPPING[kind] = known
 
 
+@pytest.mark.parametrize("name", [*FORMATS, "lut_gemm"])
+def test_without_options_a_config_is_what_the_command_line_takes(name: str) -> None:
+    module = catalog.module(name)
+    config = catalog.contract("quantizers").config
+    assert config(module, {}).to_dict() == config(module, dict(module.settings()[0])).to_dict()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -41,7 +41,7 @@ class FormatConfig(PackedConfig):
 
     def __init__(
         self,
-        group_size: int = 64,
+        group_size: int = 32,
         embeddings: int | None = 8,
         modules_to_not_convert: list[str] | None = None,
         **kwargs: Any,

@@ -39,7 +39,7 @@ METHOD = Method(
 
 
 class Int4Config(_shared.GroupConfig):
-    """`AutoModelForCausalLM.from_pretrained(model, quantization_config=Int4Config(group_size=64))`."""
+    """`AutoModelForCausalLM.from_pretrained(model, quantization_config=Int4Config())`."""
 
     bits = 4
     method = "int4"

@@ -42,7 +42,7 @@ METHOD = Method(
 
 
 class Int8Config(_shared.GroupConfig):
-    """`AutoModelForCausalLM.from_pretrained(model, quantization_config=Int8Config(group_size=64))`."""
+    """`AutoModelForCausalLM.from_pretrained(model, quantization_config=Int8Config())`."""
 
     bits = 8
     method = "int8"

@@ -108,9 +108,9 @@ class Decoder:
         for i, row in wanting:
             # Copied states first: a sibling starts from the logits of the prompt's last token.
             plain += [(i, row, state) for state in (drawn[i].state, *drawn[i].siblings())]
-        kept = logits if len(plain) == len(logits) else logits[[row for _, row, _ in plain]]
         firsts: dict[int, list[Choice]] = {}
-        for (i, _, state), choice in zip(plain, self.sampler.sample(kept, [state for *_, state in plain])):
+        drawn_from = [logits[row] for _, row, _ in plain]  # no copies: a row is as long as the vocabulary
+        for (i, _, state), choice in zip(plain, self.sampler.sample(drawn_from, [state for *_, state in plain])):
             firsts.setdefault(i, []).append(choice)
             if choice.error:
                 outcomes[i].error = choice.error
@@ -133,7 +133,7 @@ class Decoder:
             if node < 0:
                 break
             path.append(node)
-            (choice,) = self.sampler.sample(logits[node : node + 1], [state])
+            (choice,) = self.sampler.sample([logits[node]], [state])
             if choice.error:
                 outcome.error = choice.error
                 break

@@ -140,8 +140,8 @@ class Sampler:
         matcher = self.constraints.matcher(sampling.constraint) if sampling.constraint else None
         return SampleState(sampling, seed, index, request.prompt, ends, matcher)
 
-    def sample(self, logits: np.ndarray, states: Sequence[SampleState]) -> list[Choice]:
-        """Draw for each row; the states do not change. logits: float32 [n, vocab], left as they are.
+    def sample(self, logits: Iterable[np.ndarray], states: Sequence[SampleState]) -> list[Choice]:
+        """Draw for each row; the states do not change. logits: rows of float32 [vocab], left as they are.
 
         A row that cannot be drawn from gives a choice with an error; the others are not concerned.
         """

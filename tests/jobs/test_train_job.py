@@ -7,6 +7,7 @@ import pytest
 
 from shoestring.core.errors import UsageError
 from shoestring.jobs import train as job
+from shoestring.jobs.compress import CompressRequest, compress
 from shoestring.jobs.train import TrainRequest, train
 
 SETTINGS = {"max_steps": 12, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
@@ -54,6 +55,18 @@ def test_a_run_that_broke_goes_on(tiny: Path, data: Path, tmp_path: Path, monkey
 def test_refused_before_a_folder_is_made(change: dict, words: str, tiny: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         train(TrainRequest(**{"model": str(tiny), "data": str(data), **change}), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_a_part_to_judge_by_is_refused_before_a_folder_is_made(tiny: Path, tmp_path: Path) -> None:
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text('{"prompt": "w1", "completion": "w2"}\n' * 40)
+    given = {"model": str(tiny), "data": str(alike)}
+    words = "alike.jsonl has too little in it to split: 40 examples give parts of 40, 0 and 0"
+    with pytest.raises(UsageError, match=words):
+        train(TrainRequest(**given, method="lora"), out=tmp_path / "out")
+    with pytest.raises(UsageError, match=words):
+        compress(CompressRequest(**given, method="int4"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

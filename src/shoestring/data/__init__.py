@@ -4,7 +4,7 @@ from shoestring.data.collate import Collator
 from shoestring.data.corpus import Corpus, Example
 from shoestring.data.formats import read
 from shoestring.data.packing import check_packing
-from shoestring.data.splits import split
+from shoestring.data.splits import parts_of, split
 from shoestring.data.template import Encoded, chat_template, describe, encode, lengths
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "describe",
     "encode",
     "lengths",
+    "parts_of",
     "read",
     "split",
 ]

@@ -50,6 +50,27 @@ def split(corpus: Corpus, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: in
     )
 
 
+def parts_of(corpus: Corpus, seed: int, *, choosing: bool = True) -> tuple[Corpus, Corpus, Corpus]:
+    """The train, validation and test parts of `split`, none of them empty.
+
+    Args:
+        choosing: whether something is chosen on the validation part; without it that part may be empty.
+
+    Raises:
+        UsageError: the data has too few groups to be split so.
+    """
+    train, valid, test = split(corpus, seed=seed)
+    if not (len(train) and (len(valid) or not choosing) and len(test)):
+        raise UsageError(
+            f"{corpus.source} has too little in it to split: {len(corpus)} examples give parts of {len(train)}, "
+            f"{len(valid)} and {len(test)}",
+            f"training{', choosing and judging each' if choosing else ' and judging both'} need examples of their own, "
+            "and those that are alike stay together",
+            f"Bring more examples, or more than {'two groups' if choosing else 'one group'} of them",
+        )
+    return train, valid, test
+
+
 def _group(example: Example) -> str:
     return "group:" + example.group if example.group else "content:" + example.fingerprint()
 

@@ -90,7 +90,7 @@ def compress(
     shape = models.shape_of(source, trust_remote_code=request.trust_remote_code)
     limit = _limit(request, shape) if limited else None
     steps = _refuse_early(stack(methods, request.options, limit), shape)
-    train, valid, test = datasets.split(datasets.read(request.data), seed=0)
+    train, valid, test = datasets.parts_of(datasets.read(request.data), seed=0, choosing=False)
     rows = _encoded(test, source, shape, request)
     label = f"{Path(request.model).name}-{'+'.join(step.method for step in steps if step.method)}"
     with (

@@ -152,23 +152,6 @@ def plans(request: FitRequest, shape: Any, limits: Budget) -> tuple[list[Candida
     return candidates, host
 
 
-def parts_of(corpus: Any, seed: int) -> tuple[Any, Any, Any]:
-    """Train, validation and test parts, none of them empty.
-
-    Raises:
-        UsageError: the data has too few groups to be split three ways.
-    """
-    train, valid, test = datasets.split(corpus, seed=seed)
-    if not (len(train) and len(valid) and len(test)):
-        raise UsageError(
-            f"{corpus.source} has too little in it to split: {len(corpus)} examples give parts of {len(train)}, "
-            f"{len(valid)} and {len(test)}",
-            "training, choosing and judging each need examples of their own",
-            "Bring more examples, or more than two groups of them",
-        )
-    return train, valid, test
-
-
 class _Clock:
     """Seconds between laps."""
 
@@ -216,7 +199,7 @@ class _Fit:
     def work(self, corpus: Any) -> dict[str, Any]:
         request, say = self.request, self.say
         self.run.write("plan.json", [c.to_json() for c in self.candidates])
-        train, valid, test = parts_of(corpus, request.seed)
+        train, valid, test = datasets.parts_of(corpus, request.seed)
         loaded = open_model(str(self.source), trust_remote_code=request.trust_remote_code)
         tokenizer, context = loaded.tokenizer, models.shape_of(loaded.model).context or 2048
         limit = min(request.training.get("max_length") or context, context)

@@ -59,12 +59,11 @@ def train(
     source = models.resolve(request.model)
     open_doors(source)
     predicts_next(source)
-    corpus = datasets.read(request.data, skip_bad=request.skip_bad)
+    parts = datasets.parts_of(datasets.read(request.data, skip_bad=request.skip_bad), seed=request.seed, choosing=False)
     with (
         open_run(out, "train", asdict(request), resume=resume, label=f"{Path(request.model).name}-{method}") as run,
         Ledger() as ledger,
     ):
-        parts = datasets.split(corpus, seed=request.seed)
         loaded = open_model(str(source), trust_remote_code=request.trust_remote_code)
         context = models.shape_of(loaded.model).context or 2048
         limit = min(request.training.get("max_length") or context, context)

@@ -61,12 +61,11 @@ def test_refused_before_a_folder_is_made(change: dict, words: str, tiny: Path, d
 def test_data_without_a_part_to_judge_by_is_refused_before_a_folder_is_made(tiny: Path, tmp_path: Path) -> None:
     alike = tmp_path / "alike.jsonl"
     alike.write_text('{"prompt": "w1", "completion": "w2"}\n' * 40)
-    given = {"model": str(tiny), "data": str(alike)}
     words = "alike.jsonl has too little in it to split: 40 examples give parts of 40, 0 and 0"
     with pytest.raises(UsageError, match=words):
-        train(TrainRequest(**given, method="lora"), out=tmp_path / "out")
+        train(TrainRequest(str(tiny), str(alike), "lora"), out=tmp_path / "out")
     with pytest.raises(UsageError, match=words):
-        compress(CompressRequest(**given, method="int4"), out=tmp_path / "out")
+        compress(CompressRequest(str(tiny), "int4", data=str(alike)), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -263,8 +263,8 @@ def test_experts_that_stand_apart_may_be_packed(tmp_path: Path, family: str, spe
 
 
 SPECS = (
-    "int8/32", "int4/64", "int4/128", "uniform2/32", "uniform3/64", "uniform4/32", "binary3o/32", "huffman/0",
-    "exponents/0", "sparse/0", "dictionary/0",
+    "int8/32", "int4/64", "int4/128", "uniform2/32", "uniform3/64", "uniform4/32", "uniform5/64", "uniform6/32",
+    "binary3o/32", "huffman/0", "exponents/0", "sparse/0", "dictionary/0",
 )  # fmt: skip
 
 

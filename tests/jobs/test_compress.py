@@ -89,6 +89,17 @@ def test_experts_that_a_method_does_not_pack_are_refused_before_a_folder_is_made
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mixture_within_a_limit(mixture: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    result = compress(
+        CompressRequest(str(mixture()), data=str(data), bits=5.5, keep=0.1, eval_examples=2), out=tmp_path / "out"
+    )
+    assert 5.3 < result["bits_per_weight"] <= 5.5
+    assert any(
+        ".experts.gate_up" in name
+        for name in json.loads((Path(result["model"]) / "config.json").read_text())["quantization_config"]["packing"]
+    )
+
+
 def test_no_options_are_the_methods_own(tiny: Path, data: Path, tmp_path: Path) -> None:
     result = compress(CompressRequest(str(tiny), "int4", data=str(data), eval_examples=2, keep=0.1), out=tmp_path / "o")
     assert result["options"] == {"group_size": 32, "embeddings": 8}

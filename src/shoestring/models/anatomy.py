@@ -337,7 +337,7 @@ def is_router(model: nn.Module, name: str) -> bool:
 
 def expert_reads(experts: Any, expert: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each matrix of one expert is multiplied with when the expert is given x (tokens, width): by parameter."""
-    return {GATE_UP: x, DOWN: experts._apply_gate(x @ experts.get_parameter(GATE_UP)[expert].T)}
+    return {GATE_UP: x, DOWN: experts._apply_gate(x @ experts.get_parameter(GATE_UP)[expert].T.to(x.dtype))}
 
 
 def set_experts(config: Any, count: int) -> None:

@@ -65,6 +65,7 @@ __all__ = [
     "linear",
     "linear_dims",
     "mark",
+    "one_of_two",
     "packable",
     "packed_modules",
     "packing_of",
@@ -321,7 +322,7 @@ class PackedQuantizer(HfQuantizer):
             if not found:
                 continue
             if len(found) < len(PARTS):
-                raise _one_of_two(name)
+                raise one_of_two(name)
             with torch.device("meta"):
                 made = PackedExperts(module, *found)
             surgery.replace_module(model, name, made)
@@ -596,7 +597,7 @@ def priced(
     for pair in expert_stacks(shape) if experts else ():
         sizes = [size(weight.name, *weight.dims[1:], False) for weight in pair]  # type: ignore[call-arg, arg-type]
         if sizes.count(None) == 1:
-            raise _one_of_two(pair[0].name.rpartition(".")[0])
+            raise one_of_two(pair[0].name.rpartition(".")[0])
         stacks |= {weight.name: taken for weight, taken in zip(pair, sizes)}
 
     def touch(weight: Weight) -> Weight:
@@ -627,7 +628,7 @@ def expert_stacks(shape: Shape) -> Iterator[tuple[Weight, Weight]]:
             yield by_name[GATE_UP], by_name[DOWN]
 
 
-def _one_of_two(experts: str) -> UsageError:
+def one_of_two(experts: str) -> UsageError:
     return UsageError(
         f"One of the two tensors of {experts} cannot be left alone by itself",
         f"experts are packed with both, {' and '.join(PARTS)}",

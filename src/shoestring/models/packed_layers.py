@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -266,17 +266,44 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.zeros_like(hidden_states)
         if hidden_states.is_meta:  # of which no one knows who goes where
-            return out
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:
-                continue
-            tokens, place = torch.where(top_k_index == expert)
-            inner = self.family._apply_gate(self.gate_up(hidden_states[tokens], expert))
-            outer = self.down(inner, expert) * top_k_weights[tokens, place, None]
-            out = out.index_add(0, tokens, outer.to(out.dtype))
-        return out
+            return torch.zeros_like(hidden_states)
+        matrices = self.matrices()
+        return routed(
+            self.family,
+            self.num_experts,
+            lambda name, x, expert: matrices[name](x, expert),
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+        )
+
+
+def routed(
+    family: Any,
+    experts: int,
+    product: Callable[[str, torch.Tensor, int], torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What the experts of a layer answer, of the build of `anatomy.gated_experts`.
+
+    Args:
+        experts: how many there are; a route to one beyond them leads nowhere.
+        product: of a parameter's name, x [tokens, columns] and an expert: x @ matrix.T of that expert.
+        hidden_states: [tokens, width].
+        top_k_index, top_k_weights: which experts a token meets, [tokens, chosen], and how much each counts.
+    """
+    out = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= experts:
+            continue
+        tokens, place = torch.where(top_k_index == expert)
+        inner = family._apply_gate(product(GATE_UP, hidden_states[tokens], expert))
+        outer = product(DOWN, inner, expert) * top_k_weights[tokens, place, None]
+        out = out.index_add(0, tokens, outer.to(out.dtype))
+    return out
 
 
 def scale_of(table: nn.Embedding) -> float | torch.Tensor:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
-from shoestring.kernels import formats
+from shoestring.kernels import formats, layout
 from shoestring.lab import tiny, tiny_mixture
 from shoestring.methods.quantizers import mixed
 from shoestring.methods.quantizers.mixed import Choice, MixedConfig
-from shoestring.models import shape_of
+from shoestring.models import packed, shape_of
+from shoestring.models.packed import ROOM
+from shoestring.models.seal import seal
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
@@ -46,17 +51,95 @@ def test_more_bytes_are_less_harm(tmp_path: Path) -> None:
     assert off[0] > off[1] > off[2]
 
 
-def test_a_mixture_is_refused_for_its_experts_and_not_for_the_limit() -> None:
-    with pytest.raises(UsageError, match="experts.gate_up_proj"):
-        mixed.price(shape_of(tiny_mixture.model()), {"bits": 4.5})
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny mixture with formats by layer: the model, its folder and the limit."""
+    folder = tmp_path_factory.mktemp("mixture")
+    model = tiny_mixture.model()
+    model.save_pretrained(folder / "plain")
+    limit = MixedConfig(bits=5.5).limit(sum(p.numel() for p in model.parameters()))
+    config = MixedConfig(bytes=limit, offered=[f"uniform{bits}/32" for bits in range(2, 7)])
+    torch.manual_seed(0)
+    made = mixed.compress(model, config, rows(), Work(Ledger(), folder)).eval()
+    made.save_pretrained(folder / "packed")
+    seal(folder / "packed", ROOM)
+    return made, folder, limit
+
+
+def test_experts_of_a_mixture_get_formats_within_the_limit(mixture: Any) -> None:
+    model, folder, limit = mixture
+    plan = packed.packing_of(model)
+    experts = [spec for name, spec in plan.items() if ".experts." in name]
+    assert len(experts) == 2 * model.config.num_hidden_layers and len(set(plan.values())) > 1
+    floats = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
+    matrices = sum(layout.parse(plan[name]).bytes(m.rows, m.columns) for name, m in packed.packed_modules(model))
+    stored = load_file(folder / "packed" / "model.safetensors").values()
+    assert sum(tensor.nbytes for tensor in stored) == floats + matrices
+    assert 0.95 * limit < floats + matrices <= limit
+    price = mixed.price(shape_of(folder / "plain"), {"bytes": limit}).shape
+    assert 0.95 * limit < sum(w.stored for w in price.weights if not w.tied) <= limit
+
+
+def test_the_folder_of_a_mixture_is_read_as_it_was_made(mixture: Any) -> None:
+    model, folder, _ = mixture
+    again = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert packed.packing_of(again) == packed.packing_of(model)
+
+
+def test_each_expert_learns_from_the_tokens_that_are_led_to_it() -> None:
+    """Tokens that come to it only now count as the others do on average; too few tokens teach nothing."""
+    experts = tiny_mixture.model().model.layers[0].mlp.experts
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    routes = torch.full((40, 2), 2)
+    routes[:20, 1], routes[20:35, 1] = 0, 1
+    before, weights = routes.clone(), torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
+    before[10:20, 1] = 3
+    seen = mixed.Seen(torch.zeros(4, 128), [weights[:30], weights[30:]], torch.zeros(4, 64), None, [before])
+    found = list(mixed._expert_forms(mixed.Place(experts, "gate_up_proj"), seen, [(hidden, routes)]))
+    own = torch.cat([weights[:10, 1], weights[:10, 1].mean().expand(10)])
+    assert found[0] is not None and found[1] is None and found[3] is None
+    torch.testing.assert_close(found[0], (hidden[:20] * own[:, None]).T @ hidden[:20])
+
+
+def test_stored_buffers_count(tmp_path: Path) -> None:
+    sizes = dict(
+        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=8, n_routed_experts=8, num_experts_per_tok=2,
+        n_group=2, topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **sizes)).eval()
+    limit = MixedConfig(bits=7.0).limit(sum(p.numel() for p in model.parameters()))
+    assert size(mixed.compress(model, MixedConfig(bits=7.0), rows(), Work(Ledger(), tmp_path))) <= limit
+
+
+def test_one_of_the_two_kinds_of_experts_alone_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bits": 4.5, "modules_to_not_convert": ["layers.0.mlp.experts.down_proj"]}
+    words = "One of the two tensors of model.layers.0.mlp.experts"
+    with pytest.raises(UsageError, match=words):
+        mixed.price(shape_of(tiny_mixture.model()), options)
+    with pytest.raises(UsageError, match=words):
+        mixed.compress(tiny_mixture.model(), MixedConfig(**options), rows(), Work(Ledger(), tmp_path))
+    plan = {"model.layers.0.mlp.experts.down": "uniform4/32"}
+    with pytest.raises(UsageError, match=words):
+        mixed.compress(tiny_mixture.model(), MixedConfig(packing=plan), rows(), Work(Ledger(), tmp_path))
+
+
+def test_experts_of_another_build_are_refused_before_any_work() -> None:
+    sizes = dict(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes))
+    with pytest.raises(UsageError, match="gpt_oss.*experts.gate_up_proj"):
+        mixed.price(shape_of(model), {"bits": 4.5})
 
 
 def test_what_is_too_small_says_how_small_it_can_be(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="the smallest on offer take"):
         compressed(tmp_path, bits=1.0)
     with pytest.raises(DoesNotFit, match="no choice of formats"):
-        from shoestring.models import shape_of
-
         mixed.price(shape_of(tiny.model()), {"bits": 1.0})
 
 
@@ -93,23 +176,29 @@ def test_allocation_of_sizes_that_share_no_unit_stays_within_the_limit() -> None
 
 
 @pytest.mark.parametrize("rounding", mixed.ROUNDING)
-@pytest.mark.parametrize("place", ["down_proj", "v_proj", "embed_tokens"])
+@pytest.mark.parametrize("place", ["down_proj", "v_proj", "embed_tokens", "experts.gate_up", "experts.down"])
 def test_harm_predicts_the_divergence_of_one_layer(rounding: str, place: str) -> None:
     """To second order: the divergence that packing one layer alone causes, on the same tokens."""
-    model = tiny.model().eval()
+    stack = "experts" in place
+    # Weights of the usual range give a mixture divergences that float32 does not tell from none.
+    make: Any = partial(tiny_mixture.model, initializer_range=0.1) if stack else tiny.model
+    model = make().eval()
     ids = tiny.batch(64, 24)
     config = MixedConfig(bits=4.0, offered=["uniform4/32"], rounding=rounding)
     modules = {n: m for n, m in mixed.places(model, config) if n.endswith(place)}
     torch.manual_seed(0)
     seen = mixed.look(model, modules, ids)
     found = mixed.harms(model, modules, config, ids, seen)
-    name = next(iter(modules))
+    name = list(modules)[-1 if stack else 0]  # behind the last experts no router chooses otherwise
     before = model(ids).logits.log_softmax(-1)
-    mixed._pack(model, {name: "uniform4/32"}, config, ids, seen)
-    made: Any = model.get_submodule(name)
-    plain = tiny.model().eval()
-    weight: Any = plain.get_submodule(name).weight
-    weight.data = made.unpacked()
+    # Experts are packed both kinds at once; of which one is put into the other model.
+    names = [f"{name.rpartition('.')[0]}.{part}" for part in packed.PARTS.values()] if stack else [name]
+    both = dict(mixed.places(model, config))
+    every = mixed.look(model, {other: both[other] for other in names}, ids)
+    mixed._pack(model, dict.fromkeys(names, "uniform4/32"), config, ids, every)
+    plain = make().eval()
+    weight: Any = plain.get_parameter(f"{name}_proj" if stack else f"{name}.weight")
+    weight.data = model.get_submodule(name).unpacked().view(weight.shape)
     after = plain(ids).logits.log_softmax(-1)
     divergence = (before.exp() * (before - after)).sum(-1).mean().item()
     assert 0.5 < found[name][0].harm / divergence < 2, (found[name][0].harm, divergence)
@@ -174,7 +263,7 @@ def test_a_plan_of_ones_own(tmp_path: Path) -> None:
     places = [name for name, _ in mixed.places(tiny.model(), mixed.example())]
     plan = {name: "uniform4/32" for name in places if name.endswith("up_proj")}
     model = compressed(tmp_path, packing=plan)
-    assert mixed.packed.packing_of(model) == plan
+    assert packed.packing_of(model) == plan
 
 
 @pytest.mark.parametrize(

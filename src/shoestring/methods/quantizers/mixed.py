@@ -17,6 +17,9 @@ How it works
        the upper Cholesky factor of the inverse, err = (w_i - q_i) / U_ii and W[:, i:] -= err U[i, i:]. A group's scale
        and offset are taken when its first column comes. A token table has no inputs: its F is the diagonal sum of g g',
        and that of a head that is tied to it is added.
+    4. The experts of a layer get two formats, one for gate and up and one for down. Each expert has an F of its own, of
+       the tokens that are routed to it; harms of experts add up as those of layers do. One that fewer than 16 tokens
+       meet is rounded to the nearest.
 
 Where it bends
     The paper makes its own calibration data; here it is text, which the user gives, and which favours its own domain.
@@ -27,10 +30,11 @@ Where it bends
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -48,10 +52,10 @@ from shoestring.kernels import formats, layout
 from shoestring.kernels.formats import Format
 from shoestring.kernels.reference import refuse_not_finite
 from shoestring.models import packed, shape_of, surgery
-from shoestring.models.anatomy import inspect
+from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, gated_experts, inspect, stacked
 from shoestring.models.load import fast_bfloat16
-from shoestring.models.packed import PackedConfig, linear_dims, packable, tied_head
-from shoestring.models.packed_layers import scale_of
+from shoestring.models.packed import PARTS, PackedConfig, PackedExperts, linear_dims, packable, tied_head
+from shoestring.models.packed_layers import routed, scale_of
 from shoestring.training.lean import give_back_holes
 
 METHOD = Method(
@@ -78,6 +82,8 @@ OFFERED = tuple(f"uniform{bits}/{group}" for bits in range(2, 7) for group in (3
 ROUNDING = ("compensated", "nearest")
 WINDOW = 256  # tokens that are read together
 SAMPLED = 128  # rows of a matrix whose errors stand for those of all
+FEWEST = 8  # rows of each of a layer's experts
+FEW = 16  # tokens that are too few to make up for errors by
 DAMPING = 0.01  # of the mean diagonal of H
 RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that are tried
 UNITS = 1 << 16  # parts of the limit that formats are chosen by
@@ -162,11 +168,17 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
         UsageError: a model most of whose weights get no format, such as a mixture whose experts one tensor holds.
     """
     config = MixedConfig(**options)
-    matrices = [w for w in shape.weights if _matrix(w, config) and not w.tied]
-    apart = [w for w in shape.weights if len(w.dims) > 2 and not config.left_alone(w.name)]
+    stacks = {w.name for pair in packed.expert_stacks(shape) if _both_alike(pair[0].name, config) for w in pair}
+    matrices = [w for w in shape.weights if _matrix(w, config, stacks) and not w.tied]
+    apart = [w for w in shape.weights if len(w.dims) > 2 and w.name not in stacks and not config.left_alone(w.name)]
     if sum(w.count for w in apart) > packed.MOST_LEFT * sum(w.count for w in matrices):
         raise packed.does_not_fit(f"A {shape.family} model", [w.name for w in apart])
-    smallest = sum(min(layout.parse(spec).bytes(*w.dims) for spec in config.offered) for w in matrices)
+
+    def sizes(weight: Weight) -> list[int]:
+        *matrices, rows, columns = weight.dims
+        return [math.prod(matrices) * layout.parse(spec).bytes(rows, columns) for spec in config.offered]
+
+    smallest = sum(min(sizes(w)) for w in matrices)
     rest = sum(w.stored for w in shape.weights if not w.tied) - sum(w.stored for w in matrices)
     limit = config.limit(shape.parameters)
     if smallest + rest > limit:
@@ -175,9 +187,9 @@ def price(shape: Shape, options: Mapping[str, Any]) -> Price:
     count = sum(w.count for w in matrices)
 
     def touch(weight: Weight) -> Weight:
-        if not _matrix(weight, config):
+        if not _matrix(weight, config, stacks):
             return weight
-        size = min(weight.stored, left * weight.count // max(count, 1))
+        size = min(max(sizes(weight)), left * weight.count // max(count, 1))
         return Weight(weight.name, weight.role, weight.dims, size, size, weight.tied, weight.used)
 
     return Price(shape.change(touch))
@@ -193,12 +205,14 @@ def compress(
         UsageError: a weight that is not finite, or rows too short to learn from.
     """
     modules = dict(places(model, config))
-    packed.refuse_unpacked(model, sum(_weight(module).numel() for module in modules.values()))
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    stacks = {f"{_owner(name)}.{place.part}" for name, place in modules.items() if place.part}
+    count = sum(place.matrices().numel() for place in modules.values())
+    packed.refuse_unpacked(model, count, lambda name: name in stacks or config.left_alone(name))
+    own = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
     parameters = sum(p.numel() for p in model.parameters())
-    floats = own - sum(w.numel() * w.element_size() for w in map(_weight, modules.values()))
-    for name, module in modules.items():
-        _refuse_not_finite(name, _weight(module))
+    floats = own - sum(place.matrices().nbytes for place in modules.values())
+    for name, place in modules.items():
+        _refuse_not_finite(name, place.matrices())
     ids = windows(rows, config.calibration, min(WINDOW, shape_of(model).context or WINDOW))
     plan = config.packing
     seen = look(model, modules, ids) if not plan or _compensates(model, config) else {}
@@ -223,33 +237,55 @@ def windows(rows: Sequence[Mapping[str, Any]], tokens: int, longest: int) -> Ten
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-@dataclass
-class Seen:
-    """What text showed of a module y = W x, with g the gradients of the log-likelihood at y.
+@dataclass(frozen=True)
+class Place:
+    """What gets a format: a linear layer or a token table, or of a layer's experts the matrices of one kind.
 
     Attributes:
-        rows: float32 [rows], the sum of g^2 over tokens.
-        tokens: for each window float32 [tokens], |g|^2.
-        columns: float32 [columns], the diagonal of F.
+        module: it, or all of the experts.
+        part: `GATE_UP` or `DOWN` of experts.
+    """
+
+    module: Any
+    part: str = ""
+
+    def matrices(self) -> Tensor:
+        """Its weights, [matrices, rows, columns]: one matrix, or one for each expert."""
+        if self.part:
+            return self.module.get_parameter(self.part).detach()  # type: ignore[no-any-return]
+        weight: Tensor = self.module.weight.detach()
+        return (weight.T.contiguous() if isinstance(self.module, Conv1D) else weight)[None]
+
+
+@dataclass
+class Seen:
+    """What text showed of the matrices of a place, y = W x, with g the gradients of the log-likelihood at y.
+
+    Attributes:
+        rows: float32 [matrices, rows], the sum of g^2 over tokens.
+        tokens: for each window float32 [tokens], |g|^2; of experts [tokens, chosen].
+        columns: float32 [matrices, columns], the diagonal of F.
         form: F, float32 [columns, columns]; None inside blocks, where it is made when the block's turn has come.
+        routes: for each window the experts [tokens, chosen] that a token met.
     """
 
     rows: Tensor
     tokens: list[Tensor]
     columns: Tensor
     form: Tensor | None
+    routes: list[Tensor]
 
 
-def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Seen]:
-    """Step 1, for each module. In memory are the activations of one window in one block, and its logits."""
+def look(model: PreTrainedModel, modules: Mapping[str, Place], ids: Tensor) -> dict[str, Seen]:
+    """Step 1, for each place. In memory are the activations of one window in one block, and its logits."""
     blocks = inspect(model).blocks
     inside = [block.name for block in blocks]
     found: dict[str, Seen] = {}
-    for name, module in modules.items():
-        rows, columns = _weight(module).shape
+    for name, place in modules.items():
+        matrices, rows, columns = place.matrices().shape
         alone = not any(name.startswith(f"{block}.") for block in inside)
         form = torch.zeros(columns, columns) if alone else None
-        found[name] = Seen(torch.zeros(rows), [], torch.zeros(columns), form)
+        found[name] = Seen(torch.zeros(matrices, rows), [], torch.zeros(matrices, columns), form, [])
 
     def watch(name: str, module: nn.Module) -> Any:
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -263,31 +299,60 @@ def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) 
         g = g.detach().reshape(-1, g.shape[-1])
         if isinstance(module, nn.Embedding):
             g = g.float().square() * torch.as_tensor(scale_of(module)).float().square()
-            seen.rows.index_add_(0, x.flatten(), g.sum(1))
-            seen.columns += g.sum(0)
+            seen.rows[0].index_add_(0, x.flatten(), g.sum(1))
+            seen.columns[0] += g.sum(0)
             assert seen.form is not None
             seen.form.diagonal().add_(g.sum(0))
             return
         for read, gradients in zip(x.reshape(-1, x.shape[-1]).split(PIECE), g.split(PIECE)):
-            some, squares = read.float(), gradients.float().square()
-            weights = squares.sum(1)
-            seen.rows += squares.sum(0)
+            weights = add(seen, 0, read, gradients)
             seen.tokens.append(weights)
-            seen.columns += (some.square() * weights[:, None]).sum(0)
             if seen.form is not None:
+                some = read.float()
                 seen.form += (some * weights[:, None]).T @ some
+
+    def add(seen: Seen, matrix: int, x: Tensor, g: Tensor) -> Tensor:
+        squares = g.float().square()
+        weights = squares.sum(1)
+        seen.rows[matrix] += squares.sum(0)
+        seen.columns[matrix] += (x.float().square() * weights[:, None]).sum(0)
+        return weights
+
+    def watched(experts: Any, seen: Mapping[str, Seen]) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+            weights = {part: torch.zeros(index.shape) for part in seen}
+            if torch.is_grad_enabled():
+                for part, of_part in seen.items():
+                    of_part.tokens.append(weights[part])
+                    of_part.routes.append(index)
+
+            def product(part: str, x: Tensor, expert: int) -> Tensor:
+                def note(g: Tensor) -> None:
+                    weights[part][index == expert] = add(seen[part], expert, x.detach(), g)
+
+                y = x @ experts.get_parameter(part)[expert].T
+                if part in seen and y.requires_grad:
+                    y.register_hook(note)
+                return y
+
+            return routed(experts, len(experts.get_parameter(GATE_UP)), product, hidden, index, shares)
+
+        return forward
 
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     # Hidden states need gradients though no weight does.
     handles = [table.register_forward_hook(lambda *given: given[2].requires_grad_())]
-    handles += [watch(name, module) for name, module in modules.items()]
-    shared = next((n for n, m in modules.items() if m is table), None)
+    handles += [watch(name, place.module) for name, place in modules.items() if not place.part]
+    shared = next((n for n, place in modules.items() if place.module is table), None)
+    mixtures = list(_mixtures(modules))
     if shared is not None and tied_head(model) and head is not None:
         handles.append(watch(shared, head))  # where the table's errors meet the hidden states too
     asked = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in asked:
             p.requires_grad_(False)
+        for experts, names in mixtures:
+            experts.forward = watched(experts, {part: found[name] for part, name in names.items()})
         with _computing(model, head), _run_again([block.module for block in blocks]):
             for window in ids.split(1):
                 logits = model(input_ids=window, use_cache=False).logits
@@ -295,6 +360,8 @@ def look(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) 
                 del logits
                 give_back_holes()
     finally:
+        for experts, _ in mixtures:
+            vars(experts).pop("forward", None)
         for handle in handles:
             handle.remove()
         for p in asked:
@@ -401,36 +468,38 @@ class _Wide(torch.autograd.Function):
 
 
 def harms(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
+    model: PreTrainedModel, modules: Mapping[str, Place], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
 ) -> dict[str, list[Choice]]:
-    """What each format on offer would cost each module (step 2)."""
+    """What each format on offer would cost each place (step 2)."""
     specs = {spec: formats.parse(spec) for spec in config.offered}
     made: dict[str, list[Choice]] = {}
 
-    def try_all(name: str, form: Tensor | None) -> None:
-        weight, found = _weight(modules[name]), seen[name]
-        nearest = found.columns if form is None else form.diagonal()
-        compensated = nearest if form is None else _factor(form).diagonal().square().reciprocal()
-        # Rows in proportion to what they matter: each stands for as much as another.
-        total = found.rows.double().cumsum(0)
-        points = (torch.arange(SAMPLED) + 0.5) / SAMPLED * total[-1]
-        some = weight[torch.searchsorted(total, points).clamp(max=len(weight) - 1)].float()
+    def try_all(name: str, forms: Iterable[Tensor | None]) -> None:
+        weights, found = modules[name].matrices(), seen[name]
+        matrices, rows, columns = weights.shape
+        found_harms = dict.fromkeys(specs, 0.0)
+        points = (torch.arange(max(FEWEST, SAMPLED // matrices)) + 0.5) / max(FEWEST, SAMPLED // matrices)
+        for weight, sums, diagonal, form in zip(weights, found.rows, found.columns, forms):
+            nearest = diagonal if form is None else form.diagonal()
+            compensated = nearest if form is None else _factor(form).diagonal().square().reciprocal()
+            # Rows in proportion to what they matter: each stands for as much as another.
+            total = sums.double().cumsum(0)
+            some = weight[torch.searchsorted(total, points * total[-1]).clamp(max=rows - 1)].float()
+            for spec, format in specs.items():
+                cost = _cost(some, nearest if format.layout.kind == "int" else compensated, format)
+                found_harms[spec] += cost / 2 / ids.numel()
         made[name] = [
-            Choice(
-                spec,
-                format.layout.bytes(*weight.shape),
-                _cost(some, nearest if format.layout.kind == "int" else compensated, format) / 2 / ids.numel(),
-            )
+            Choice(spec, matrices * format.layout.bytes(rows, columns), found_harms[spec])
             for spec, format in specs.items()
         ]
 
     if _compensates(model, config):
         for forms in _forms(model, modules, ids, seen):
-            for name, form in forms.items():
-                try_all(name, form)
+            for name, of_place in forms.items():
+                try_all(name, of_place)
     for name in modules:
         if name not in made:
-            try_all(name, seen[name].form if _compensates(model, config) else None)
+            try_all(name, [seen[name].form] if _compensates(model, config) else repeat(None))
     return made
 
 
@@ -555,13 +624,13 @@ def _compensates(model: PreTrainedModel, config: MixedConfig) -> bool:
 
 
 def _forms(
-    model: PreTrainedModel, names: Iterable[str], ids: Tensor, seen: Mapping[str, Seen]
-) -> Iterator[dict[str, Tensor]]:
-    """Block by block F of its modules, with the inputs that the blocks before, as they are by then, give."""
+    model: PreTrainedModel, modules: Mapping[str, Place], ids: Tensor, seen: Mapping[str, Seen]
+) -> Iterator[dict[str, Iterable[Tensor | None]]]:
+    """Block by block F of its places, with the inputs that the blocks before, as they are by then, give."""
     anatomy = inspect(model)
     hidden, given = _first_inputs(model, anatomy.blocks[0].module, ids)
     for block in anatomy.blocks:
-        inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
+        inside = {name: place for name, place in modules.items() if name.startswith(f"{block.name}.")}
         yield _block_forms(block.module, inside, hidden, given, seen)
         give_back_holes()
         hidden = [_run(block.module, h, more) for h, more in zip(hidden, given)]
@@ -572,19 +641,37 @@ def _pack(
 ) -> None:
     """Replace the planned modules by packed ones, block by block in running order, then what stands beside them."""
 
-    def pack(name: str, form: Tensor | None) -> None:
-        module, format = model.get_submodule(name), formats.parse(plan[name])
-        compensated = None if format.layout.kind == "int" else form
-        _replace(model, name, format, _fit(name, _weight(module), format, compensated))
+    found = {name: place for name, place in places(model, config) if name in plan}
+    found |= {name: Place(model.get_submodule(name)) for name in plan if name not in found}
+    for _, names in _mixtures(found):
+        if len(names) < len(PARTS):
+            raise packed.one_of_two(_owner(next(iter(names.values()))))
+    done: dict[str, list[dict[str, Tensor]]] = {}
+
+    def pack(name: str, forms: Iterable[Tensor | None]) -> None:
+        place, format = found[name], formats.parse(plan[name])
+        forms = repeat(None) if format.layout.kind == "int" else forms
+        done[name] = [_fit(name, weight, format, form) for weight, form in zip(place.matrices(), forms)]
+        pair = [f"{_owner(name)}.{part}" for part in PARTS.values()] if place.part else [name]
+        if not all(other in done for other in pair):
+            return
+        if place.part:
+            experts = PackedExperts(place.module, *(formats.parse(plan[other]) for other in pair))
+            for matrices, other in zip(experts.matrices().values(), pair):
+                matrices.take(done[other])
+            surgery.replace_module(model, _owner(name), experts.train(place.module.training))
+        else:
+            _replace(model, name, format, done[name][0])
+        done.update((other, []) for other in pair)
 
     whole = _compensates(model, config)
     if whole:
-        for forms in _forms(model, plan, ids, seen):
-            for name, form in forms.items():
-                pack(name, form)
+        for of_block in _forms(model, found, ids, seen):
+            for name, forms in of_block.items():
+                pack(name, forms)
     for name in plan:
-        if not isinstance(model.get_submodule(name), packed.Packed):
-            pack(name, seen[name].form if whole else None)
+        if name not in done:
+            pack(name, [seen[name].form] if whole else repeat(None))
 
 
 def _fit(name: str, weight: Tensor, format: Format, hessian: Tensor | None) -> dict[str, Tensor]:
@@ -596,7 +683,7 @@ def _fit(name: str, weight: Tensor, format: Format, hessian: Tensor | None) -> d
 
 def _refuse_not_finite(name: str, weight: Tensor) -> None:
     try:
-        for some in weight.split(max(1, TOGETHER // weight.shape[1])):
+        for some in weight.flatten(0, -2).split(max(1, TOGETHER // weight.shape[-1])):
             refuse_not_finite(some)
     except UsageError as error:
         raise UsageError(f"{name} cannot be quantized: {error}") from None
@@ -648,12 +735,12 @@ def _run(block: nn.Module, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
 
 def _block_forms(
     block: nn.Module,
-    inside: Mapping[str, nn.Module],
+    inside: Mapping[str, Place],
     hidden: Sequence[Tensor],
     given: Sequence[Mapping[str, Any]],
     seen: Mapping[str, Seen],
-) -> dict[str, Tensor]:
-    """F of each module of a block."""
+) -> dict[str, Iterable[Tensor | None]]:
+    """F of each matrix of a block's places; of experts when their turn comes, and None of those that met few tokens."""
     found: dict[str, Tensor] = {}
     total = sum(states.shape[:-1].numel() for states in hidden)
 
@@ -670,34 +757,88 @@ def _block_forms(
 
         return forward
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in inside.items()]
+    def note(caught: list[tuple[Tensor, Tensor]], own: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        caught.append(given[:2])  # type: ignore[arg-type]
+        return own(*given)
+
+    met: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    mixtures = list(_mixtures(inside))
+    handles = [p.module.register_forward_pre_hook(watch(name)) for name, p in inside.items() if not p.part]
+    for experts, names in mixtures:
+        caught: list[tuple[Tensor, Tensor]] = []
+        met |= dict.fromkeys(names.values(), caught)
+        experts.forward = partial(note, caught, experts.forward)
     try:
         for states, more in zip(hidden, given):
             _run(block, states, more)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+        for experts, _ in mixtures:
+            del experts.forward
+    plain = {name: [form] for name, form in found.items()}
+    return {**plain, **{name: _expert_forms(inside[name], seen[name], caught) for name, caught in met.items()}}
 
 
-def places(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that gets a format, by name; a head that shares the table's weight is not one of its own."""
+def _expert_forms(place: Place, seen: Seen, met: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor | None]:
+    """F of one expert after the other; `met`: what all of them were given, [tokens, width], and who takes what."""
+    hidden, routes = (torch.cat(tensors) for tensors in zip(*met))
+    before, weights = torch.cat(seen.routes), torch.cat(seen.tokens)
+    for expert in range(len(place.matrices())):
+        tokens = (routes == expert).any(1).nonzero()[:, 0]
+        if len(tokens) < FEW:
+            yield None
+            continue
+        same = before == expert
+        # Tokens that come only since the blocks before were rounded count as those do on average that came before.
+        usual = weights[same].sum() / max(1, int(same.sum()))
+        own = torch.where(same.any(1), (weights * same).sum(1), usual)[tokens, None]
+        with torch.no_grad():
+            x = expert_reads(place.module, expert, hidden[tokens])[place.part].float()
+        yield (x * own).T @ x
+
+
+def places(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, Place]]:
+    """Everything that gets a format, by name; a head that shares the table's weight is not a place of its own.
+
+    Raises:
+        UsageError: one of the two kinds of a layer's experts is to be left alone.
+    """
     tied = tied_head(model)
+    mixtures = {name for name, experts in stacked(model) if gated_experts(experts)}
     for name, module in model.named_modules():
         if name != tied and packable(model, name, module) and not config.left_alone(name):
-            yield name, module
+            yield name, Place(module)
+        elif name in mixtures and _both_alike(f"{name}.{GATE_UP}", config):
+            yield from ((f"{name}.{word}", Place(module, part)) for part, word in PARTS.items())
 
 
-def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight.detach()
-    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+def _both_alike(name: str, config: MixedConfig) -> bool:
+    """Whether the experts one of whose tensors is called `name` get formats."""
+    alone = [config.left_alone(f"{_owner(name)}.{part}") for part in (GATE_UP, DOWN)]
+    if any(alone) and not all(alone):
+        raise packed.one_of_two(_owner(name))
+    return not any(alone)
 
 
-def _matrix(weight: Weight, config: MixedConfig) -> bool:
+def _mixtures(modules: Mapping[str, Place]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Experts among the places, and the names of their parts."""
+    found: dict[int, tuple[Any, dict[str, str]]] = {}
+    for name, place in modules.items():
+        if place.part:
+            found.setdefault(id(place.module), (place.module, {}))[1][place.part] = name
+    yield from found.values()
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _matrix(weight: Weight, config: MixedConfig, stacks: Container[str]) -> bool:
     owner, _, tensor = weight.name.rpartition(".")
     untied_head = weight.role == "head" and not weight.tied
-    fits = tensor == "weight" and len(weight.dims) == 2 and weight.role not in ("expert", "other")
-    return fits and not untied_head and not config.left_alone(owner)
+    fits = tensor == "weight" and len(weight.dims) == 2 and weight.role != "other"
+    return weight.name in stacks or fits and not untied_head and not config.left_alone(owner)
 
 
 def _too_small(limit: int, smallest: int) -> DoesNotFit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -19,9 +20,13 @@ from serving import command, toy
 from test_bad_requests import raw
 
 from shoestring.core.errors import UsageError
-from shoestring.lab import answering
+from shoestring.lab import answering, tiny
 from shoestring.server.files import Files
 from shoestring.server.fine_tuning import FineTuning, _Job, _matches
+from shoestring.server.keys import Keys
+from shoestring.server.life import _Life, _Loading
+from shoestring.server.service import Service
+from shoestring.server.settings import Settings
 
 ASKED = [{"role": "user", "content": "w7 w8"}]
 ROWS = [
@@ -388,3 +393,14 @@ def test_a_killed_server_goes_on_from_the_last_checkpoint(model: Path, tmp_path:
     assert all(saved < step for step in again)
     with command(*words) as process:  # and it serves after a restart
         assert _says(_client(process.url), "ft:tiny:kept") == "w20 w21 w22"
+
+
+def test_a_model_that_cannot_be_trained_answers_nothing_before_it_is_refused(tmp_path: Path) -> None:
+    plain = answering.folder(tmp_path / "plain", lambda **_: tiny.model("gpt2"))
+    settings = Settings(model=str(plain), fine_tune=str(tmp_path / "jobs"))
+    service, loading = Service(settings, Keys(())), _Loading(settings)
+    loading.start()
+    with pytest.raises(UsageError, match="cannot be trained while it answers"):
+        asyncio.run(_Life(service, None, loading, print)._load())  # type: ignore[arg-type]
+    assert service.state == "loading" and service.loaded is None
+    assert loading.engine and loading.engine.state != "ready"

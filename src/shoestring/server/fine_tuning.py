@@ -28,6 +28,7 @@ from starlette.responses import Response
 from shoestring.core import catalog
 from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.files import locked, write_text
+from shoestring.engine.aio import AsyncEngine
 from shoestring.engine.open import Opened
 from shoestring.engine.tuning import Objectives, Told, Tuner, TuningJob
 from shoestring.server import files as uploads
@@ -64,13 +65,13 @@ class FineTuning:
         for job in sorted(_kept(folder / "jobs"), key=lambda job: (job.shown["created_at"], job.id)):
             self._jobs[job.id] = job
 
-    async def open(self) -> None:
-        """Plug the method in, serve what was trained before, and go on with what was not finished.
+    async def plug(self, engine: AsyncEngine) -> None:
+        """Plug the method into an engine that need not answer yet.
 
         Raises:
             UsageError: no method trains in an engine, or the model cannot be trained so.
         """
-        settings, engine = self.service.settings, self.service.engine
+        settings = self.service.settings
         methods = catalog.that_define(WORD)
         if not methods:
             raise UsageError("No method of this installation trains inside the engine")
@@ -79,6 +80,9 @@ class FineTuning:
         objectives = Objectives(settings.ttft / 1000, settings.tpot / 1000)
         self._tuner = await asyncio.to_thread(catalog.module(methods[0].name).tuner, opened, objectives)
         await engine.run(inner.plug_filler, self._tuner)
+
+    async def open(self) -> None:
+        """Serve what was trained before, and go on with what was not finished."""
         for job in list(self._jobs.values()):
             for name, path in list(job.served.items()):
                 if not ((job.folder / path).is_dir() and await self._serve(job, name, job.folder / path)):

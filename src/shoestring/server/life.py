@@ -215,15 +215,24 @@ class _Life:
             self._hear_signals()  # again: what it has started may have taken them
             self.service.open_front(self.loading.front)
             return
-        assert self.loading.engine
-        self.service.open(self.loading.engine)
-        if self.service.settings.fine_tune:
+        engine = self.loading.engine
+        assert engine
+        if not self.service.settings.fine_tune:
+            self.service.open(engine)
+        else:
             from shoestring.server.fine_tuning import FineTuning
 
-            self.service.tuning = FineTuning(self.service, Path(self.service.settings.fine_tune))
-            await self.service.tuning.open()
-        if self.loading.engine.engine.note:
-            log.warning("%s", self.loading.engine.engine.note)
+            try:
+                tuning = FineTuning(self.service, Path(self.service.settings.fine_tune))
+                await tuning.plug(engine)
+            except BaseException:
+                await asyncio.to_thread(engine.close, 2.0)
+                raise
+            self.service.open(engine)
+            self.service.tuning = tuning
+            await tuning.open()
+        if engine.engine.note:
+            log.warning("%s", engine.engine.note)
 
     async def _until(self, work: Any) -> None:
         """Wait for `work`, or for a signal."""

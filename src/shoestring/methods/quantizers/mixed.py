@@ -218,6 +218,7 @@ def compress(
     seen = look(model, modules, ids) if not plan or _compensates(model, config) else {}
     if not plan:
         plan = allocate(harms(model, modules, config, ids, seen), config.limit(parameters) - floats)
+    modules.clear()  # what is packed goes
     _pack(model, plan, config, ids, seen)
     packed.mark(model, config)
     return model
@@ -662,7 +663,10 @@ def _pack(
             surgery.replace_module(model, _owner(name), experts.train(place.module.training))
         else:
             _replace(model, name, format, done[name][0])
-        done.update((other, []) for other in pair)
+        for other in pair:  # of which nobody else knows any more
+            done[other] = []
+            del found[other]
+        give_back_holes()
 
     whole = _compensates(model, config)
     if whole:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, GPT2Config
 
 from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.ledger import Ledger
@@ -24,6 +24,11 @@ from shoestring.methods.quantizers.mixed import Choice, MixedConfig
 from shoestring.models import packed, shape_of
 from shoestring.models.packed import ROOM
 from shoestring.models.seal import seal
+
+DIMS: Any = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]  # each with rotations and masks of its own
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
@@ -239,6 +244,30 @@ def test_compensation_lowers_the_error_at_the_output() -> None:
     held_out = torch.randn(512, 64) @ mix
     error, before = ((held_out @ (w - weight).T).norm() for w in (made, plain))
     assert error < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma3TextConfig(num_hidden_layers=3, layer_types=KINDS, sliding_window=8, head_dim=8, **DIMS),
+        GPT2Config(n_layer=3, n_head=4, n_embd=32, vocab_size=64),
+        BloomConfig(n_layer=3, n_head=4, hidden_size=32, vocab_size=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_blocks_run_one_by_one_as_the_model_runs_them(config: Any) -> None:
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    blocks = [block.module for block in mixed.inspect(model).blocks]
+    ids, last = torch.arange(6 * 32).view(6, 32) % 64, list[torch.Tensor]()
+    states, calls = mixed._calls(model, blocks, ids)
+    for block, given in zip(blocks, zip(*calls, strict=True), strict=True):
+        states = [mixed._run(block, some, more) for some, more in zip(states, given, strict=True)]
+    blocks[-1].register_forward_hook(
+        lambda *given: last.append(given[2][0] if isinstance(given[2], tuple) else given[2])
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert torch.equal(torch.cat(states), last[0])
 
 
 def test_inputs_that_never_come_leave_rounding_finite() -> None:

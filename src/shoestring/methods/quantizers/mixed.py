@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -629,8 +629,8 @@ def _forms(
 ) -> Iterator[dict[str, Iterable[Tensor | None]]]:
     """Block by block F of its places, with the inputs that the blocks before, as they are by then, give."""
     anatomy = inspect(model)
-    hidden, given = _first_inputs(model, anatomy.blocks[0].module, ids)
-    for block in anatomy.blocks:
+    hidden, calls = _calls(model, [block.module for block in anatomy.blocks], ids)
+    for block, given in zip(anatomy.blocks, zip(*calls)):
         inside = {name: place for name, place in modules.items() if name.startswith(f"{block.name}.")}
         yield _block_forms(block.module, inside, hidden, given, seen)
         give_back_holes()
@@ -704,31 +704,42 @@ def _replace(model: PreTrainedModel, name: str, format: Format, tensors: dict[st
 
 
 class _Enough(Exception):
-    """The first block was reached."""
+    """The last block was reached."""
 
 
-def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What the first block gets for each window: hidden states, and everything beside them."""
+def _calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """For each window what the first block gets, and what each block gets beside hidden states: blocks may differ in
+    it, by their rotations or masks."""
     hidden: list[Tensor] = []
-    given: list[dict[str, Any]] = []
+    calls: list[list[dict[str, Any]]] = []
+    run, gives_more = blocks[0].forward, False
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        hidden.append(states.detach())
-        given.append({"args": args[1:], "kwargs": {k: v for k, v in kwargs.items() if k != "hidden_states"}})
-        raise _Enough
+    def pass_on(place: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal gives_more
+        states, *rest = args or (kwargs.pop("hidden_states"),)
+        if place == 0:
+            if not hidden:
+                with _widened(blocks[0].parameters()):
+                    gives_more = isinstance(run(states, *rest, **kwargs), tuple)
+            hidden.append(states)
+            calls.append([])
+        calls[-1].append({"args": rest, "kwargs": kwargs})
+        if place == len(blocks) - 1:
+            raise _Enough
+        return (states,) if gives_more else states
 
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    for place, block in enumerate(blocks):
+        block.forward = partial(pass_on, place)  # type: ignore[method-assign]
     try:
         for window in ids.split(4):
-            try:
-                with torch.no_grad(), _computing(model):
-                    model(input_ids=window, use_cache=False)
-            except _Enough:
-                pass
+            with suppress(_Enough), torch.no_grad(), _computing(model):
+                model(input_ids=window, use_cache=False)
     finally:
-        handle.remove()
-    return hidden, given
+        for block in blocks:
+            del block.forward
+    return hidden, calls
 
 
 def _run(block: nn.Module, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
 from shoestring.kernels import formats, layout
 from shoestring.lab import tiny, tiny_mixture
-from shoestring.methods.quantizers import mixed
+from shoestring.methods.quantizers import _fisher, mixed
 from shoestring.methods.quantizers.mixed import Choice, MixedConfig
 from shoestring.models import packed, shape_of
 from shoestring.models.packed import ROOM
@@ -101,7 +101,7 @@ def test_each_expert_learns_from_the_tokens_that_are_led_to_it() -> None:
     before, weights = routes.clone(), torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
     before[10:20, 1] = 3
     seen = mixed.Seen(torch.zeros(4, 128), [weights[:30], weights[30:]], torch.zeros(4, 64), None, [before])
-    found = list(mixed._expert_forms(mixed.Place(experts, "gate_up_proj"), seen, [(hidden, routes)]))
+    found = list(_fisher._expert_forms(mixed.Place(experts, "gate_up_proj"), seen, [(hidden, routes)]))
     own = torch.cat([weights[:10, 1], weights[:10, 1].mean().expand(10)])
     assert found[0] is not None and found[1] is None and found[3] is None
     torch.testing.assert_close(found[0], (hidden[:20] * own[:, None]).T @ hidden[:20])
@@ -257,11 +257,11 @@ def test_compensation_lowers_the_error_at_the_output() -> None:
 )
 def test_blocks_run_one_by_one_as_the_model_runs_them(config: Any) -> None:
     model: Any = AutoModelForCausalLM.from_config(config).eval()
-    blocks = [block.module for block in mixed.inspect(model).blocks]
+    blocks = [block.module for block in _fisher.inspect(model).blocks]
     ids, last = torch.arange(6 * 32).view(6, 32) % 64, list[torch.Tensor]()
-    states, calls = mixed._calls(model, blocks, ids)
+    states, calls = _fisher._calls(model, blocks, ids)
     for block, given in zip(blocks, zip(*calls, strict=True), strict=True):
-        states = [mixed._run(block, some, more) for some, more in zip(states, given, strict=True)]
+        states = [_fisher._run(block, some, more) for some, more in zip(states, given, strict=True)]
     blocks[-1].register_forward_hook(
         lambda *given: last.append(given[2][0] if isinstance(given[2], tuple) else given[2])
     )
@@ -322,7 +322,7 @@ def test_narrow_weights_are_computed_with_as_they_are_where_the_machine_cannot(m
     """What is learned from text is what float32 weights of the same values show; the weights stay narrow."""
     narrow, ids = tiny.model().bfloat16(), tiny.batch(4, 24)
     wide = copy.deepcopy(narrow).float()
-    monkeypatch.setattr(mixed, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(_fisher, "fast_bfloat16", lambda: False)
     monkeypatch.setattr(torch, "multinomial", lambda shares, count: shares.argmax(-1, keepdim=True))
     found, expected = (mixed.look(model, dict(mixed.places(model, mixed.example())), ids) for model in (narrow, wide))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
@@ -340,7 +340,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shoestring.core import probes
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Work
-from shoestring.methods.quantizers import mixed
+from shoestring.methods.quantizers import _fisher, mixed
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -30,10 +30,8 @@ Where it bends
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -41,7 +39,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from shoestring.core.errors import DoesNotFit, UsageError
 from shoestring.core.method import Method, Paper, Price
@@ -51,11 +48,10 @@ from shoestring.core.text import show_bytes
 from shoestring.kernels import formats, layout
 from shoestring.kernels.formats import Format
 from shoestring.kernels.reference import refuse_not_finite
+from shoestring.methods.quantizers._fisher import TOGETHER, Place, Seen, block_forms, look, mixtures_of, owner_of
 from shoestring.models import packed, shape_of, surgery
-from shoestring.models.anatomy import DOWN, GATE_UP, expert_reads, gated_experts, inspect, stacked
-from shoestring.models.load import fast_bfloat16
+from shoestring.models.anatomy import DOWN, GATE_UP, gated_experts, inspect, stacked
 from shoestring.models.packed import PARTS, PackedConfig, PackedExperts, linear_dims, packable, tied_head
-from shoestring.models.packed_layers import routed, scale_of
 from shoestring.training.lean import give_back_holes
 
 METHOD = Method(
@@ -83,12 +79,9 @@ ROUNDING = ("compensated", "nearest")
 WINDOW = 256  # tokens that are read together
 SAMPLED = 128  # rows of a matrix whose errors stand for those of all
 FEWEST = 8  # rows of each of a layer's experts
-FEW = 16  # tokens that are too few to make up for errors by
 DAMPING = 0.01  # of the mean diagonal of H
 RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that are tried
 UNITS = 1 << 16  # parts of the limit that formats are chosen by
-TOGETHER = 1 << 20  # weights of a matrix that are float32 at one time
-PIECE = 64  # tokens whose float32 logits, or gradients at them, exist at one time
 
 
 class MixedConfig(PackedConfig):
@@ -205,7 +198,7 @@ def compress(
         UsageError: a weight that is not finite, or rows too short to learn from.
     """
     modules = dict(places(model, config))
-    stacks = {f"{_owner(name)}.{place.part}" for name, place in modules.items() if place.part}
+    stacks = {f"{owner_of(name)}.{place.part}" for name, place in modules.items() if place.part}
     count = sum(place.matrices().numel() for place in modules.values())
     packed.refuse_unpacked(model, count, lambda name: name in stacks or config.left_alone(name))
     own = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
@@ -238,236 +231,6 @@ def windows(rows: Sequence[Mapping[str, Any]], tokens: int, longest: int) -> Ten
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What gets a format: a linear layer or a token table, or of a layer's experts the matrices of one kind.
-
-    Attributes:
-        module: it, or all of the experts.
-        part: `GATE_UP` or `DOWN` of experts.
-    """
-
-    module: Any
-    part: str = ""
-
-    def matrices(self) -> Tensor:
-        """Its weights, [matrices, rows, columns]: one matrix, or one for each expert."""
-        if self.part:
-            return self.module.get_parameter(self.part).detach()  # type: ignore[no-any-return]
-        weight: Tensor = self.module.weight.detach()
-        return (weight.T.contiguous() if isinstance(self.module, Conv1D) else weight)[None]
-
-
-@dataclass
-class Seen:
-    """What text showed of the matrices of a place, y = W x, with g the gradients of the log-likelihood at y.
-
-    Attributes:
-        rows: float32 [matrices, rows], the sum of g^2 over tokens.
-        tokens: for each window float32 [tokens], |g|^2; of experts [tokens, chosen].
-        columns: float32 [matrices, columns], the diagonal of F.
-        form: F, float32 [columns, columns]; None inside blocks, where it is made when the block's turn has come.
-        routes: for each window the experts [tokens, chosen] that a token met.
-    """
-
-    rows: Tensor
-    tokens: list[Tensor]
-    columns: Tensor
-    form: Tensor | None
-    routes: list[Tensor]
-
-
-def look(model: PreTrainedModel, modules: Mapping[str, Place], ids: Tensor) -> dict[str, Seen]:
-    """Step 1, for each place. In memory are the activations of one window in one block, and its logits."""
-    blocks = inspect(model).blocks
-    inside = [block.name for block in blocks]
-    found: dict[str, Seen] = {}
-    for name, place in modules.items():
-        matrices, rows, columns = place.matrices().shape
-        alone = not any(name.startswith(f"{block}.") for block in inside)
-        form = torch.zeros(columns, columns) if alone else None
-        found[name] = Seen(torch.zeros(matrices, rows), [], torch.zeros(matrices, columns), form, [])
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
-            if output.requires_grad:
-                output.register_hook(lambda g: note(found[name], module, x, g))
-
-        return module.register_forward_hook(forward)
-
-    def note(seen: Seen, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        g = g.detach().reshape(-1, g.shape[-1])
-        if isinstance(module, nn.Embedding):
-            g = g.float().square() * torch.as_tensor(scale_of(module)).float().square()
-            seen.rows[0].index_add_(0, x.flatten(), g.sum(1))
-            seen.columns[0] += g.sum(0)
-            assert seen.form is not None
-            seen.form.diagonal().add_(g.sum(0))
-            return
-        for read, gradients in zip(x.reshape(-1, x.shape[-1]).split(PIECE), g.split(PIECE)):
-            weights = add(seen, 0, read, gradients)
-            seen.tokens.append(weights)
-            if seen.form is not None:
-                some = read.float()
-                seen.form += (some * weights[:, None]).T @ some
-
-    def add(seen: Seen, matrix: int, x: Tensor, g: Tensor) -> Tensor:
-        squares = g.float().square()
-        weights = squares.sum(1)
-        seen.rows[matrix] += squares.sum(0)
-        seen.columns[matrix] += (x.float().square() * weights[:, None]).sum(0)
-        return weights
-
-    def watched(experts: Any, seen: Mapping[str, Seen]) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, index: Tensor, shares: Tensor) -> Tensor:
-            weights = {part: torch.zeros(index.shape) for part in seen}
-            if torch.is_grad_enabled():
-                for part, of_part in seen.items():
-                    of_part.tokens.append(weights[part])
-                    of_part.routes.append(index)
-
-            def product(part: str, x: Tensor, expert: int) -> Tensor:
-                def note(g: Tensor) -> None:
-                    weights[part][index == expert] = add(seen[part], expert, x.detach(), g)
-
-                y = x @ experts.get_parameter(part)[expert].T
-                if part in seen and y.requires_grad:
-                    y.register_hook(note)
-                return y
-
-            return routed(experts, len(experts.get_parameter(GATE_UP)), product, hidden, index, shares)
-
-        return forward
-
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    # Hidden states need gradients though no weight does.
-    handles = [table.register_forward_hook(lambda *given: given[2].requires_grad_())]
-    handles += [watch(name, place.module) for name, place in modules.items() if not place.part]
-    shared = next((n for n, place in modules.items() if place.module is table), None)
-    mixtures = list(_mixtures(modules))
-    if shared is not None and tied_head(model) and head is not None:
-        handles.append(watch(shared, head))  # where the table's errors meet the hidden states too
-    asked = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in asked:
-            p.requires_grad_(False)
-        for experts, names in mixtures:
-            experts.forward = watched(experts, {part: found[name] for part, name in names.items()})
-        with _computing(model, head), _run_again([block.module for block in blocks]):
-            for window in ids.split(1):
-                logits = model(input_ids=window, use_cache=False).logits
-                logits.backward(_gradients(logits.detach()))
-                del logits
-                give_back_holes()
-    finally:
-        for experts, _ in mixtures:
-            vars(experts).pop("forward", None)
-        for handle in handles:
-            handle.remove()
-        for p in asked:
-            p.requires_grad_(True)
-    return found
-
-
-def _gradients(logits: Tensor) -> Tensor:
-    """Those of the negative log-likelihood, at logits [..., vocabulary], of tokens that are drawn from them."""
-    made = torch.empty_like(logits)
-    for part, out in zip(logits.flatten(0, -2).split(PIECE), made.flatten(0, -2).split(PIECE)):
-        shares = part.float().softmax(-1)
-        drawn = torch.multinomial(shares, 1)
-        out.copy_(shares.scatter_add_(1, drawn, -torch.ones(drawn.shape)))
-    return made
-
-
-@contextmanager
-def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """These blocks keep no more than their inputs for the pass backwards, and run again when its turn comes to them."""
-
-    def forward(block: nn.Module, own: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        hidden, *rest = args or (named.pop("hidden_states"),)
-        return _Again.apply(hidden, block, lambda states: own(states, *rest, **named))
-
-    for block in blocks:
-        block.forward = partial(forward, block, block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-class _Again(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, block: nn.Module, run: Callable[[Tensor], Any]) -> Any:
-        ctx.block, ctx.run = block, run
-        ctx.save_for_backward(hidden)
-        with _widened(block.parameters()):
-            return run(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        hidden = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad(), _widened(ctx.block.parameters()):
-            out = ctx.run(hidden)
-            (out[0] if isinstance(out, tuple) else out).backward(gradient)
-        return hidden.grad, None, None
-
-
-def _narrow(dtype: torch.dtype) -> bool:
-    """Whether weights of a type are stored in 16 bits of which this machine computes no products."""
-    return dtype == torch.float16 or dtype == torch.bfloat16 and not fast_bfloat16()
-
-
-@contextmanager
-def _widened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """These are float32 for now where they are too narrow to compute with."""
-    kept = [(parameter, parameter.data) for parameter in parameters if _narrow(parameter.dtype)]
-    for parameter, data in kept:
-        parameter.data = data.float()
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
-@contextmanager
-def _computing(model: PreTrainedModel, head: Any = None) -> Iterator[None]:
-    """What stands outside of the blocks computes in float32 where it is too narrow; a table and a head as they are."""
-    table: Any = model.get_input_embeddings()
-    parts = [table, head, *(block.module for block in inspect(model).blocks)]
-    large = {id(p) for part in parts if part is not None for p in part.parameters()}
-    handles = []
-    if _narrow(table.weight.dtype):
-        handles.append(table.register_forward_hook(lambda *given: given[2].float()))
-    own = isinstance(head, nn.Linear) and _narrow(head.weight.dtype)
-    if own:
-        head.forward = lambda x: _Wide.apply(x, head.weight) + (0 if head.bias is None else head.bias.float())
-    try:
-        with _widened(p for p in model.parameters() if id(p) not in large):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if own:
-            del head.forward
-
-
-class _Wide(torch.autograd.Function):
-    """x @ weight.T of a weight whose rows are made float32 some at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.parts = weight.detach().split(max(1, TOGETHER // weight.shape[1]))
-        return torch.cat([x @ some.float().T for some in ctx.parts], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gradients = gradient.split([len(some) for some in ctx.parts], -1)
-        return sum(g @ some.float() for g, some in zip(gradients, ctx.parts)), None
-
-
 def harms(
     model: PreTrainedModel, modules: Mapping[str, Place], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
 ) -> dict[str, list[Choice]]:
@@ -495,7 +258,7 @@ def harms(
         ]
 
     if _compensates(model, config):
-        for forms in _forms(model, modules, ids, seen):
+        for forms in block_forms(model, modules, ids, seen):
             for name, of_place in forms.items():
                 try_all(name, of_place)
     for name in modules:
@@ -624,19 +387,6 @@ def _compensates(model: PreTrainedModel, config: MixedConfig) -> bool:
     return config.rounding == "compensated" and inspect(model).kind == "causal"
 
 
-def _forms(
-    model: PreTrainedModel, modules: Mapping[str, Place], ids: Tensor, seen: Mapping[str, Seen]
-) -> Iterator[dict[str, Iterable[Tensor | None]]]:
-    """Block by block F of its places, with the inputs that the blocks before, as they are by then, give."""
-    anatomy = inspect(model)
-    hidden, calls = _calls(model, [block.module for block in anatomy.blocks], ids)
-    for block, given in zip(anatomy.blocks, zip(*calls)):
-        inside = {name: place for name, place in modules.items() if name.startswith(f"{block.name}.")}
-        yield _block_forms(block.module, inside, hidden, given, seen)
-        give_back_holes()
-        hidden = [_run(block.module, h, more) for h, more in zip(hidden, given)]
-
-
 def _pack(
     model: PreTrainedModel, plan: Mapping[str, str], config: MixedConfig, ids: Tensor, seen: Mapping[str, Seen]
 ) -> None:
@@ -644,23 +394,23 @@ def _pack(
 
     found = {name: place for name, place in places(model, config) if name in plan}
     found |= {name: Place(model.get_submodule(name)) for name in plan if name not in found}
-    for _, names in _mixtures(found):
+    for _, names in mixtures_of(found):
         if len(names) < len(PARTS):
-            raise packed.one_of_two(_owner(next(iter(names.values()))))
+            raise packed.one_of_two(owner_of(next(iter(names.values()))))
     done: dict[str, list[dict[str, Tensor]]] = {}
 
     def pack(name: str, forms: Iterable[Tensor | None]) -> None:
         place, format = found[name], formats.parse(plan[name])
         forms = repeat(None) if format.layout.kind == "int" else forms
         done[name] = [_fit(name, weight, format, form) for weight, form in zip(place.matrices(), forms)]
-        pair = [f"{_owner(name)}.{part}" for part in PARTS.values()] if place.part else [name]
+        pair = [f"{owner_of(name)}.{part}" for part in PARTS.values()] if place.part else [name]
         if not all(other in done for other in pair):
             return
         if place.part:
             experts = PackedExperts(place.module, *(formats.parse(plan[other]) for other in pair))
             for matrices, other in zip(experts.matrices().values(), pair):
                 matrices.take(done[other])
-            surgery.replace_module(model, _owner(name), experts.train(place.module.training))
+            surgery.replace_module(model, owner_of(name), experts.train(place.module.training))
         else:
             _replace(model, name, format, done[name][0])
         for other in pair:  # of which nobody else knows any more
@@ -670,7 +420,7 @@ def _pack(
 
     whole = _compensates(model, config)
     if whole:
-        for of_block in _forms(model, found, ids, seen):
+        for of_block in block_forms(model, found, ids, seen):
             for name, forms in of_block.items():
                 pack(name, forms)
     for name in plan:
@@ -703,116 +453,6 @@ def _replace(model: PreTrainedModel, name: str, format: Format, tensors: dict[st
         surgery.replace_module(model, name, made.train(module.training))
 
 
-class _Enough(Exception):
-    """The last block was reached."""
-
-
-def _calls(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
-) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """For each window what the first block gets, and what each block gets beside hidden states: blocks may differ in
-    it, by their rotations or masks."""
-    hidden: list[Tensor] = []
-    calls: list[list[dict[str, Any]]] = []
-    run, gives_more = blocks[0].forward, False
-
-    def pass_on(place: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal gives_more
-        states, *rest = args or (kwargs.pop("hidden_states"),)
-        if place == 0:
-            if not hidden:
-                with _widened(blocks[0].parameters()):
-                    gives_more = isinstance(run(states, *rest, **kwargs), tuple)
-            hidden.append(states)
-            calls.append([])
-        calls[-1].append({"args": rest, "kwargs": kwargs})
-        if place == len(blocks) - 1:
-            raise _Enough
-        return (states,) if gives_more else states
-
-    for place, block in enumerate(blocks):
-        block.forward = partial(pass_on, place)  # type: ignore[method-assign]
-    try:
-        for window in ids.split(4):
-            with suppress(_Enough), torch.no_grad(), _computing(model):
-                model(input_ids=window, use_cache=False)
-    finally:
-        for block in blocks:
-            del block.forward
-    return hidden, calls
-
-
-def _run(block: nn.Module, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad(), _widened(block.parameters()):
-        out = block(hidden, *more["args"], **more["kwargs"])
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _block_forms(
-    block: nn.Module,
-    inside: Mapping[str, Place],
-    hidden: Sequence[Tensor],
-    given: Sequence[Mapping[str, Any]],
-    seen: Mapping[str, Seen],
-) -> dict[str, Iterable[Tensor | None]]:
-    """F of each matrix of a block's places; of experts when their turn comes, and None of those that met few tokens."""
-    found: dict[str, Tensor] = {}
-    total = sum(states.shape[:-1].numel() for states in hidden)
-
-    def watch(name: str) -> Any:
-        left = torch.cat([torch.zeros(0), *seen[name].tokens])
-        if len(left) != total:  # an expert, which may meet other tokens now: all count alike
-            left = (left.sum() / max(1, len(left))).expand(total)
-
-        def forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal left
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            weights, left = left[: len(x), None], left[len(x) :]
-            found[name] = found.get(name, 0) + (x * weights).T @ x
-
-        return forward
-
-    def note(caught: list[tuple[Tensor, Tensor]], own: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        caught.append(given[:2])  # type: ignore[arg-type]
-        return own(*given)
-
-    met: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    mixtures = list(_mixtures(inside))
-    handles = [p.module.register_forward_pre_hook(watch(name)) for name, p in inside.items() if not p.part]
-    for experts, names in mixtures:
-        caught: list[tuple[Tensor, Tensor]] = []
-        met |= dict.fromkeys(names.values(), caught)
-        experts.forward = partial(note, caught, experts.forward)
-    try:
-        for states, more in zip(hidden, given):
-            _run(block, states, more)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for experts, _ in mixtures:
-            del experts.forward
-    plain = {name: [form] for name, form in found.items()}
-    return {**plain, **{name: _expert_forms(inside[name], seen[name], caught) for name, caught in met.items()}}
-
-
-def _expert_forms(place: Place, seen: Seen, met: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor | None]:
-    """F of one expert after the other; `met`: what all of them were given, [tokens, width], and who takes what."""
-    hidden, routes = (torch.cat(tensors) for tensors in zip(*met))
-    before, weights = torch.cat(seen.routes), torch.cat(seen.tokens)
-    for expert in range(len(place.matrices())):
-        tokens = (routes == expert).any(1).nonzero()[:, 0]
-        if len(tokens) < FEW:
-            yield None
-            continue
-        same = before == expert
-        # Tokens that come only since the blocks before were rounded count as those do on average that came before.
-        usual = weights[same].sum() / max(1, int(same.sum()))
-        own = torch.where(same.any(1), (weights * same).sum(1), usual)[tokens, None]
-        with torch.no_grad():
-            x = expert_reads(place.module, expert, hidden[tokens])[place.part].float()
-        yield (x * own).T @ x
-
-
 def places(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, Place]]:
     """Everything that gets a format, by name; a head that shares the table's weight is not a place of its own.
 
@@ -830,23 +470,10 @@ def places(model: PreTrainedModel, config: MixedConfig) -> Iterator[tuple[str, P
 
 def _both_alike(name: str, config: MixedConfig) -> bool:
     """Whether the experts one of whose tensors is called `name` get formats."""
-    alone = [config.left_alone(f"{_owner(name)}.{part}") for part in (GATE_UP, DOWN)]
+    alone = [config.left_alone(f"{owner_of(name)}.{part}") for part in (GATE_UP, DOWN)]
     if any(alone) and not all(alone):
-        raise packed.one_of_two(_owner(name))
+        raise packed.one_of_two(owner_of(name))
     return not any(alone)
-
-
-def _mixtures(modules: Mapping[str, Place]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Experts among the places, and the names of their parts."""
-    found: dict[int, tuple[Any, dict[str, str]]] = {}
-    for name, place in modules.items():
-        if place.part:
-            found.setdefault(id(place.module), (place.module, {}))[1][place.part] = name
-    yield from found.values()
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _matrix(weight: Weight, config: MixedConfig, stacks: Container[str]) -> bool:

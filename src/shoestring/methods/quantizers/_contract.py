@@ -31,7 +31,7 @@ from shoestring.methods.quantizers import _shared
 from shoestring.models.anatomy import stacked
 from shoestring.models.load import load_tokenizer, stored_dtype
 from shoestring.models.packed import MOST_LEFT, PARTS, ROOM, ExpertMatrices, does_not_fit, parameters_of
-from shoestring.models.packing import pack_folder
+from shoestring.models.packed_folder import pack_folder
 from shoestring.models.saving import copy_tokenizer
 from shoestring.models.seal import seal
 

@@ -17,8 +17,8 @@ from shoestring.core.errors import ShoestringError, UsageError
 from shoestring.core.ledger import Ledger
 from shoestring.core.step import Step, Work
 from shoestring.kernels import formats
-from shoestring.models import packing
-from shoestring.models.packing import pack_folder
+from shoestring.models import packed_folder
+from shoestring.models.packed_folder import pack_folder
 
 
 def config(name: str, **options: Any) -> Any:
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing_and_a_short_write_goes_on(
 ) -> None:
     source, plain = folder_of("llama"), os.pwrite
     compressed("int4", source, tmp_path / "want")
-    monkeypatch.setattr(packing.os, "pwrite", lambda file, data, at: plain(file, data[:100], at))
+    monkeypatch.setattr(packed_folder.os, "pwrite", lambda file, data, at: plain(file, data[:100], at))
     compressed("int4", source, tmp_path / "got")
     want, got = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("want", "got"))
     assert got == want
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_nothing_and_a_short_write_goes_on(
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packing.os, "pwrite", full)
+    monkeypatch.setattr(packed_folder.os, "pwrite", full)
     with pytest.raises(ShoestringError, match="no space is left"):
         compressed("int4", source, tmp_path / "results" / "out")
     assert not list((tmp_path / "results").iterdir())

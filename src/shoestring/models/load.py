@@ -35,6 +35,8 @@ _HUB_SECONDS = 5.0
 OURS = "shoestring_"  # how every model type begins that is known only after an import
 UNEVEN = f"{OURS}uneven_"  # how those of `models.uneven` begin
 REGROUPED = f"{OURS}regrouped_"  # how those of `models.regrouped` begin
+# What transformers raises of folders that are not what they say.
+UNREADABLE = (ValueError, KeyError, RuntimeError, ImportError, OSError, TypeError, AttributeError)
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
@@ -418,12 +420,8 @@ def _load_model(
                 # An explicit None would make transformers forget the config of a packed folder.
                 **({"quantization_config": quantization_config} if quantization_config is not None else {}),
             )
-    except (ValueError, KeyError, RuntimeError, ImportError, OSError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{folder.path} cannot be loaded",
-            f"transformers says: {str(error).strip()[:400]}",
-            "Check that config.json and weights belong together",
-        ) from error
+    except UNREADABLE as error:
+        raise cannot_load(folder.path, error) from error
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise UsageError(
@@ -522,3 +520,12 @@ class quiet:
         logging.set_verbosity(self.level)
         if self.bars:
             logging.enable_progress_bar()
+
+
+def cannot_load(path: Path, error: Exception) -> UsageError:
+    """What transformers said of a model folder, as one of `UNREADABLE`."""
+    return UsageError(
+        f"{path} cannot be loaded",
+        f"transformers says: {str(error).strip()[:400]}",
+        "Check that config.json and weights belong together",
+    )

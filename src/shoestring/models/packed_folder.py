@@ -21,7 +21,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from shoestring.core.errors import UsageError
 from shoestring.models.folder import WEIGHTS, Folder, check_folder
-from shoestring.models.load import auto_class, choose_dtype, kind_of, know_architecture, quiet
+from shoestring.models.load import (
+    UNREADABLE,
+    auto_class,
+    cannot_load,
+    choose_dtype,
+    kind_of,
+    know_architecture,
+    quiet,
+)
 from shoestring.models.packed import PARTS, PackedConfig, PackedExperts, PackedQuantizer, packed_modules
 from shoestring.models.tensors import Stored, Tensors, aligned
 
@@ -93,12 +101,8 @@ def _without_weights(found: Folder, dtype: torch.dtype) -> PreTrainedModel:
             model: PreTrainedModel = auto_class(kind_of(found.config)).from_config(config, dtype=dtype)
             if (found.path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
-    except (ValueError, KeyError, RuntimeError, ImportError, OSError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{found.path} cannot be loaded",
-            f"transformers says: {str(error).strip()[:400]}",
-            "Check that config.json and weights belong together",
-        ) from error
+    except UNREADABLE as error:
+        raise cannot_load(found.path, error) from error
     return model.eval()
 
 
